@@ -1,0 +1,112 @@
+"""Every choice that decides what a Pion step computes, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Momentum = Literal["lie", "transported", "ambient"]
+Direction = Literal["adaptive", "momentum", "msign"]
+Side = Literal["both", "alternate", "in", "out"]
+Scaling = Literal["rms", "none"]
+Retraction = Literal["taylor", "cubic", "cayley", "exp"]
+QkvGranularity = Literal["qkv", "head", "group", "whole"]
+MatmulPrecision = Literal["highest", "high", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PionConfig:
+    """The options of a Pion run; the defaults are the published algorithm (arXiv 2605.12492).
+
+    Attributes:
+        momentum: what the first moment averages. ``lie``: the generators; ``transported``: the
+            gradient, rotated along with the weight; ``ambient``: the gradient as it is.
+        direction: how a moment becomes a generator. ``adaptive``: m / (sqrt(v) + eps);
+            ``momentum``: m; ``msign``: the matrix sign of the skew generator.
+        nesterov: use the look-ahead average beta1 m + (1 - beta1) g in place of m.
+        betas: decay of the first and of the second moment, each in [0, 1). The second is used by
+            ``direction="adaptive"`` only.
+        eps: added to denominators; > 0.
+        side: which factors a step applies. ``alternate``: in on odd steps (the first is 1), out
+            on even ones.
+        scaling: ``rms`` makes the root mean square of the first-order change ``lr * rms``;
+            ``none`` leaves the angle at ``lr`` times the generator.
+        rms: the root mean square that ``scaling="rms"`` aims at, per unit of lr; > 0.
+        retraction: from a skew generator to an orthogonal factor. ``taylor``: exp cut at
+            ``degree``; ``cubic``: I + A + A²/2 + A³/8, orthogonal to sixth order; ``cayley`` and
+            ``exp``: orthogonal to rounding.
+        degree: degree of ``retraction="taylor"``, 2 to 8. (Degree 1 stretches by the square of
+            the angle and is not offered.)
+        qkv: what a fused QKV weight is to Pion. ``qkv``: Q, K and V as three matrices; ``head``:
+            every head one; ``group``: per query group its Q, its K and its V; ``whole``: one.
+        split_gate: treat a gated fc1 as two matrices, gate and up.
+        matmul_precision: of float32 products. ``highest``: IEEE float32 throughout; ``high``
+            (TF32) and ``bf16`` apply where the spectrum does not depend on it: generators,
+            matrix sign and second-order terms. Accumulation is float32 always.
+
+    Raises:
+        TypeError: an option is not a field, or was given by position.
+        ValueError: a value is not allowed, or two values contradict each other.
+    """
+
+    momentum: Momentum = "lie"
+    direction: Direction = "adaptive"
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    side: Side = "both"
+    scaling: Scaling = "rms"
+    rms: float = 0.2
+    retraction: Retraction = "taylor"
+    degree: int = 2
+    qkv: QkvGranularity = "qkv"
+    split_gate: bool = True
+    matmul_precision: MatmulPrecision = "highest"
+
+    def __post_init__(self) -> None:
+        for name, allowed in choices().items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+        for name in ("nesterov", "split_gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
+        for name in ("eps", "rms"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name}={value!r}: must be a positive number")
+        if isinstance(self.degree, bool) or self.degree not in range(2, 9):
+            raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
+        if self.retraction != "taylor" and self.degree != _default("degree"):
+            raise ValueError(
+                f"degree={self.degree} is of retraction='taylor'; with "
+                f"retraction={self.retraction!r} leave it out"
+            )
+        if self.scaling != "rms" and self.rms != _default("rms"):
+            raise ValueError(
+                f"rms={self.rms} is of scaling='rms'; with scaling={self.scaling!r} leave it out"
+            )
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that a run ever moves, ``("in", "out")`` or one of them."""
+        return (self.side,) if self.side in ("in", "out") else ("in", "out")
+
+    def active_sides(self, step: int) -> tuple[str, ...]:
+        """The sides that step number ``step`` (the first is 1) applies."""
+        if self.side == "alternate":
+            return ("in",) if step % 2 == 1 else ("out",)
+        return self.sides
+
+
+def choices() -> dict[str, tuple[Any, ...]]:
+    """The allowed values of every option that has a fixed list of them, by option name."""
+    hints = get_type_hints(PionConfig)
+    return {name: get_args(t) for name, t in hints.items() if get_origin(t) is Literal}
+
+
+def _default(name: str) -> Any:
+    return next(f.default for f in fields(PionConfig) if f.name == name)

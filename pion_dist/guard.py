@@ -1,0 +1,87 @@
+"""Stops a step whose gradients are not finite, on the device, and reports it when the host looks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("pion_dist")
+
+
+class Guard:
+    """Counts non-finite gradients per parameter on the device, without waiting for it.
+
+    The count reaches the host by a copy that the next step finds finished, or by ``report``.
+    """
+
+    def __init__(self) -> None:
+        """A guard that has seen no step."""
+        self._names: list[str] = []
+        self._counts: Tensor | None = None
+        self._host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._reported: list[int] = []
+
+    def check(self, names: Sequence[str], grads: Sequence[Tensor]) -> Tensor:
+        """Whether a step on these gradients may move anything.
+
+        A gradient counts as non-finite where its sum of squares is not, in its own precision but
+        at least float32: the moments could not hold it.
+
+        Args:
+            names: one per gradient.
+            grads: any devices and floating dtypes; not empty.
+
+        Returns:
+            Boolean scalar on the first gradient's device.
+        """
+        if list(names) != self._names:
+            self.report()
+            self._names, self._counts = list(names), None
+        device = grads[0].device
+        norms: list[Tensor] = [grads[0]] * len(grads)
+        groups = torch.optim.Optimizer._group_tensors_by_device_and_dtype([list(grads)], True)
+        for (_, dtype), ((group,), places) in groups.items():
+            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+            for place, norm in zip(places, torch._foreach_norm(group, 2, wide), strict=True):
+                norms[place] = norm.to(device=device, dtype=torch.float32, non_blocking=True)
+        bad = ~torch.isfinite(torch.stack(norms))
+        if self._counts is None:
+            self._counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
+            self._host = torch.zeros(
+                len(grads), dtype=torch.int64, pin_memory=device.type == "cuda"
+            )
+            self._reported = [0] * len(grads)
+        self._counts.add_(bad)
+        assert self._host is not None
+        self._host.copy_(self._counts, non_blocking=True)
+        if device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return ~bad.any()
+
+    def look(self) -> None:
+        """Log what has arrived on the host since the last look; never waits."""
+        if self._host is None or (self._copied is not None and not self._copied.query()):
+            return
+        counts = self._host.tolist()
+        new = [
+            f"{name} ({count - seen} step{'s' if count - seen > 1 else ''})"
+            for name, count, seen in zip(self._names, counts, self._reported, strict=True)
+            if count > seen
+        ]
+        if new:
+            self._reported = counts
+            logger.warning(
+                "the gradient was not finite for %s: such a step moves no weight and no moment",
+                ", ".join(new),
+            )
+
+    def report(self) -> None:
+        """``look``, after waiting for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.look()

@@ -1,0 +1,169 @@
+"""A stored weight as the matrices Pion rotates: ``split`` and ``merge`` are exact inverses.
+
+Shape suffixes: R, C rows and columns of the stored weight; B matrices of one shape m x n in a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices of one shape that lie in a regular pattern of a weight's rows.
+
+    Of every ``period`` rows the part has the ``length`` that begin at ``offset``; the rows so
+    gathered, in order, are cut into ``batch`` matrices of equal height.
+
+    Attributes:
+        name: tells the parts of a view apart; part of the state's keys.
+        period: rows of one repetition; divides R.
+        offset: first row of the part within a repetition.
+        length: rows of the part within a repetition.
+        batch: number of matrices, B.
+    """
+
+    name: str
+    period: int
+    offset: int
+    length: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How a stored weight [R, C] is seen as batches of matrices [B, m, n] with n = C.
+
+    Attributes:
+        rows: R.
+        cols: C.
+        parts: cover every row exactly once.
+
+    Raises:
+        ValueError: the parts do not tile the rows, or a part's rows do not divide into its batch.
+    """
+
+    rows: int
+    cols: int
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        covered: list[int] = []
+        for part in self.parts:
+            if part.period < 1 or self.rows % part.period or part.batch < 1:
+                raise ValueError(f"{part} does not divide the {self.rows} rows of {self}")
+            if self._rows_of(part) % part.batch:
+                raise ValueError(f"{part}: {self._rows_of(part)} rows are not {part.batch} matrices")
+            covered += [
+                start + row
+                for start in range(0, self.rows, part.period)
+                for row in range(part.offset, part.offset + part.length)
+            ]
+        if sorted(covered) != list(range(self.rows)):
+            raise ValueError(f"the parts of {self} do not cover each of its rows once")
+        if len({part.name for part in self.parts}) != len(self.parts):
+            raise ValueError(f"two parts of {self} have the same name")
+
+    def _rows_of(self, part: Part) -> int:
+        return self.rows // part.period * part.length
+
+    def shape_of(self, part: Part) -> tuple[int, int, int]:
+        """The part's batch shape (B, m, n)."""
+        return part.batch, self._rows_of(part) // part.batch, self.cols
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Batch shape (B, m, n) of every part, by name."""
+        return {part.name: self.shape_of(part) for part in self.parts}
+
+    def split(self, weight_RC: Tensor) -> dict[str, Tensor]:
+        """The weight's matrices, by part.
+
+        Args:
+            weight_RC: [R, C], any strides and dtype.
+
+        Returns:
+            A tensor [B, m, n] a part: a view where the strides allow, else a copy.
+
+        Raises:
+            ValueError: the shape is not this view's.
+        """
+        self._check(weight_RC)
+        return {
+            part.name: self._rows(weight_RC, part)
+            .flatten(0, 1)
+            .unflatten(0, (part.batch, self.shape_of(part)[1]))
+            for part in self.parts
+        }
+
+    def merge(self, matrices: dict[str, Tensor], weight_RC: Tensor) -> None:
+        """The inverse of ``split``: write the matrices into the weight (modified in place).
+
+        Args:
+            matrices: a tensor [B, m, n] for every part; may be views of ``weight_RC``.
+            weight_RC: [R, C]; other dtypes are rounded to its own.
+
+        Raises:
+            ValueError: the shape is not this view's.
+        """
+        self._check(weight_RC)
+        for part in self.parts:
+            rows = self._rows(weight_RC, part)
+            if matrices[part.name].data_ptr() != rows.data_ptr():  # else it is the weight itself
+                rows.copy_(matrices[part.name].flatten(0, 1).unflatten(0, rows.shape[:2]))
+
+    def _rows(self, weight_RC: Tensor, part: Part) -> Tensor:
+        repeated = weight_RC.unflatten(0, (self.rows // part.period, part.period))
+        return repeated[:, part.offset : part.offset + part.length]
+
+    def _check(self, weight_RC: Tensor) -> None:
+        if tuple(weight_RC.shape) != (self.rows, self.cols):
+            raise ValueError(
+                f"a weight of shape {tuple(weight_RC.shape)} is not [{self.rows}, {self.cols}]"
+            )
+
+
+def whole(rows: int, cols: int) -> MatrixView:
+    """The weight as one matrix."""
+    return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),))
+
+
+def stacked(rows: int, cols: int, *, name: str, count: int) -> MatrixView:
+    """``count`` matrices of equal height, one below the other (gate over up; heads)."""
+    return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),))
+
+
+def fused_qkv(
+    rows: int, cols: int, *, group_parts: Sequence[tuple[str, int]], per_group: bool
+) -> MatrixView:
+    """A fused QKV weight, stored a query group after the other, as its projections.
+
+    Args:
+        rows: R, a multiple of the rows of one query group.
+        cols: C.
+        group_parts: name and height of what a query group stores, in order, such as
+            ``[("q", 128), ("k", 64), ("v", 64)]``.
+        per_group: one matrix per query group and projection; else one per projection, its rows
+            gathered over the groups.
+
+    Raises:
+        ValueError: R is not a multiple of a query group's rows.
+    """
+    period = sum(length for _, length in group_parts)
+    if rows % period:
+        raise ValueError(f"{rows} rows are not query groups of {period} rows")
+    batch = rows // period if per_group else 1
+    parts, offset = [], 0
+    for name, length in group_parts:
+        parts.append(Part(name, period, offset, length, batch))
+        offset += length
+    return MatrixView(rows, cols, tuple(parts))
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype a weight is computed in: float64 for float64, float32 for everything smaller."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

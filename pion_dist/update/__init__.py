@@ -1,0 +1,6 @@
+"""The Pion step as pure functions on batches of matrices [B, m, n]; no process groups, no config.
+
+Notation, after arXiv 2605.12492: a weight W (m x n), its gradient G, a skew generator A_in (n x n)
+acting from the right and A_out (m x m) from the left, an orthogonal factor E(A), and the step
+W <- E(a A_out) W E(a A_in). Read in this order: precision, generators, direction, retraction, step.
+"""

@@ -1,0 +1,111 @@
+"""Orthogonal factors from skew generators, applied without forming them where that is cheaper.
+
+A polynomial retraction E(A) = sum c_k A^k needs only products with A. With the first-order term
+D = A·W at hand, E(aA)W − W = a (c_1 D + a A (c_2 D + a A (c_3 D + ...))): degree − 1 products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .generators import Dense, Generator, Matmul
+from .precision import exact
+
+Polynomial = tuple[float, ...]
+
+
+def coefficients(retraction: Literal["taylor", "cubic"], *, degree: int) -> Polynomial:
+    """c_0 .. c_d of the polynomial: exp cut at ``degree``, or the orthogonality-matched cubic.
+
+    E₂ᵀE₂ = I + A⁴/4 for Taylor 2; EᵀE = I − A⁶/64 for the cubic (both exact, A skew).
+    """
+    if retraction == "cubic":
+        return (1.0, 1.0, 0.5, 0.125)
+    return tuple(1.0 / math.factorial(k) for k in range(degree + 1))
+
+
+def change(
+    first_order: Tensor, generator: Generator, angle: Tensor, *, poly: Polynomial, matmul: Matmul
+) -> Tensor:
+    """E(aA)X − X (or X E(aA) − X), given the first-order term.
+
+    Args:
+        first_order: A X (or X A), [B, m, n].
+        generator: A.
+        angle: a, [B, 1, 1].
+        poly: coefficients of E.
+        matmul: the product of the terms of second and higher order.
+
+    Returns:
+        [B, m, n].
+    """
+    *inner, last = poly[1:]
+    total = first_order * last
+    for coefficient in reversed(inner):
+        total = generator.apply(total, matmul=matmul).mul_(angle)
+        total.add_(first_order, alpha=coefficient)
+    return total.mul_(angle)
+
+
+def rotate(
+    x: Tensor,
+    generators: Sequence[Generator],
+    angle: Tensor,
+    first_order: Sequence[Tensor | None],
+    *,
+    poly: Polynomial,
+    matmul: Matmul,
+) -> Tensor:
+    """The product of the factors E(aA) of up to two sides with X, minus X.
+
+    With Y the first side's change and T = A₂X + A₂Y the second's first-order term, the change is
+    Y + (E(aA₂) − 1)(X + Y): a side whose first-order term on X is known costs one product less.
+
+    Args:
+        x: [B, m, n].
+        generators: of different sides, in the order in which they are applied.
+        angle: a, [B, 1, 1].
+        first_order: A X for each generator, or None where it is not known (a moment, on which
+            the spectrum does not depend).
+        poly: coefficients of E.
+        matmul: the product of the terms of second and higher order, and of unknown first ones.
+
+    Returns:
+        The change of X, [B, m, n].
+    """
+    total: Tensor | None = None
+    for generator, known in zip(generators, first_order, strict=True):
+        if known is None:
+            term = generator.apply(x if total is None else x + total, matmul=matmul)
+        else:
+            term = known if total is None else generator.apply(total, matmul=matmul).add_(known)
+        step = change(term, generator, angle, poly=poly, matmul=matmul)
+        total = step if total is None else total.add_(step)
+    assert total is not None, "a step has an active side"
+    return total
+
+
+def factor(
+    generator: Dense, angle: Tensor, *, retraction: Literal["cayley", "exp"]
+) -> Tensor:
+    """The orthogonal factor E(aA) itself, orthogonal to rounding: [B, d, d].
+
+    ``cayley`` is (I − aA/2)⁻¹(I + aA/2); I − aA/2 is never singular for a skew A, so the solver's
+    check, which would wait for the device, is left out.
+    """
+    a = generator.matrix * angle
+    if retraction == "exp":
+        return torch.linalg.matrix_exp(a)
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    half = a.mul_(0.5)
+    return torch.linalg.solve_ex(identity - half, identity + half, check_errors=False).result
+
+
+def multiply(x: Tensor, generator: Dense, factor_: Tensor) -> Tensor:
+    """X E for the in side, E X for the out side."""
+    return exact(x, factor_) if generator.side == "in" else exact(factor_, x)

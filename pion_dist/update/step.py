@@ -1,0 +1,157 @@
+"""One Pion step of a batch of matrices of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import PionConfig
+from .direction import adapted, averaged, frobenius, look_ahead, msign_dense, msign_outer
+from .generators import Dense, Generator, Matmul, Outer, Side, factors, generator
+from .precision import FAST, exact
+from .retraction import coefficients, factor, multiply, rotate
+
+
+def step(
+    w_Bmn: Tensor,
+    g_Bmn: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    config: PionConfig,
+    lr: float | Tensor,
+    active: Sequence[Side],
+    forms: Mapping[str, str],
+    ok: Tensor,
+) -> None:
+    """Move the moments and the weights by one step (modified in place).
+
+    Args:
+        w_Bmn: weights [B, m, n], float32 or float64.
+        g_Bmn: gradients, as the weights.
+        moments: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``, ``v_out`` [B, m, m]; else ``m``,
+            ``v`` [B, m, n]; the ``v`` for the adaptive direction only. (modified in place)
+        config: the run's options.
+        lr: η.
+        active: the sides this step applies, in order of application.
+        forms: ``dense`` or ``factors`` for each active side.
+        ok: boolean scalar on the weights' device; where it is False nothing moves.
+    """
+    fast = FAST[config.matmul_precision]
+    if config.momentum == "lie":
+        generators = _from_lie(
+            w_Bmn, g_Bmn, moments, config=config, active=active, ok=ok, matmul=fast
+        )
+    else:
+        generators = _from_average(
+            w_Bmn, g_Bmn, moments, config=config, active=active, forms=forms, ok=ok, matmul=fast
+        )
+    first_order = [a.apply(w_Bmn, matmul=exact) for a in generators]
+    angle = _angle(first_order, config=config) * lr
+    old: list[Tensor] = [w_Bmn]
+    known: list[Sequence[Tensor | None]] = [first_order]
+    if config.momentum == "transported":
+        old.append(moments["m"])
+        known.append([None] * len(generators))
+    # All new values before the first is written: a generator in factors has views of W and m.
+    new = _rotated(old, generators, angle, known, config=config, matmul=fast)
+    for x, y in zip(old, new, strict=True):
+        torch.where(ok, y, x, out=x)
+
+
+def _from_lie(
+    w: Tensor,
+    g: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    config: PionConfig,
+    active: Sequence[Side],
+    ok: Tensor,
+    matmul: Matmul,
+) -> list[Generator]:
+    """Average each side's generators, and turn the active sides' averages into directions."""
+    beta1, beta2 = config.betas
+    found: dict[str, Generator] = {}
+    for side in config.sides:
+        m = moments[f"m_{side}"]
+        new = generator(w, g, side=side, matmul=matmul)
+        averaged(m, new, beta=beta1, ok=ok)
+        if config.direction == "adaptive":
+            averaged(moments[f"v_{side}"], new.square(), beta=beta2, ok=ok)
+        if side not in active:
+            continue
+        a = look_ahead(m, new, beta=beta1, ok=ok) if config.nesterov else m
+        if config.direction == "adaptive":
+            found[side] = Dense(side, adapted(a, moments[f"v_{side}"], eps=config.eps))
+        elif config.direction == "msign":
+            found[side] = msign_dense(a, side=side, eps=config.eps, matmul=matmul)
+        else:
+            found[side] = Dense(side, a)
+    return [found[side] for side in active]
+
+
+def _from_average(
+    w: Tensor,
+    g: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    config: PionConfig,
+    active: Sequence[Side],
+    forms: Mapping[str, str],
+    ok: Tensor,
+    matmul: Matmul,
+) -> list[Generator]:
+    """Average the gradient, and project the average to the active sides' generators."""
+    beta1, beta2 = config.betas
+    m = moments["m"]
+    averaged(m, g, beta=beta1, ok=ok)
+    s = look_ahead(m, g, beta=beta1, ok=ok) if config.nesterov else m
+    if config.direction == "adaptive":
+        averaged(moments["v"], m.square(), beta=beta2, ok=ok)
+        s = adapted(s, moments["v"], eps=config.eps)
+    found: list[Generator] = []
+    for side in active:
+        if config.direction == "msign" and forms[side] == "factors":
+            found.append(msign_outer(w, s, side=side, eps=config.eps, matmul=matmul))
+        elif config.direction == "msign":
+            k = generator(w, s, side=side, matmul=matmul)
+            found.append(msign_dense(k, side=side, eps=config.eps, matmul=matmul))
+        elif forms[side] == "factors":
+            found.append(Outer(side, *factors(w, s, side=side)))
+        else:
+            found.append(Dense(side, generator(w, s, side=side, matmul=matmul)))
+    return found
+
+
+def _angle(first_order: Sequence[Tensor], *, config: PionConfig) -> Tensor:
+    """α [B, 1, 1]: c √(mn) / (‖A_out W + W A_in‖_F + ε) over the active sides, or 1."""
+    total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
+    if config.scaling == "none":
+        return total.new_ones(total.shape[0], 1, 1)
+    m, n = total.shape[-2:]
+    return config.rms * (m * n) ** 0.5 / (frobenius(total) + config.eps)
+
+
+def _rotated(
+    batches: Sequence[Tensor],
+    generators: Sequence[Generator],
+    angle: Tensor,
+    first_order: Sequence[Sequence[Tensor | None]],
+    *,
+    config: PionConfig,
+    matmul: Matmul,
+) -> list[Tensor]:
+    """Each X with every active side's factor applied."""
+    if config.retraction in ("taylor", "cubic"):
+        poly = coefficients(config.retraction, degree=config.degree)
+        return [
+            rotate(x, generators, angle, known, poly=poly, matmul=matmul).add_(x)
+            for x, known in zip(batches, first_order, strict=True)
+        ]
+    new = list(batches)
+    for a in generators:
+        assert isinstance(a, Dense), "cost.forms keeps cayley and exp dense"
+        e = factor(a, angle, retraction=config.retraction)
+        new = [multiply(x, a, e) for x in new]
+    return new
