@@ -137,28 +137,28 @@ def stacked(rows: int, cols: int, *, name: str, count: int) -> MatrixView:
     return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),))
 
 
-def fused_qkv(
-    rows: int, cols: int, *, group_parts: Sequence[tuple[str, int]], per_group: bool
+def interleaved(
+    rows: int, cols: int, *, repeated: Sequence[tuple[str, int]], per_repetition: bool
 ) -> MatrixView:
-    """A fused QKV weight, stored a query group after the other, as its projections.
+    """Several projections stored in turns, such as a fused QKV weight, query group by query group.
 
     Args:
-        rows: R, a multiple of the rows of one query group.
+        rows: R, a multiple of the rows of one repetition.
         cols: C.
-        group_parts: name and height of what a query group stores, in order, such as
+        repeated: name and height of what a repetition stores, in order, such as
             ``[("q", 128), ("k", 64), ("v", 64)]``.
-        per_group: one matrix per query group and projection; else one per projection, its rows
-            gathered over the groups.
+        per_repetition: one matrix per repetition and projection; else one per projection, its rows
+            gathered over the repetitions.
 
     Raises:
-        ValueError: R is not a multiple of a query group's rows.
+        ValueError: R is not a multiple of a repetition's rows.
     """
-    period = sum(length for _, length in group_parts)
+    period = sum(length for _, length in repeated)
     if rows % period:
-        raise ValueError(f"{rows} rows are not query groups of {period} rows")
-    batch = rows // period if per_group else 1
+        raise ValueError(f"{rows} rows are not repetitions of {period} rows {list(repeated)}")
+    batch = rows // period if per_repetition else 1
     parts, offset = [], 0
-    for name, length in group_parts:
+    for name, length in repeated:
         parts.append(Part(name, period, offset, length, batch))
         offset += length
     return MatrixView(rows, cols, tuple(parts))

@@ -42,6 +42,7 @@ class Pion(torch.optim.Optimizer):
         lr: η, per group; schedulers set ``group["lr"]``.
         config: the options that all groups share.
         views: how a parameter is seen as matrices; one that has none is one whole matrix.
+        names: of parameters, for messages; ``named_parameters()`` brings its own.
 
     Raises:
         ValueError: a parameter is not 2-D or not real floating point, a view does not fit it, or
@@ -58,8 +59,10 @@ class Pion(torch.optim.Optimizer):
         *,
         config: PionConfig | None = None,
         views: Mapping[Tensor, MatrixView] | None = None,
+        names: Mapping[Tensor, str] | None = None,
     ) -> None:
         """See the class."""
+        self._names = dict(names or {})
         self.config = config if config is not None else PionConfig()
         self._views = dict(views or {})
         self._slots: dict[Tensor, _Slot] = {}
@@ -72,8 +75,9 @@ class Pion(torch.optim.Optimizer):
         params = group["params"]
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         named = [p if isinstance(p, tuple) else (None, p) for p in params]
+        place = f"of group {len(self.param_groups)}"
         slots = {
-            p: self._slot(p, name or f"parameter {index} of group {len(self.param_groups)}")
+            p: self._slot(p, name or self._names.get(p, f"parameter {index} {place}"))
             for index, (name, p) in enumerate(named)
         }
         lr = group.get("lr", self.defaults["lr"])

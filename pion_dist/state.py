@@ -80,3 +80,8 @@ def identity(config: PionConfig) -> dict[str, Any]:
         "qkv": config.qkv,
         "split_gate": config.split_gate,
     }
+
+
+def is_lie_key(key: str) -> bool:
+    """Whether a state key is of a Lie moment."""
+    return key.split(".")[0] in ("m_in", "m_out", "v_in", "v_out")

@@ -1,0 +1,231 @@
+"""The ``--pion-*`` flags: one table that makes the arguments, Megatron's config and PionConfig."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pion_dist import PionConfig
+from pion_dist.config import choices
+
+_CHOICES = choices()
+_DEFAULT = PionConfig()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option of a run: ``--pion-<name>``, ``args.pion_<dest>`` and ``OptimizerConfig.pion_<dest>``.
+
+    Attributes:
+        name: as it is on the command line, without ``--pion-``.
+        default: also of the config's field.
+        help: for ``--help``.
+        options: further arguments of ``add_argument``.
+        dest: if not ``name``.
+    """
+
+    name: str
+    default: Any
+    help: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dest: str = ""
+
+    @property
+    def field(self) -> str:
+        """Name of the attribute in args and in OptimizerConfig."""
+        return "pion_" + (self.dest or self.name).replace("-", "_")
+
+
+def _choice(name: str, help_: str) -> Flag:
+    option = name.replace("-", "_")
+    return Flag(name, getattr(_DEFAULT, option), help_, {"choices": _CHOICES[option], "type": str})
+
+
+FLAGS = (
+    _choice(
+        "momentum",
+        "What the first moment averages: the generators (lie), the gradient, rotated along with "
+        "the weight (transported), or the gradient as it is (ambient).",
+    ),
+    _choice(
+        "direction",
+        "How a moment becomes a generator: m/(sqrt(v)+eps) (adaptive), m (momentum), or the matrix "
+        "sign of the skew generator, by Newton-Schulz (msign).",
+    ),
+    Flag(
+        "nesterov",
+        _DEFAULT.nesterov,
+        "Use the look-ahead average beta1*m + (1-beta1)*g in place of m.",
+        {"action": "store_true"},
+    ),
+    _choice(
+        "scaling",
+        "rms: the first-order change of a weight has root mean square lr * --pion-rms. none: the "
+        "generator is scaled by lr alone (with msign, lr is the angle).",
+    ),
+    Flag("beta1", _DEFAULT.betas[0], "Decay of the first moment.", {"type": float}),
+    Flag("beta2", _DEFAULT.betas[1], "Decay of the second moment.", {"type": float}),
+    Flag("eps", _DEFAULT.eps, "Added to Pion's denominators.", {"type": float}),
+    _choice(
+        "side",
+        "The orthogonal factors a step applies: both, one in turns (in first), or always one.",
+    ),
+    Flag("rms", _DEFAULT.rms, "What --pion-scaling rms aims at, per unit of lr.", {"type": float}),
+    _choice(
+        "retraction",
+        "From a skew generator to an orthogonal factor: exp cut at --pion-degree (taylor), the "
+        "orthogonality-matched cubic, the Cayley transform, or exp.",
+    ),
+    Flag("degree", _DEFAULT.degree, "Degree of --pion-retraction taylor, 2 to 8.", {"type": int}),
+    _choice(
+        "qkv",
+        "What a fused QKV weight is to Pion: Q, K and V as three matrices (qkv), every head one "
+        "(head), per query group its Q, its K, its V (group), or the fused weight as one (whole).",
+    ),
+    Flag(
+        "no-split-gate",
+        _DEFAULT.split_gate,
+        "Rotate a gated MLP's first weight as one matrix, not as gate and up.",
+        {"action": "store_false"},
+        dest="split-gate",
+    ),
+    Flag(
+        "exclude",
+        None,
+        "Leave parameters whose name matches this regular expression to Adam (re.search; "
+        "repeatable). Names are printed by --pion-print-plan.",
+        {"action": "append", "metavar": "REGEX"},
+    ),
+    _choice(
+        "matmul-precision",
+        "Precision of float32 products that the spectrum does not depend on to first order: IEEE "
+        "float32 (highest), TF32 (high) or bf16. Torch's global settings have no say.",
+    ),
+    Flag(
+        "init",
+        "keep",
+        "keep: the model's own initial weights. fan_in: redraw every matrix of Pion's as N(0, "
+        "1/fan-in), the same weights in every layout; a loaded checkpoint wins over it. Works with "
+        "any --optimizer, for comparisons. Pion never changes a weight's spectrum, so the initial "
+        "one decides the run.",
+        {"choices": ("keep", "fan_in"), "type": str},
+    ),
+    Flag(
+        "print-plan",
+        False,
+        "Print for every parameter whether it is Pion's, and as which matrices, or why it is "
+        "Adam's; then what a step costs.",
+        {"action": "store_true"},
+    ),
+)
+
+# Not a flag: args.seed, which OptimizerConfig does not carry, for --pion-init.
+SEED_FIELD, SEED_DEFAULT = "pion_seed", 1234
+
+
+def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags to Megatron's parser, and ``pion`` to its optimizers (modified in place).
+
+    Raises:
+        RuntimeError: the parser has no ``--optimizer`` with choices.
+    """
+    actions = [a for a in parser._actions if "--optimizer" in a.option_strings]
+    if not actions or actions[0].choices is None:
+        raise RuntimeError("Megatron's parser has no --optimizer with choices: pion_dist needs it")
+    if "pion" in actions[0].choices:
+        return parser
+    actions[0].choices = [*actions[0].choices, "pion"]
+    group = parser.add_argument_group(
+        "pion",
+        "W <- R W P with orthogonal R and P: singular values stay. The step is scaled by --lr and "
+        "its schedule; --weight-decay does not touch Pion's matrices (it would change their "
+        "spectrum), only Adam's parameters.",
+    )
+    for flag in FLAGS:
+        group.add_argument(
+            f"--pion-{flag.name}",
+            dest=flag.field,
+            default=flag.default,
+            help=flag.help.replace("%", "%%") + (" Default: %(default)s." if flag.default else ""),
+            **flag.options,
+        )
+    parse_known_args = parser.parse_known_args
+
+    def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        setattr(namespace, SEED_FIELD, getattr(namespace, "seed", SEED_DEFAULT))
+        try:
+            check(namespace)
+        except ValueError as error:
+            parser.error(str(error))
+        return namespace, rest
+
+    parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
+    return parser
+
+
+def pion_config(source: Any) -> PionConfig:
+    """PionConfig of Megatron's args or OptimizerConfig.
+
+    Raises:
+        ValueError: a value is not allowed or contradicts another; names the flag.
+    """
+    values = {
+        field.name: getattr(source, f"pion_{field.name}")
+        for field in dataclasses.fields(PionConfig)
+        if field.name != "betas"
+    }
+    try:
+        return PionConfig(betas=(source.pion_beta1, source.pion_beta2), **values)
+    except ValueError as error:
+        raise ValueError(
+            f"--pion-{error}".replace("--pion-betas", "(--pion-beta1, --pion-beta2)")
+        ) from None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse contradictory values and combinations that Pion cannot train.
+
+    Raises:
+        ValueError: says which flag to change.
+    """
+    for pattern in args.pion_exclude or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"--pion-exclude {pattern!r} is no regular expression: {error}") from None
+    if args.optimizer != "pion":
+        return
+    pion_config(args)
+    refused = {
+        "--tensor-model-parallel-size above 1": getattr(args, "tensor_model_parallel_size", 1) > 1,
+        "--use-distributed-optimizer": getattr(args, "use_distributed_optimizer", False),
+        "--fp16": getattr(args, "fp16", False),
+        "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
+        "--use-mup": getattr(args, "use_mup", False),
+        "--fp8-param-gather": getattr(args, "fp8_param_gather", False),
+    }
+    for flag, given in refused.items():
+        if given:
+            raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
+
+
+def extend_config(config_cls: type) -> None:
+    """Give Megatron's OptimizerConfig a field for every flag (modified in place; idempotent).
+
+    In place, because it is imported by name in many modules; Megatron copies every field that
+    args has.
+    """
+    if SEED_FIELD in config_cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        return
+    fields = {flag.field: flag.default for flag in FLAGS} | {SEED_FIELD: SEED_DEFAULT}
+    for name, default in fields.items():
+        config_cls.__annotations__[name] = Any
+        setattr(config_cls, name, default)
+    # dataclass() keeps methods that exist; without the generated ones it makes them anew.
+    for method in ("__init__", "__repr__", "__eq__"):
+        delattr(config_cls, method)
+    dataclasses.dataclass(config_cls)

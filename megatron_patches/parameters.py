@@ -1,0 +1,141 @@
+"""What Pion has to know of a Megatron model's parameters: global names, geometry, decisions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+
+from pion_dist import PionConfig
+from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+
+_DECISION = "pion_decision"
+
+
+def named_parameters(
+    model_chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[ParamInfo, torch.nn.Parameter]]:
+    """Every trainable parameter of this rank with what a decision needs, in the model's order.
+
+    Args:
+        model_chunks: as get_megatron_optimizer gets them, wrapped or not.
+    """
+    for chunk in model_chunks:
+        modules = dict(chunk.named_modules())
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                yield _info(name, param, modules), param
+
+
+def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> ParamInfo:
+    path, _, leaf = name.rpartition(".")
+    parent_path, _, linear = path.rpartition(".")
+    parent = modules[parent_path]
+    config = getattr(parent, "config", None)
+    geometry: dict[str, Any] = {}
+    if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
+        geometry = {"qkv": _query_group(config), "head_dim": config.kv_channels}
+    elif re.fullmatch(r"weight\d*", leaf) and linear == "linear_fc1":
+        geometry = {
+            "gated": bool(config.gated_linear_unit),
+            "gate_interleave": getattr(config, "moe_mlp_glu_interleave_size", None) or 0,
+        }
+    return ParamInfo(
+        name=_global_name(name, modules),
+        shape=tuple(param.shape),
+        embedding_or_output=bool(getattr(param, "is_embedding_or_output_parameter", False)),
+        **geometry,
+    )
+
+
+def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
+    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors)."""
+    heads, head_dim = config.num_attention_heads // config.num_query_groups, config.kv_channels
+    gate = (("gate", heads * head_dim),) if config.attention_output_gate else ()
+    return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))
+
+
+def _global_name(name: str, modules: dict[str, Any]) -> str:
+    """The parameter's name without wrappers and with the layer's number in the whole model."""
+    parts = name.split(".")
+    for position in range(1, len(parts)):
+        number = getattr(modules[".".join(parts[: position + 1])], "layer_number", None) if (
+            parts[position].isdigit() and parts[position - 1] == "layers"
+        ) else None
+        if isinstance(number, int):
+            parts[position] = str(number - 1)
+    while parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def decide(
+    model_chunks: Sequence[torch.nn.Module], config: PionConfig, *, exclude: Sequence[str]
+) -> list[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]]:
+    """Classify every parameter of this rank and note the decision on it, for ``is_scalar``.
+
+    Raises:
+        ValueError: a fused weight's rows do not fit its geometry.
+    """
+    found = [
+        (info, param, classify(info, config, exclude=exclude))
+        for info, param in named_parameters(model_chunks)
+    ]
+    for _, param, decision in found:
+        setattr(param, _DECISION, decision)
+    return found
+
+
+def is_scalar(param: torch.Tensor) -> bool:
+    """Whether a parameter that ``decide`` has seen is not Pion's.
+
+    Raises:
+        RuntimeError: ``decide`` has not seen it.
+    """
+    if not hasattr(param, _DECISION):
+        raise RuntimeError(
+            "--optimizer pion: get_megatron_optimizer was imported by name before "
+            "megatron_patches.apply() ran; call apply() first"
+        )
+    return isinstance(getattr(param, _DECISION), Scalar)
+
+
+def places(
+    model_chunks: Sequence[torch.nn.Module], params: Sequence[torch.nn.Parameter]
+) -> list[list[ShardedTensor]]:
+    """Where each parameter's data lies in the whole model, as Megatron's checkpoints name it.
+
+    Args:
+        model_chunks: as get_megatron_optimizer gets them.
+        params: parameters of these chunks.
+
+    Returns:
+        For each parameter its pieces, whose ``data`` are views of the parameter: one, or two for a
+        gated weight.
+
+    Raises:
+        RuntimeError: a parameter is in no chunk's sharded state.
+    """
+    sharded = {
+        index: chunk.sharded_state_dict()  # type: ignore[operator]
+        for index, chunk in enumerate(model_chunks)
+    }
+    found = get_param_id_to_sharded_param_map(sharded, params)
+    if len(found) != len(params):
+        raise RuntimeError(
+            f"{len(params) - len(found)} parameters are not in the model's sharded_state_dict()"
+        )
+    return [pieces(found[index]) for index in range(len(params))]
+
+
+def pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The sharded tensors of a model parameter's checkpoint entry."""
+    if isinstance(entry, ShardedTensorFactory):
+        built = entry.build()
+        assert isinstance(built, list), "gated weights build a list of gate and up"
+        return built
+    return [entry]

@@ -1,0 +1,172 @@
+"""Puts Pion into an unmodified Megatron: ``apply()`` patches every seam of ``seams``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import seams
+
+_applied = False
+
+
+def apply() -> None:
+    """Register ``--optimizer pion`` and its flags in the installed Megatron; once is enough.
+
+    Call it before anything imports ``get_megatron_optimizer`` by name and before arguments are
+    parsed.
+
+    Raises:
+        SeamError: this Megatron is missing, or lacks a place that Pion holds on to.
+    """
+    global _applied
+    if _applied:
+        return
+    seams.check()
+    from . import sharded_state
+    from .arguments import add_pion_arguments, extend_config
+
+    config_module = importlib.import_module("megatron.core.optimizer.optimizer_config")
+    extend_config(config_module.OptimizerConfig)
+    _register()
+    sharded_state.apply()
+    core = importlib.import_module("megatron.core.optimizer")
+    core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
+    if seams.has_training():
+        training = importlib.import_module("megatron.training.training")
+        training.get_megatron_optimizer = core.get_megatron_optimizer  # type: ignore[attr-defined]
+        arguments = importlib.import_module("megatron.training.arguments")
+        add_megatron_arguments = arguments.add_megatron_arguments
+
+        @functools.wraps(add_megatron_arguments)
+        def with_pion(parser: Any) -> Any:
+            return add_pion_arguments(add_megatron_arguments(parser))
+
+        arguments.add_megatron_arguments = with_pion  # type: ignore[attr-defined]
+    _applied = True
+
+
+def _register() -> None:
+    from megatron.core.optimizer.emerging_optimizers import (
+        _EMERGING_OPTIMIZERS,
+        EmergingOptimizerEntry,
+    )
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    from pion_dist import Pion
+
+    from .parameters import is_scalar
+
+    _EMERGING_OPTIMIZERS["pion"] = EmergingOptimizerEntry(
+        optimizer_cls=Pion,
+        init_state_fn=_state_exists,
+        config_to_kwargs=_pion_kwargs,
+        default_param_overrides={
+            ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar)): {
+                "optimizer": "adam"
+            }
+        },
+    )
+
+
+def _state_exists(optimizer: Any, config: Any = None) -> None:
+    """Pion makes its state when it is made."""
+
+
+def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
+    from pion_dist.classify import Rotated
+
+    from .arguments import pion_config
+    from .parameters import decide
+
+    options = pion_config(config)
+    decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
+    rotated = [(info, p, d) for info, p, d in decisions if isinstance(d, Rotated)]
+    return {
+        "lr": config.lr,
+        "config": options,
+        "views": {p: d.view for _, p, d in rotated},
+        "names": {p: info.name for info, p, _ in rotated},
+    }
+
+
+def _with_pion(original: Any) -> Any:
+    """get_megatron_optimizer with --pion-init, the decisions, and the float32 masters."""
+
+    @functools.wraps(original)
+    def get_megatron_optimizer(
+        config: Any, model_chunks: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if config.optimizer != "pion" and config.pion_init == "keep":
+            return original(config, model_chunks, *args, **kwargs)
+        from pion_dist.classify import Rotated
+
+        from .arguments import pion_config
+        from .initialization import fan_in
+        from .parameters import decide
+
+        options = pion_config(config)
+        decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
+        if config.pion_init == "fan_in":
+            weights = [p for _, p, decision in decisions if isinstance(decision, Rotated)]
+            fan_in(model_chunks, weights, seed=config.pion_seed)
+        if config.optimizer != "pion":
+            return original(config, model_chunks, *args, **kwargs)
+        if config.pion_print_plan:
+            _print_plan(decisions, options)
+        optimizer = original(config, model_chunks, *args, **kwargs)
+        _adopt_masters(optimizer)
+        return optimizer
+
+    return get_megatron_optimizer
+
+
+def _adopt_masters(optimizer: Any) -> None:
+    """Tell every Pion which float32 master stands for which of its weights."""
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    from pion_dist import Pion
+
+    for each in _chained(optimizer):
+        if isinstance(each, Float16OptimizerWithFloat16Params) and isinstance(each.optimizer, Pion):
+            for weights, masters in zip(
+                each.float16_groups, each.fp32_from_float16_groups, strict=True
+            ):
+                for weight, master in zip(weights, masters, strict=True):
+                    each.optimizer.replace_parameter(weight, master)
+
+
+def _chained(optimizer: Any) -> Iterator[Any]:
+    for each in getattr(optimizer, "chained_optimizers", ()):
+        yield from _chained(each)
+    yield optimizer
+
+
+def _print_plan(decisions: Sequence[Any], options: Any) -> None:
+    """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
+    from pion_dist.plan import build_plan
+
+    plan = build_plan([(info.name, info.shape, d) for info, _, d in decisions], options)
+    mine = (plan.rows(), plan.totals())
+    everyone = [mine]
+    if torch.distributed.is_initialized():
+        everyone = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        if torch.distributed.get_rank() != 0:
+            return
+    print("Pion's plan", flush=True)
+    for row in dict.fromkeys(row for rows, _ in everyone for row in rows):
+        print("  " + row)
+    for totals, ranks in _ranks_by(totals for _, totals in everyone).items():
+        print(f"  rank {ranks}: {totals}" if len(everyone) > 1 else f"  {totals}", flush=True)
+
+
+def _ranks_by(totals: Iterator[str]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for rank, line in enumerate(totals):
+        found.setdefault(line, []).append(str(rank))
+    return {line: ", ".join(ranks) for line, ranks in found.items()}

@@ -1,0 +1,170 @@
+"""The places of Megatron that the patches hold on to, and the check that they are there.
+
+Every seam is checked before the first is touched, so that a Megatron in which one has moved is
+refused as a whole instead of training something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+
+class SeamError(RuntimeError):
+    """This Megatron lacks a seam, or it has moved."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A named object of Megatron with the parameters or attributes that the patches use.
+
+    Attributes:
+        module: where it is.
+        name: of the object in the module.
+        parameters: that its signature must have.
+        attributes: that it must have.
+        why: what is done there.
+    """
+
+    module: str
+    name: str
+    why: str
+    parameters: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+
+    def check(self) -> str | None:
+        """What is missing, or None."""
+        try:
+            found = getattr(importlib.import_module(self.module), self.name)
+        except ImportError as error:
+            return f"module {self.module} does not import ({error})"
+        except AttributeError:
+            return f"{self.module} has no {self.name}"
+        have = set(inspect.signature(found).parameters) if self.parameters else set()
+        if missing := [p for p in self.parameters if p not in have]:
+            return f"{self.module}.{self.name} takes no {', '.join(missing)}"
+        if missing := [a for a in self.attributes if not hasattr(found, a)]:
+            return f"{self.module}.{self.name} has no {', '.join(missing)}"
+        return None
+
+
+CORE = (
+    Seam(
+        "megatron.core.optimizer.optimizer_config",
+        "OptimizerConfig",
+        "gets a field for every flag",
+        attributes=("__dataclass_fields__", "optimizer"),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer_config",
+        "ParamKey",
+        "routes parameters to Pion or Adam",
+        parameters=("predicate",),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer_config",
+        "ParamPredicate",
+        "routes parameters to Pion or Adam",
+        parameters=("name", "fn"),
+    ),
+    Seam(
+        "megatron.core.optimizer.emerging_optimizers",
+        "_EMERGING_OPTIMIZERS",
+        "registers the optimizer",
+        attributes=("__setitem__",),
+    ),
+    Seam(
+        "megatron.core.optimizer.emerging_optimizers",
+        "EmergingOptimizerEntry",
+        "registers the optimizer",
+        parameters=(
+            "optimizer_cls",
+            "init_state_fn",
+            "config_to_kwargs",
+            "default_param_overrides",
+        ),
+    ),
+    Seam(
+        "megatron.core.optimizer",
+        "get_megatron_optimizer",
+        "classifies parameters, draws initial weights, prints the plan",
+        parameters=("config", "model_chunks"),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer",
+        "Float16OptimizerWithFloat16Params",
+        "tells Pion of the float32 masters",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.optimizer",
+        "make_sharded_optimizer_tensor",
+        "writes Lie moments to torch_dist checkpoints",
+        parameters=("model_param", "optim_param", "prefix"),
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.optimizer",
+        "get_param_id_to_sharded_param_map",
+        "finds each parameter's place in the whole model",
+        parameters=("model_sharded_state_dict", "optim_params_iter"),
+    ),
+)
+
+TRAINING = (
+    Seam(
+        "megatron.training.arguments",
+        "add_megatron_arguments",
+        "adds the flags",
+        parameters=("parser",),
+    ),
+    Seam(
+        "megatron.training.training",
+        "get_megatron_optimizer",
+        "the name by which pretrain() makes its optimizer",
+        parameters=("config", "model_chunks"),
+    ),
+)
+
+
+def megatron_version() -> str:
+    """The installed megatron-core's version.
+
+    Raises:
+        SeamError: there is none.
+    """
+    if importlib.util.find_spec("megatron") is None:
+        raise SeamError(
+            "megatron-core is not installed: pip install megatron-core==0.19.2 "
+            "emerging-optimizers==0.3.0"
+        )
+    version: Any = importlib.import_module("megatron.core.package_info").__version__
+    return str(version)
+
+
+def has_training() -> bool:
+    """Whether ``megatron.training`` is there (core alone can be used without it)."""
+    return importlib.util.find_spec("megatron.training") is not None
+
+
+def check() -> None:
+    """Check every seam.
+
+    Raises:
+        SeamError: names the version and every seam that is missing or has moved.
+    """
+    version = megatron_version()
+    seams = CORE + TRAINING if has_training() else CORE
+    missing = [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]
+    if missing:
+        raise SeamError(
+            f"megatron-core {version} does not have what pion_dist holds on to; 0.19.2 does:\n"
+            + "\n".join(missing)
+        )
+    emerging = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
+    if not emerging.HAVE_EMERGING_OPTIMIZERS:
+        raise SeamError(
+            f"megatron-core {version} needs emerging-optimizers for --optimizer pion: "
+            "pip install emerging-optimizers==0.3.0"
+        )

@@ -1,0 +1,100 @@
+"""The one rule that says what each parameter of a model is: Pion's matrices, or the other optimizer's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import PionConfig
+from .matrices import MatrixView, interleaved, stacked, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamInfo:
+    """What has to be known of a parameter to classify it.
+
+    Attributes:
+        name: its name in the whole model, with global layer and expert numbers.
+        shape: of the whole parameter.
+        embedding_or_output: it belongs to an embedding or the output layer.
+        qkv: for a fused QKV weight, name and rows of what one query group stores, in order.
+        head_dim: rows of one head of a fused QKV weight.
+        gated: it is the first linear layer of a gated MLP: gate over up.
+        gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    embedding_or_output: bool = False
+    qkv: tuple[tuple[str, int], ...] = ()
+    head_dim: int = 0
+    gated: bool = False
+    gate_interleave: int = 0
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Pion's: the weight is updated as the matrices of its view."""
+
+    view: MatrixView
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Not Pion's: left to an elementwise optimizer, for a reason that a plan can print."""
+
+    reason: str
+
+
+def classify(
+    info: ParamInfo, config: PionConfig, *, exclude: Sequence[str] = ()
+) -> Rotated | Scalar:
+    """What a parameter is to Pion.
+
+    2-D weights are Pion's, but for embeddings, the output layer and what ``exclude`` names: the
+    rule by which Megatron routes parameters to the buffers of its layer-wise optimizer.
+
+    Args:
+        info: the parameter.
+        config: decides how fused weights are cut into matrices.
+        exclude: regular expressions, searched in the name.
+
+    Raises:
+        ValueError: a fused weight's rows do not fit its geometry.
+    """
+    for pattern in exclude:
+        if re.search(pattern, info.name):
+            return Scalar(f"excluded by {pattern!r}")
+    if info.embedding_or_output:
+        return Scalar("embedding or output layer")
+    if len(info.shape) != 2:
+        return Scalar(f"{len(info.shape)}-D")
+    rows, cols = info.shape
+    if info.qkv:
+        return Rotated(_qkv_view(info, config))
+    if info.gated and config.split_gate:
+        if info.gate_interleave:
+            block = info.gate_interleave
+            return Rotated(
+                interleaved(
+                    rows, cols, repeated=[("gate", block), ("up", block)], per_repetition=False
+                )
+            )
+        return Rotated(stacked(rows, cols, name="gate_up", count=2))
+    return Rotated(whole(rows, cols))
+
+
+def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:
+    rows, cols = info.shape
+    match config.qkv:
+        case "qkv":
+            return interleaved(rows, cols, repeated=info.qkv, per_repetition=False)
+        case "group":
+            return interleaved(rows, cols, repeated=info.qkv, per_repetition=True)
+        case "head":
+            return stacked(rows, cols, name="head", count=rows // info.head_dim)
+        case "whole":
+            return whole(rows, cols)
+        case _:
+            raise ValueError(f"qkv={config.qkv!r}")

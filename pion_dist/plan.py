@@ -1,0 +1,97 @@
+"""The plan of a step: what each parameter is, and what the whole costs. Integers and strings only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import cost
+from .classify import Rotated, Scalar
+from .config import PionConfig
+
+ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
+_MOMENT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One parameter of the plan.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        matrices: for each part its name and batch shape (B, m, n); empty where it is not Pion's.
+        reason: why it is not Pion's; empty where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[str, tuple[int, int, int]], ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a rank does in a step.
+
+    Attributes:
+        weights: every parameter, in the model's order.
+        count: matrices that Pion rotates.
+        flop: of their step, on average over steps; products only.
+        state_bytes: Pion's state.
+        adam_bytes: what Adam's state of the same weights would take.
+    """
+
+    weights: tuple[WeightPlan, ...]
+    count: int
+    flop: float
+    state_bytes: int
+    adam_bytes: int
+
+    def rows(self) -> list[str]:
+        """A line for every parameter."""
+        width = max((len(w.name) for w in self.weights), default=0)
+        lines = []
+        for weight in self.weights:
+            shape = "x".join(map(str, weight.shape))
+            what = f"Adam: {weight.reason}"
+            if weight.matrices:
+                parts = (f"{part} {b} of {m}x{n}" for part, (b, m, n) in weight.matrices)
+                what = "Pion: " + ", ".join(parts)
+            lines.append(f"{weight.name:<{width}}  {shape:>12}  {what}")
+        return lines
+
+    def totals(self) -> str:
+        """One line of totals."""
+        ratio = self.state_bytes / self.adam_bytes if self.adam_bytes else 0.0
+        return (
+            f"Pion: {self.count} matrices in {sum(bool(w.matrices) for w in self.weights)} weights, "
+            f"{self.flop:.3e} FLOP a step, {self.state_bytes:,} bytes of state on this rank, "
+            f"{ratio:.2f} of Adam's for the same weights; "
+            f"Adam: {sum(not w.matrices for w in self.weights)} parameters"
+        )
+
+
+def build_plan(
+    decisions: Iterable[tuple[str, tuple[int, ...], Rotated | Scalar]], config: PionConfig
+) -> StepPlan:
+    """The plan of a rank whose parameters are classified.
+
+    Args:
+        decisions: name, shape and class of every parameter, in the model's order.
+        config: the run's options.
+    """
+    weights, count, flop, elements, parameters = [], 0, 0.0, 0, 0
+    for name, shape, decision in decisions:
+        if isinstance(decision, Scalar):
+            weights.append(WeightPlan(name, shape, (), decision.reason))
+            continue
+        weights.append(WeightPlan(name, shape, tuple(decision.view.shapes.items()), ""))
+        parameters += decision.view.rows * decision.view.cols
+        for batch, m, n in decision.view.shapes.values():
+            count += batch
+            flop += batch * cost.step_flop(m, n, config)
+            elements += batch * cost.state_elements(m, n, config)
+    return StepPlan(
+        tuple(weights), count, flop, elements * _MOMENT_BYTES, parameters * ADAM_STATE_BYTES
+    )
