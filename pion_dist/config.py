@@ -78,7 +78,7 @@ class PionConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name}={value!r}: must be a positive number")
-        if isinstance(self.degree, bool) or self.degree not in range(2, 9):
+        if type(self.degree) is not int or not 2 <= self.degree <= 8:
             raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
         if self.retraction != "taylor" and self.degree != _default("degree"):
             raise ValueError(

@@ -93,12 +93,7 @@ class MatrixView:
             ValueError: the shape is not this view's.
         """
         self._check(weight_RC)
-        return {
-            part.name: self._rows(weight_RC, part)
-            .flatten(0, 1)
-            .unflatten(0, (part.batch, self.shape_of(part)[1]))
-            for part in self.parts
-        }
+        return {part.name: self._matrices(weight_RC, part) for part in self.parts}
 
     def merge(self, matrices: dict[str, Tensor], weight_RC: Tensor) -> None:
         """The inverse of ``split``: write the matrices into the weight (modified in place).
@@ -114,11 +109,18 @@ class MatrixView:
         for part in self.parts:
             rows = self._rows(weight_RC, part)
             if matrices[part.name].data_ptr() != rows.data_ptr():  # else it is the weight itself
-                rows.copy_(matrices[part.name].flatten(0, 1).unflatten(0, rows.shape[:2]))
+                rows.copy_(matrices[part.name].reshape(rows.shape))
 
     def _rows(self, weight_RC: Tensor, part: Part) -> Tensor:
         repeated = weight_RC.unflatten(0, (self.rows // part.period, part.period))
         return repeated[:, part.offset : part.offset + part.length]
+
+    def _matrices(self, weight_RC: Tensor, part: Part) -> Tensor:
+        rows = self._rows(weight_RC, part)
+        batch, m, _ = self.shape_of(part)
+        if part.length % m == 0:  # no matrix is gathered over repetitions: a view
+            return rows.unflatten(1, (part.length // m, m)).flatten(0, 1)
+        return rows.flatten(0, 1).unflatten(0, (batch, m))
 
     def _check(self, weight_RC: Tensor) -> None:
         if tuple(weight_RC.shape) != (self.rows, self.cols):

@@ -1,0 +1,242 @@
+"""Pion as a torch optimizer: groups, schedulers, state, refusals, and steps that must not move."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from pion_dist import Pion, PionConfig
+from pion_dist.matrices import stacked
+
+
+def weights(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, dtype=dtype) / shape[1] ** 0.5) for shape in shapes]
+
+
+def set_grads(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+CONFIGS = [
+    PionConfig(),
+    PionConfig(momentum="transported", direction="msign", nesterov=True, side="alternate"),
+    PionConfig(momentum="ambient", direction="adaptive", retraction="cayley"),
+    PionConfig(direction="momentum", side="out", retraction="cubic"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.momentum}-{c.direction}")
+def test_resume_equals_straight(config: PionConfig, dtype: torch.dtype) -> None:
+    straight, resumed = weights((6, 4), (3, 9), dtype=dtype), weights((6, 4), (3, 9), dtype=dtype)
+    a, b = Pion(straight, lr=0.02, config=config), Pion(resumed, lr=0.02, config=config)
+    for step in range(3):
+        for params, optimizer in ((straight, a), (resumed, b)):
+            set_grads(params, step)
+            optimizer.step()
+    saved = copy.deepcopy(b.state_dict())
+    b = Pion(resumed, lr=0.5, config=config)
+    b.load_state_dict(saved)
+    for step in range(3, 6):
+        for params, optimizer in ((straight, a), (resumed, b)):
+            set_grads(params, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(straight, resumed, strict=True))
+
+
+def test_moments_of_low_precision_weights_are_float32() -> None:
+    (p,) = weights((4, 3), dtype=torch.bfloat16)
+    optimizer = Pion([p], config=PionConfig())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert {moment.dtype for moment in optimizer.state[p].values()} == {torch.float32}
+
+
+def test_groups_have_their_own_lr_and_schedulers_move_it() -> None:
+    still, moving = weights((4, 3), (4, 3))
+    optimizer = Pion([{"params": [still], "lr": 0.0}, {"params": [moving]}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    before = still.detach().clone(), moving.detach().clone()
+    set_grads([still, moving], 0)
+    optimizer.step()
+    schedule.step()
+    assert torch.equal(still, before[0]) and not torch.equal(moving, before[1])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.05]
+
+
+def test_closure_and_missing_gradients() -> None:
+    used, unused = weights((4, 3), (4, 3))
+    optimizer = Pion([used, unused], lr=0.1)
+    before = unused.detach().clone()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (used @ torch.ones(3)).square().sum()
+        loss.backward()
+        return loss.item()
+
+    losses = [optimizer.step(closure) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(unused, before)
+
+
+def test_views_are_rotated_as_separate_matrices() -> None:
+    (joined,) = weights((8, 3))
+    apart = [nn.Parameter(half.clone()) for half in joined.detach().chunk(2)]
+    one = Pion([joined], lr=0.1, views={joined: stacked(8, 3, name="gate_up", count=2)})
+    two = Pion(apart, lr=0.1)
+    for step in range(3):
+        set_grads([joined], step)
+        for p, grad in zip(apart, joined.grad.chunk(2), strict=True):
+            p.grad = grad.clone()
+        one.step()
+        two.step()
+    # One batched product or two single ones: equal to float32 rounding of 3 steps of sums over
+    # at most 8 terms.
+    torch.testing.assert_close(joined, torch.cat(apart), rtol=0, atol=3 * 8 * 2**-24)
+
+
+def test_batches_over_the_byte_budget_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for budget in (1, 1 << 30):
+        monkeypatch.setattr("pion_dist.optimizer.CPU_BATCH_BYTES", budget)
+        (p,) = weights((12, 5), dtype=torch.float64)
+        optimizer = Pion([p], lr=0.1, views={p: stacked(12, 5, name="head", count=4)})
+        for step in range(3):
+            set_grads([p], step)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-14)  # float64 rounding of sums of 5 terms
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (nn.Parameter(torch.zeros(3)), "AdamW"),
+        (nn.Parameter(torch.zeros(2, 2, 2)), "AdamW"),
+        (nn.Parameter(torch.zeros(0, 2)), "AdamW"),
+        (nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)), "complex64"),
+    ],
+    ids=["1-D", "3-D", "empty", "complex"],
+)
+def test_other_parameters_are_refused(bad: nn.Parameter, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Pion([*weights((2, 2)), bad])
+
+
+def test_refusals_name_the_parameter() -> None:
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\)"):
+        Pion(nn.Linear(3, 2).named_parameters())
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(4, 3, sparse=True)
+    optimizer = Pion(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (PionConfig(momentum="ambient"), "momentum='ambient'"),
+        (PionConfig(direction="momentum"), "second_moment"),
+        (PionConfig(side="in"), "sides"),
+        (PionConfig(qkv="head"), "qkv='head'"),
+        (PionConfig(split_gate=False), "split_gate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_state_of_other_options_is_refused_and_nothing_changes(
+    other: PionConfig, says: str
+) -> None:
+    params = weights((4, 3))
+    optimizer = Pion(params)
+    set_grads(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=says):
+        optimizer.load_state_dict(Pion(weights((4, 3)), config=other).state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, moment in before["state"][0].items():
+        assert torch.equal(after["state"][0][key], moment)
+
+
+def test_state_of_another_optimizer_or_shape_is_refused() -> None:
+    optimizer = Pion(weights((4, 3)))
+    with pytest.raises(ValueError, match="not Pion's"):
+        optimizer.load_state_dict(torch.optim.AdamW(weights((4, 3))).state_dict())
+    with pytest.raises(ValueError, match=r"m_in.whole must be \(1, 3, 3\)"):
+        optimizer.load_state_dict(Pion(weights((4, 5))).state_dict())
+    with pytest.raises(ValueError, match="groups"):
+        optimizer.load_state_dict(Pion(weights((4, 3), (4, 3))).state_dict())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.momentum}-{c.direction}")
+def test_non_finite_gradients_move_nothing_and_are_named(
+    config: PionConfig, bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 1e38 is finite, but its square is not: no second moment could hold it.
+    params = weights((4, 3), (2, 5))
+    optimizer = Pion([("first", params[0]), ("second", params[1])], lr=0.1, config=config)
+    for step in range(2):
+        set_grads(params, step)
+        optimizer.step()
+    before = copy.deepcopy((params, [dict(optimizer.state[p]) for p in params]))
+    set_grads(params, 2)
+    params[1].grad[0, 1] = bad
+    optimizer.step()
+    for p, old in zip(params, before[0], strict=True):
+        assert torch.equal(p, old)
+    for p, old in zip(params, before[1], strict=True):
+        assert all(torch.equal(optimizer.state[p][key], moment) for key, moment in old.items())
+    with caplog.at_level(logging.WARNING, logger="pion_dist"):
+        set_grads(params, 3)
+        optimizer.step()
+    assert "second (1 step)" in caplog.text and "first" not in caplog.text
+    assert not any(torch.equal(p, old) for p, old in zip(params, before[0], strict=True))
+    caplog.clear()
+    optimizer.state_dict()
+    assert not caplog.text, "a step is reported once"
+
+
+def test_masters_take_their_weights_place() -> None:
+    (p,) = weights((4, 3), dtype=torch.bfloat16)
+    optimizer = Pion([p], lr=0.1, views={p: stacked(4, 3, name="head", count=2)})
+    master = p.detach().float()
+    optimizer.param_groups[0]["params"][0] = master
+    optimizer.replace_parameter(p, master)
+    master.grad = torch.ones(4, 3)
+    before = master.clone()
+    optimizer.step()
+    assert not torch.equal(master, before)
+    assert sum(1 for _ in optimizer.matrices()) == 2
+
+
+def test_trains_a_model_and_keeps_its_spectrum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.GELU(), nn.Linear(32, 8, bias=False))
+    start = [torch.linalg.svdvals(p.detach().double()) for p in model.parameters()]
+    target = torch.linalg.qr(torch.randn(8, 8)).Q
+    optimizer = Pion(model.named_parameters(), lr=0.05, config=PionConfig(retraction="exp"))
+    x = torch.randn(256, 8)
+    losses = []
+    for _ in range(100):
+        loss = (model(x) - 0.3 * x @ target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    for p, singular in zip(model.parameters(), start, strict=True):
+        drift = (torch.linalg.svdvals(p.detach().double()) - singular).abs().max() / singular.max()
+        # The factors are orthogonal, so what is left is float32 rounding: sums of at most 32 terms,
+        # 32 * 2**-24 = 2e-6 a step, 100 steps.
+        assert drift < 2e-4
