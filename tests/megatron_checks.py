@@ -1,0 +1,184 @@
+"""Run through the launcher: checks of one process's Pion in Megatron that share a launch.
+
+The model is built from Megatron's own arguments, as training scripts do.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from megatron.core.enums import ModelType
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import get_megatron_optimizer_config, get_model
+from pretrain_bytes import model_provider
+
+import megatron_patches
+from pion_dist import Pion
+
+
+def setup(**changes: object) -> tuple[list, object, str]:
+    """A fresh model and its optimizer, made as pretrain() makes them; and what was printed."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    model = get_model(model_provider, ModelType.encoder_or_decoder)
+    config, overrides = get_megatron_optimizer_config(ARGS)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
+    return model, optimizer, printed.getvalue()
+
+
+def inner(optimizer: object) -> Pion:
+    (pion,) = (o.optimizer for o in optimizer.chained_optimizers if isinstance(o.optimizer, Pion))
+    return pion
+
+
+def parameters(model: list) -> dict[str, torch.nn.Parameter]:
+    return {name.replace("module.", ""): p for name, p in model[0].named_parameters()}
+
+
+def set_grads(model: list, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model[0].parameters():
+        p.main_grad.copy_(torch.randn(p.shape, generator=generator) * 1e-3)
+
+
+def check_apply_is_idempotent() -> None:
+    import megatron.core.optimizer as core
+    import megatron.training.training as training
+
+    before = core.get_megatron_optimizer
+    megatron_patches.apply()
+    assert core.get_megatron_optimizer is before is training.get_megatron_optimizer
+
+
+def check_plan() -> None:
+    model, optimizer, printed = setup(pion_print_plan=True, pion_exclude=["linear_proj"])
+    rows = {line.split()[0]: line for line in printed.splitlines() if "Pion: " in line or "Adam" in line}
+    names = set(parameters(model))
+    assert names <= set(rows), names - set(rows)
+    assert "excluded by 'linear_proj'" in rows["decoder.layers.0.self_attention.linear_proj.weight"]
+    qkv = rows["decoder.layers.3.self_attention.linear_qkv.weight"]
+    assert "q 1 of 64x64, k 1 of 32x64, v 1 of 32x64" in qkv
+    assert "gate_up 2 of 96x64" in rows["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert "embedding or output" in rows["output_layer.weight"]
+    pion = {name for name, row in rows.items() if "Pion: " in row and name in names}
+    # What the plan says is what the optimizers hold, and what they hold is said.
+    held = {slot.name for slot in inner(optimizer)._slots.values()}
+    assert held == pion and len(held) == 12
+    elements = sum(t.numel() for state in inner(optimizer).state.values() for t in state.values())
+    assert f"{elements * 4:,} bytes of state" in printed
+
+
+def check_fan_in() -> None:
+    first, again = parameters(setup()[0]), parameters(setup()[0])
+    other, kept = parameters(setup(pion_seed=7)[0]), parameters(setup(pion_init="keep")[0])
+    adam = parameters(setup(optimizer="adam")[0])
+    for name, p in first.items():
+        if p.dim() == 2 and name.startswith("decoder"):
+            assert torch.equal(p, again[name]) and torch.equal(p, adam[name])
+            assert not torch.equal(p, other[name]) and not torch.equal(p, kept[name])
+            # Standard deviation of n normal numbers: relative error 1/sqrt(2n), 5 of them.
+            expected = p.shape[1] ** -0.5
+            assert abs(p.float().std() / expected - 1) < 5 / (2 * p.numel()) ** 0.5, name
+    distinct = {p.float().sum().item() for name, p in first.items() if "linear" in name}
+    assert len(distinct) == 16, "every weight has a draw of its own"
+
+
+def check_only_pion_rotates() -> None:
+    model, optimizer, _ = setup()
+    pion = inner(optimizer)
+    before = {name: torch.linalg.svdvals(x.double()) for name, x in pion.matrices()}
+    weights = {name: p.detach().clone() for name, p in parameters(model).items()}
+    for seed in range(3):
+        set_grads(model, seed)
+        success, _, _ = optimizer.step()
+        assert success
+    for name, x in pion.matrices():
+        now = torch.linalg.svdvals(x.double())
+        # lr .01 * rms .2 / (1/sqrt(64)) = .016 is the relative change; angles of a few times it,
+        # .1: 3 steps of theta^4/8 = 4e-5 at the very most; unrotated AdamW moves by 1e-2.
+        assert ((now - before[name]).abs().max() / before[name].max()) < 4e-5, name
+    moved = {name: not torch.equal(p, weights[name]) for name, p in parameters(model).items()}
+    assert all(moved.values()), moved
+
+
+def everything(model: list, optimizer: object) -> dict[str, torch.Tensor]:
+    pion = inner(optimizer)
+    found = {f"model {name}": p for name, p in parameters(model).items() if p.dim() == 2}
+    for p, state in pion.state.items():
+        found[f"master {pion._slots[p].name}"] = p
+        found |= {f"{pion._slots[p].name} {key}": moment for key, moment in state.items()}
+    return {name: t.detach().clone() for name, t in found.items() if "layers" in name}
+
+
+def check_non_finite_gradients() -> None:
+    for bad in (float("nan"), float("inf")):
+        model, optimizer, _ = setup(clip_grad=0.0)
+        for seed in range(2):
+            set_grads(model, seed)
+            optimizer.step()
+        before = everything(model, optimizer)
+        set_grads(model, 2)
+        name = "decoder.layers.1.mlp.linear_fc2.weight"
+        parameters(model)[name].main_grad[3, 5] = bad
+        optimizer.step()
+        for key, tensor in everything(model, optimizer).items():
+            assert torch.equal(tensor, before[key]), f"{key} moved"
+        logged = io.StringIO()
+        handler = logging.StreamHandler(logged)
+        logging.getLogger("pion_dist").addHandler(handler)
+        inner(optimizer).state_dict()
+        logging.getLogger("pion_dist").removeHandler(handler)
+        assert f"{name} (1 step)" in logged.getvalue(), logged.getvalue()
+
+
+def check_megatrons_own_skip() -> None:
+    model, optimizer, _ = setup(grad_norm_skip_threshold=1e-6)
+    before = everything(model, optimizer)
+    set_grads(model, 0)
+    assert optimizer.step()[0] is False
+    assert all(torch.equal(t, before[k]) for k, t in everything(model, optimizer).items())
+
+
+def check_state_of_other_options_is_refused() -> None:
+    model, optimizer, _ = setup()
+    saved = copy.deepcopy(optimizer.state_dict())
+    _, other, _ = setup(pion_qkv="head")
+    try:
+        other.load_state_dict(saved)
+    except ValueError as error:
+        assert "qkv" in str(error), error
+    else:
+        raise AssertionError("a state of other matrices was loaded")
+
+
+def check_late_apply_is_refused() -> None:
+    from megatron_patches.parameters import is_scalar
+
+    try:
+        is_scalar(torch.nn.Parameter(torch.zeros(2, 2)))
+    except RuntimeError as error:
+        assert "apply()" in str(error)
+    else:
+        raise AssertionError("an unseen parameter was routed")
+
+
+if __name__ == "__main__":
+    ARGS = parse_and_validate_args()
+    initialize_megatron()
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(f"{name}: passed", flush=True)
+    print("all checks passed")

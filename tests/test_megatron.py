@@ -1,0 +1,119 @@
+"""--optimizer pion in real, unmodified Megatron: resume, data parallelism, layouts, refusals."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, Step, launch, refused, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("corpus") / "bytes"
+    command = [sys.executable, str(ROOT / "examples" / "prepare_corpus.py"), str(prefix)]
+    subprocess.run([*command, "--max-bytes", "400000"], check=True, capture_output=True)
+    return prefix
+
+
+def checks(*arguments: str, processes: int = 1) -> None:
+    """Run megatron_checks.py, whose checks share one launch: start-up takes longer than they do."""
+    output = launch(
+        ROOT / "tests" / "megatron_checks.py", *MODEL, *NO_DROPOUT, *arguments, processes=processes
+    )
+    assert "all checks passed" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_checks_inside_one_process(precision: str) -> None:
+    checks(*PION, *(["--bf16"] if precision == "bf16" else []))
+
+
+@pytest.mark.parametrize(
+    ("ckpt_format", "flags"),
+    [
+        ("torch_dist", ["--bf16"]),
+        ("torch", ["--pion-momentum", "transported", "--pion-side", "alternate"]),
+    ],
+    ids=["torch_dist-bf16-lie", "torch-fp32-transported"],
+)
+def test_resume_prints_the_same_losses(
+    corpus: Path, tmp_path: Path, ckpt_format: str, flags: list[str]
+) -> None:
+    # With Megatron's default dropout, so that the random state is in it too.
+    common = [*PION, *flags, "--ckpt-format", ckpt_format, "--save-interval", "10"]
+    save = tmp_path / "checkpoint"
+    straight = train(corpus, *common, "--save", str(save))
+    tracker = save / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "20"
+    shutil.rmtree(save / "iter_0000020")
+    tracker.write_text("10")
+    resumed = train(corpus, *common, "--load", str(save))
+    assert [s.iteration for s in resumed] == list(range(11, 21))
+    # Megatron does not reset its running loss after a process's first iteration, so the second
+    # one it prints is the mean of two (training_log, should_reset).
+    first, second, *rest = straight[10:]
+    assert resumed[0] == first
+    assert resumed[2:] == rest
+    assert float(resumed[1].loss) == pytest.approx(
+        (float(first.loss) + float(second.loss)) / 2, abs=1e-6
+    )
+    assert resumed[1].grad_norm == second.grad_norm
+
+
+def test_layouts_train_as_one_process(corpus: Path) -> None:
+    # One checkpoint for all, since embeddings' initial weights depend on the layout.
+    flags = [*PION, *NO_DROPOUT, "--ckpt-format", "torch_dist"]
+    start = corpus.parent / "start"
+    train(corpus, *flags, "--save", str(start), "--save-interval", "1", "--exit-interval", "1")
+    resume = [*flags, "--load", str(start), "--finetune"]
+    alone = train(corpus, *resume)
+    for layout in ([], ["--pipeline-model-parallel-size", "2"]):
+        assert_close(train(corpus, *resume, *layout, processes=2), alone)
+
+
+def assert_close(found: list[Step], expected: list[Step]) -> None:
+    """Equal to float32 rounding: 20 steps on, sums in another order differ by 2e-6 relative at most
+
+    (2**-24 a sum, some hundred of them in a row, a factor of ten for the run's sensitivity); a grad
+    norm is printed to 3 decimals.
+    """
+    for a, b in zip(found, expected, strict=True):
+        assert a.iteration == b.iteration
+        assert float(a.loss) == pytest.approx(float(b.loss), rel=2e-6)
+        assert float(a.grad_norm) == pytest.approx(float(b.grad_norm), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--pion-momentum", "heavy"], ["--pion-momentum", "lie", "transported", "ambient"]),
+        (["--pion-degree", "1"], ["--pion-degree", "2 to 8"]),
+        (["--pion-retraction", "cubic", "--pion-degree", "3"], ["--pion-degree"]),
+        (["--pion-beta1", "1.5"], ["--pion-beta1"]),
+        (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
+        (["--tensor-model-parallel-size", "2"], ["--tensor-model-parallel-size"]),
+        (["--use-distributed-optimizer"], ["--use-distributed-optimizer"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
+)
+def test_bad_flags_are_refused_before_training(flags: list[str], says: list[str]) -> None:
+    output = refused(SCRIPT, *MODEL, *PION, *flags)
+    assert all(word in output.splitlines()[-1] for word in says), output[-1500:]
+
+
+def test_a_missing_script_and_a_moved_seam_are_refused(tmp_path: Path) -> None:
+    assert "no such script: nowhere.py" in refused(Path("nowhere.py"))
+    script = tmp_path / "moved.py"
+    script.write_text(
+        "import megatron.core.optimizer as o\n"
+        "import megatron_patches, megatron_patches.registration as r\n"
+        "r._applied = False\n"
+        "del o.get_megatron_optimizer\n"
+        "megatron_patches.apply()\n"
+    )
+    output = refused(script)
+    assert "megatron-core 0.1" in output and "no get_megatron_optimizer" in output
