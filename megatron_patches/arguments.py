@@ -17,7 +17,7 @@ _DEFAULT = PionConfig()
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of a run: ``--pion-<name>``, ``args.pion_<dest>`` and ``OptimizerConfig.pion_<dest>``.
+    """One option of a run: ``--pion-<name>`` and its field in args and in OptimizerConfig.
 
     Attributes:
         name: as it is on the command line, without ``--pion-``.
@@ -196,7 +196,9 @@ def check(args: argparse.Namespace) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"--pion-exclude {pattern!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"--pion-exclude {pattern!r} is no regular expression: {error}"
+            ) from None
     if args.optimizer != "pion":
         return
     pion_config(args)

@@ -35,7 +35,7 @@ def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> Para
     path, _, leaf = name.rpartition(".")
     parent_path, _, linear = path.rpartition(".")
     parent = modules[parent_path]
-    config = getattr(parent, "config", None)
+    config: Any = getattr(parent, "config", None)
     geometry: dict[str, Any] = {}
     if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
         geometry = {"qkv": _query_group(config), "head_dim": config.kv_channels}
@@ -63,9 +63,11 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
     """The parameter's name without wrappers and with the layer's number in the whole model."""
     parts = name.split(".")
     for position in range(1, len(parts)):
-        number = getattr(modules[".".join(parts[: position + 1])], "layer_number", None) if (
-            parts[position].isdigit() and parts[position - 1] == "layers"
-        ) else None
+        number = (
+            getattr(modules[".".join(parts[: position + 1])], "layer_number", None)
+            if (parts[position].isdigit() and parts[position - 1] == "layers")
+            else None
+        )
         if isinstance(number, int):
             parts[position] = str(number - 1)
     while parts[0] == "module":

@@ -66,9 +66,7 @@ def _register() -> None:
         init_state_fn=_state_exists,
         config_to_kwargs=_pion_kwargs,
         default_param_overrides={
-            ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar)): {
-                "optimizer": "adam"
-            }
+            ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar)): {"optimizer": "adam"}
         },
     )
 

@@ -1,4 +1,4 @@
-"""The one rule that says what each parameter of a model is: Pion's matrices, or the other optimizer's."""
+"""The one rule that says what each parameter is: Pion's matrices, or another optimizer's."""
 
 from __future__ import annotations
 

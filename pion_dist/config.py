@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Momentum = Literal["lie", "transported", "ambient"]
 Direction = Literal["adaptive", "momentum", "msign"]
-Side = Literal["both", "alternate", "in", "out"]
+Side = Literal["in", "out"]
+ActiveSides = Literal["both", "alternate", "in", "out"]
 Scaling = Literal["rms", "none"]
 Retraction = Literal["taylor", "cubic", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
@@ -55,7 +56,7 @@ class PionConfig:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    side: Side = "both"
+    side: ActiveSides = "both"
     scaling: Scaling = "rms"
     rms: float = 0.2
     retraction: Retraction = "taylor"
@@ -68,10 +69,16 @@ class PionConfig:
         for name, allowed in choices().items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}"
+                )
         for name in ("nesterov", "split_gate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
         for name in ("eps", "rms"):
@@ -80,6 +87,8 @@ class PionConfig:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         if type(self.degree) is not int or not 2 <= self.degree <= 8:
             raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
+
+    def _check_combinations(self) -> None:
         if self.retraction != "taylor" and self.degree != _default("degree"):
             raise ValueError(
                 f"degree={self.degree} is of retraction='taylor'; with "
@@ -91,11 +100,11 @@ class PionConfig:
             )
 
     @property
-    def sides(self) -> tuple[str, ...]:
+    def sides(self) -> tuple[Side, ...]:
         """The sides that a run ever moves, ``("in", "out")`` or one of them."""
-        return (self.side,) if self.side in ("in", "out") else ("in", "out")
+        return (self.side,) if self.side == "in" or self.side == "out" else ("in", "out")
 
-    def active_sides(self, step: int) -> tuple[str, ...]:
+    def active_sides(self, step: int) -> tuple[Side, ...]:
         """The sides that step number ``step`` (the first is 1) applies."""
         if self.side == "alternate":
             return ("in",) if step % 2 == 1 else ("out",)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .config import PionConfig
+from .config import PionConfig, Side
 from .update.direction import NEWTON_SCHULZ
 
 Form = Literal["dense", "factors"]
 
 
-def forms(m: int, n: int, config: PionConfig) -> dict[str, Form]:
+def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
     """For each side, how its generator is held: as its matrix, or in factors where that is cheaper.
 
     Lie moments are dense, and ``cayley`` and ``exp`` need the matrix; the averages of the gradient
@@ -27,7 +27,7 @@ def forms(m: int, n: int, config: PionConfig) -> dict[str, Form]:
     Returns:
         ``dense`` or ``factors`` for each of ``config.sides``.
     """
-    chosen: dict[str, Form] = {}
+    chosen: dict[Side, Form] = {}
     for side in config.sides:
         d, other = (n, m) if side == "in" else (m, n)
         in_factors = (
@@ -35,20 +35,22 @@ def forms(m: int, n: int, config: PionConfig) -> dict[str, Form]:
             and config.retraction in ("taylor", "cubic")
             # Q of the matrix sign has 2·other columns: it must be the narrower one.
             and (config.direction != "msign" or 2 * other < d)
-            and _side_flop(d, other, config, form="factors", products=_products(config, first=False))
+            and _side_flop(
+                d, other, config, form="factors", products=_products(config, first=False)
+            )
             < _side_flop(d, other, config, form="dense", products=_products(config, first=False))
         )
         chosen[side] = "factors" if in_factors else "dense"
     return chosen
 
 
-def order(m: int, n: int, active: tuple[str, ...]) -> tuple[str, ...]:
-    """The active sides in the order of application: the larger first, as it costs a product less."""
+def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
+    """The active sides as they are applied: the larger first, which costs a product less."""
     return tuple(sorted(active, key=lambda side: -(n if side == "in" else m)))
 
 
 def step_flop(m: int, n: int, config: PionConfig) -> float:
-    """FLOP of one step of one m x n matrix, on average over steps (``alternate``: half a side each).
+    """FLOP of a step of one m x n matrix, on average over steps (``alternate``: half each side).
 
     Elementwise work is not counted.
     """

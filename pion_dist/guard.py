@@ -1,4 +1,4 @@
-"""Stops a step whose gradients are not finite, on the device, and reports it when the host looks."""
+"""Stops a step whose gradients are not finite, on the device; reports it when the host looks."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ class Guard:
             self._names, self._counts = list(names), None
         device = grads[0].device
         norms: list[Tensor] = [grads[0]] * len(grads)
-        groups = torch.optim.Optimizer._group_tensors_by_device_and_dtype([list(grads)], True)
-        for (_, dtype), ((group,), places) in groups.items():
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for place, grad in enumerate(grads):
+            kinds.setdefault((grad.device, grad.dtype), []).append(place)
+        for (_, dtype), places in kinds.items():
             wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-            for place, norm in zip(places, torch._foreach_norm(group, 2, wide), strict=True):
+            found = torch._foreach_norm([grads[place] for place in places], 2, wide)
+            for place, norm in zip(places, found, strict=True):
                 norms[place] = norm.to(device=device, dtype=torch.float32, non_blocking=True)
         bad = ~torch.isfinite(torch.stack(norms))
         if self._counts is None:
@@ -59,13 +62,13 @@ class Guard:
         assert self._host is not None
         self._host.copy_(self._counts, non_blocking=True)
         if device.type == "cuda":
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         return ~bad.any()
 
     def look(self) -> None:
         """Log what has arrived on the host since the last look; never waits."""
-        if self._host is None or (self._copied is not None and not self._copied.query()):
+        if self._host is None or (self._copied is not None and not self._copied.query()):  # type: ignore[no-untyped-call]
             return
         counts = self._host.tolist()
         new = [

@@ -57,7 +57,9 @@ class MatrixView:
             if part.period < 1 or self.rows % part.period or part.batch < 1:
                 raise ValueError(f"{part} does not divide the {self.rows} rows of {self}")
             if self._rows_of(part) % part.batch:
-                raise ValueError(f"{part}: {self._rows_of(part)} rows are not {part.batch} matrices")
+                raise ValueError(
+                    f"{part}: {self._rows_of(part)} rows are not {part.batch} matrices"
+                )
             covered += [
                 start + row
                 for start in range(0, self.rows, part.period)
@@ -112,15 +114,15 @@ class MatrixView:
                 rows.copy_(matrices[part.name].reshape(rows.shape))
 
     def _rows(self, weight_RC: Tensor, part: Part) -> Tensor:
-        repeated = weight_RC.unflatten(0, (self.rows // part.period, part.period))
+        repeated = torch.unflatten(weight_RC, 0, (self.rows // part.period, part.period))
         return repeated[:, part.offset : part.offset + part.length]
 
     def _matrices(self, weight_RC: Tensor, part: Part) -> Tensor:
         rows = self._rows(weight_RC, part)
         batch, m, _ = self.shape_of(part)
         if part.length % m == 0:  # no matrix is gathered over repetitions: a view
-            return rows.unflatten(1, (part.length // m, m)).flatten(0, 1)
-        return rows.flatten(0, 1).unflatten(0, (batch, m))
+            return torch.unflatten(rows, 1, (part.length // m, m)).flatten(0, 1)
+        return torch.unflatten(rows.flatten(0, 1), 0, (batch, m))
 
     def _check(self, weight_RC: Tensor) -> None:
         if tuple(weight_RC.shape) != (self.rows, self.cols):

@@ -1,4 +1,4 @@
-"""The plan of a step: what each parameter is, and what the whole costs. Integers and strings only."""
+"""The plan of a step: what each parameter is, and what the whole costs. Integers and strings."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class StepPlan:
 
     def totals(self) -> str:
         """One line of totals."""
+        rotated = sum(bool(w.matrices) for w in self.weights)
         ratio = self.state_bytes / self.adam_bytes if self.adam_bytes else 0.0
         return (
-            f"Pion: {self.count} matrices in {sum(bool(w.matrices) for w in self.weights)} weights, "
-            f"{self.flop:.3e} FLOP a step, {self.state_bytes:,} bytes of state on this rank, "
+            f"Pion: {self.count} matrices in {rotated} weights, {self.flop:.3e} FLOP a step, {self.state_bytes:,} bytes of state on this rank, "
             f"{ratio:.2f} of Adam's for the same weights; "
-            f"Adam: {sum(not w.matrices for w in self.weights)} parameters"
+            f"Adam: {len(self.weights) - rotated} parameters"
         )
 
 

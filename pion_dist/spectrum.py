@@ -12,7 +12,8 @@ _FLOOR = 1e-6
 
 def singular_values(x_Bmn: Tensor) -> Tensor:
     """Singular values in float64, descending: [..., min(m, n)]."""
-    return torch.linalg.svdvals(x_Bmn.detach().double())
+    values: Tensor = torch.linalg.svdvals(x_Bmn.detach().double())
+    return values
 
 
 def drift(start: Tensor, now: Tensor) -> Tensor:

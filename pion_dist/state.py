@@ -1,8 +1,8 @@
 """Pion's moments: which there are, their names and shapes, and their matrices by part.
 
-Lie moments belong to a part's matrices and are stored as ``m_in.<part>`` [B, n, n] and so on;
-averages of the gradient have the weight's own shape [R, C] and are stored as ``m`` and ``v``. All are
-of the descent direction's sign.
+Lie moments belong to a part's matrices and are stored as ``m_in.<part>`` [B, n, n] and so on, with
+the sign of descent. Averages of the gradient have the weight's own shape [R, C] and are stored as
+``m`` and ``v``.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def check_apply_is_idempotent() -> None:
 
 def check_plan() -> None:
     model, optimizer, printed = setup(pion_print_plan=True, pion_exclude=["linear_proj"])
-    rows = {line.split()[0]: line for line in printed.splitlines() if "Pion: " in line or "Adam" in line}
+    rows = {
+        line.split()[0]: line for line in printed.splitlines() if "Pion: " in line or "Adam" in line
+    }
     names = set(parameters(model))
     assert names <= set(rows), names - set(rows)
     assert "excluded by 'linear_proj'" in rows["decoder.layers.0.self_attention.linear_proj.weight"]
@@ -152,7 +154,7 @@ def check_megatrons_own_skip() -> None:
 
 
 def check_state_of_other_options_is_refused() -> None:
-    model, optimizer, _ = setup()
+    _, optimizer, _ = setup()
     saved = copy.deepcopy(optimizer.state_dict())
     _, other, _ = setup(pion_qkv="head")
     try:

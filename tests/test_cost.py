@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pion_dist import Pion, PionConfig
 from pion_dist.cost import forms, state_elements, step_flop
-from pion_dist.state import create
 from pion_dist.matrices import whole
+from pion_dist.state import create
 
 
 def executed(m: int, n: int, config: PionConfig, *, steps: int = 2) -> float:

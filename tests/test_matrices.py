@@ -1,4 +1,4 @@
-"""Views: merge is the inverse of split, rows are where Megatron stores them, tilings are checked."""
+"""Views: merge is the inverse of split, rows are where Megatron stores them, tilings tile."""
 
 import pytest
 import torch

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .generators import Dense, Framed, Matmul, Side, factors, skew
+from ..config import Side
+from .generators import Dense, Framed, Matmul, factors, skew
 
-# Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/), five steps, as
-# Megatron's --muon-coefficient-type quintic --muon-num-ns-steps 5: singular values end in [0.7, 1.2].
+# Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/) and Megatron's defaults
+# for it, --muon-coefficient-type quintic --muon-num-ns-steps 5: singular values end in [0.7, 1.2].
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -70,4 +71,5 @@ def msign_dense(k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Dense:
 
 def frobenius(x: Tensor) -> Tensor:
     """Frobenius norm of each matrix, [B, 1, 1]."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return norm

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from ..config import Side
 from .precision import exact
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-Side = Literal["in", "out"]
 
 
 class Generator(Protocol):

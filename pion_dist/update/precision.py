@@ -14,7 +14,7 @@ _IEEE, _TF32 = "ieee", "tf32"
 
 
 def _settings() -> list[Any]:
-    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -90,20 +90,21 @@ def rotate(
     return total
 
 
-def factor(
-    generator: Dense, angle: Tensor, *, retraction: Literal["cayley", "exp"]
-) -> Tensor:
+def factor(generator: Dense, angle: Tensor, *, retraction: Literal["cayley", "exp"]) -> Tensor:
     """The orthogonal factor E(aA) itself, orthogonal to rounding: [B, d, d].
 
     ``cayley`` is (I − aA/2)⁻¹(I + aA/2); I − aA/2 is never singular for a skew A, so the solver's
     check, which would wait for the device, is left out.
     """
     a = generator.matrix * angle
+    e: Tensor
     if retraction == "exp":
-        return torch.linalg.matrix_exp(a)
+        e = torch.linalg.matrix_exp(a)
+        return e
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     half = a.mul_(0.5)
-    return torch.linalg.solve_ex(identity - half, identity + half, check_errors=False).result
+    e = torch.linalg.solve_ex(identity - half, identity + half, check_errors=False).result
+    return e
 
 
 def multiply(x: Tensor, generator: Dense, factor_: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..config import PionConfig
+from ..config import PionConfig, Side
 from .direction import adapted, averaged, frobenius, look_ahead, msign_dense, msign_outer
-from .generators import Dense, Generator, Matmul, Outer, Side, factors, generator
+from .generators import Dense, Generator, Matmul, Outer, factors, generator
 from .precision import FAST, exact
 from .retraction import coefficients, factor, multiply, rotate
 
@@ -22,7 +23,7 @@ def step(
     config: PionConfig,
     lr: float | Tensor,
     active: Sequence[Side],
-    forms: Mapping[str, str],
+    forms: Mapping[Side, str],
     ok: Tensor,
 ) -> None:
     """Move the moments and the weights by one step (modified in place).
@@ -72,7 +73,7 @@ def _from_lie(
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
     beta1, beta2 = config.betas
-    found: dict[str, Generator] = {}
+    found: dict[Side, Generator] = {}
     for side in config.sides:
         m = moments[f"m_{side}"]
         new = generator(w, g, side=side, matmul=matmul)
@@ -98,7 +99,7 @@ def _from_average(
     *,
     config: PionConfig,
     active: Sequence[Side],
-    forms: Mapping[str, str],
+    forms: Mapping[Side, str],
     ok: Tensor,
     matmul: Matmul,
 ) -> list[Generator]:
@@ -126,11 +127,12 @@ def _from_average(
 
 def _angle(first_order: Sequence[Tensor], *, config: PionConfig) -> Tensor:
     """α [B, 1, 1]: c √(mn) / (‖A_out W + W A_in‖_F + ε) over the active sides, or 1."""
-    total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
+    batch, m, n = first_order[0].shape
     if config.scaling == "none":
-        return total.new_ones(total.shape[0], 1, 1)
-    m, n = total.shape[-2:]
-    return config.rms * (m * n) ** 0.5 / (frobenius(total) + config.eps)
+        return first_order[0].new_ones(batch, 1, 1)
+    total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
+    scale: float = config.rms * math.sqrt(m * n)
+    return scale / (frobenius(total) + config.eps)
 
 
 def _rotated(
@@ -143,7 +145,7 @@ def _rotated(
     matmul: Matmul,
 ) -> list[Tensor]:
     """Each X with every active side's factor applied."""
-    if config.retraction in ("taylor", "cubic"):
+    if config.retraction == "taylor" or config.retraction == "cubic":
         poly = coefficients(config.retraction, degree=config.degree)
         return [
             rotate(x, generators, angle, known, poly=poly, matmul=matmul).add_(x)
