@@ -66,9 +66,9 @@ class StepPlan:
         rotated = sum(bool(w.matrices) for w in self.weights)
         ratio = self.state_bytes / self.adam_bytes if self.adam_bytes else 0.0
         return (
-            f"Pion: {self.count} matrices in {rotated} weights, {self.flop:.3e} FLOP a step, {self.state_bytes:,} bytes of state on this rank, "
-            f"{ratio:.2f} of Adam's for the same weights; "
-            f"Adam: {len(self.weights) - rotated} parameters"
+            f"Pion: {self.count} matrices in {rotated} weights, {self.flop:.3e} FLOP a step, "
+            f"{self.state_bytes:,} bytes of state on this rank, {ratio:.2f} of Adam's for the same "
+            f"weights; Adam: {len(self.weights) - rotated} parameters"
         )
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from ..config import Side
 from .generators import Dense, Framed, Matmul, factors, skew
 
-# Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/) and Megatron's defaults
-# for it, --muon-coefficient-type quintic --muon-num-ns-steps 5: singular values end in [0.7, 1.2].
+# Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/), as Megatron's
+# --muon-coefficient-type quintic --muon-num-ns-steps 5: singular values end in [0.7, 1.2].
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
