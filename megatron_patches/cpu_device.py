@@ -1,7 +1,7 @@
 """Run unmodified Megatron on CPU and gloo, for tests and demonstrations without a GPU.
 
 `install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU and nccl is
-gloo; `patch_megatron()` then mends the two places of Megatron itself that need it. Importing this
+gloo; `patch_megatron()` then mends the one place of Megatron itself that needs it. Importing this
 module changes nothing. Megatron's logic, sharding and collectives run for real; CUDA kernels,
 stream ordering, memory and speed do not. Places named FILE:LINE are megatron-core 0.19.2's.
 
@@ -438,23 +438,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def patch_megatron() -> None:
-    """Mend the two places of Megatron that stop it on the CPU (idempotent; imports megatron)."""
-    _skip_make()
-    _allow_torch_norm_under_sequence_parallel()
-
-
-def _skip_make() -> None:
-    # initialize.py:178 runs make in the package; the wheel has the compiled module, no Makefile.
-    from megatron.core.datasets import utils
-
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    _replace(utils, compile_helpers=_always(None))
-
-
-def _allow_torch_norm_under_sequence_parallel() -> None:
+    """Mend the one place of Megatron that stops it on the CPU (idempotent; imports megatron)."""
     # torch_norm.py:50 refuses sequence parallelism because torch's norms lack the mark by which
     # finalize_model_grads.py sums their gradients over the tensor-parallel group. So set it.
     from megatron.core.transformer.torch_norm import WrappedTorchNorm

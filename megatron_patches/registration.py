@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def apply() -> None:
     extend_config(config_module.OptimizerConfig)
     _register()
     sharded_state.apply()
+    _use_compiled_helpers()
     core = importlib.import_module("megatron.core.optimizer")
     core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
     if seams.has_training():
@@ -69,6 +71,16 @@ def _register() -> None:
             ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar)): {"optimizer": "adam"}
         },
     )
+
+
+def _use_compiled_helpers() -> None:
+    """Spare the wheel's Megatron its make: it ships the compiled dataset helpers and no Makefile.
+
+    pretrain() calls make whatever is there (initialize_megatron), and ends when it fails.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils = importlib.import_module("megatron.core.datasets.utils")
+        utils.compile_helpers = lambda: None  # type: ignore[attr-defined]
 
 
 def _state_exists(optimizer: Any, config: Any = None) -> None:

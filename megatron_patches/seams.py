@@ -99,6 +99,11 @@ CORE = (
         "tells Pion of the float32 masters",
     ),
     Seam(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        "is spared where the helpers are compiled already",
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.optimizer",
         "make_sharded_optimizer_tensor",
         "writes Lie moments to torch_dist checkpoints",

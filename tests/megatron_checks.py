@@ -62,6 +62,12 @@ def check_apply_is_idempotent() -> None:
     assert core.get_megatron_optimizer is before is training.get_megatron_optimizer
 
 
+def check_compiled_helpers_are_not_made_again() -> None:
+    from megatron.core.datasets.utils import compile_helpers
+
+    compile_helpers()  # Megatron's own would exit: the wheel has no Makefile
+
+
 def check_plan() -> None:
     model, optimizer, printed = setup(pion_print_plan=True, pion_exclude=["linear_proj"])
     rows = {

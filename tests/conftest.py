@@ -1,0 +1,35 @@
+"""Order of the tests, and the line that says what a run covered."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
+
+if cache := os.environ.get("XDG_CACHE_HOME"):  # `make test` keeps every cache inside .venv
+    set_hypothesis_home_dir(Path(cache) / "hypothesis")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = [
+        report
+        for word in ("passed", "failed", "xfailed", "xpassed")
+        for report in terminalreporter.stats.get(word, [])
+    ]
+    files = {report.nodeid.partition("::")[0] for report in ran}
+    line = f"covered: {len(ran)} tests in {len(files)} files"
+    reasons = Counter(map(skip_reason, terminalreporter.stats.get("skipped", [])))
+    if reasons:
+        why = ", ".join(f"{reason} x{n}" for reason, n in reasons.most_common())
+        line += f"; skipped: {reasons.total()} ({why})"
+    terminalreporter.write_line(line)

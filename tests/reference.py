@@ -1,0 +1,154 @@
+"""One Pion step in float64 numpy, written to be read next to the equations and not to be fast.
+
+Everything is dense, a matrix at a time. Shapes: W, G and the ambient moments are m x n; what
+belongs to the side "in" is n x n, to the side "out" m x m.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pion_dist import PionConfig
+
+Array = npt.NDArray[np.float64]
+
+# Muon's quintic, https://kellerjordan.github.io/posts/muon/
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def skew_in(w: Array, x: Array) -> Array:
+    """WᵀX - XᵀW, n x n; of one product, so that it is skew to the last bit."""
+    p = w.T @ x
+    return p - p.T
+
+
+def skew_out(w: Array, x: Array) -> Array:
+    """XWᵀ - WXᵀ, m x m; of one product, so that it is skew to the last bit."""
+    p = x @ w.T
+    return p - p.T
+
+
+SKEW = {"in": skew_in, "out": skew_out}
+
+
+def newton_schulz(k: Array, eps: float) -> Array:
+    """The matrix sign of a skew matrix, as far as five quintic steps take it."""
+    a, b, c = NEWTON_SCHULZ
+    x = k / (np.linalg.norm(k) + eps)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        xxt = x @ x.T
+        x = a * x + b * xxt @ x + c * xxt @ xxt @ x
+    return x
+
+
+def retract(a: Array, retraction: str, degree: int = 2) -> Array:
+    """The factor E(A) of a skew A, orthogonal or nearly so."""
+    eye = np.eye(len(a))
+    match retraction:
+        case "taylor":
+            powers = (np.linalg.matrix_power(a, k) / math.factorial(k) for k in range(degree + 1))
+            return sum(powers, start=np.zeros_like(a))
+        case "cubic":
+            return eye + a + a @ a / 2 + a @ a @ a / 8
+        case "cayley":
+            return np.linalg.solve(eye - a / 2, eye + a / 2)
+        case "exp":
+            # A = -iH with H = iA Hermitian, so e^A = V e^(-iλ) Vᴴ.
+            angles, v = np.linalg.eigh(1j * a)
+            return ((v * np.exp(-1j * angles)) @ v.conj().T).real
+        case _:
+            raise ValueError(f"retraction={retraction!r}")
+
+
+def rotate(x: Array, factors: dict[str, Array]) -> Array:
+    """E_out X E_in; a side without a factor rests."""
+    for side, factor in factors.items():
+        x = x @ factor if side == "in" else factor @ x
+    return x
+
+
+class ReferencePion:
+    """One weight matrix and its moments; ``step`` moves them.
+
+    Attributes:
+        w: the weight.
+        m, v: the moments, by side for ``momentum="lie"``, else by the one key "ambient".
+        t: steps taken.
+        turns: by active side, lr alpha A of the last step: what E was taken of. The spectral norm
+            of one is the largest angle by which the step rotated on that side.
+    """
+
+    def __init__(self, w: npt.ArrayLike, config: PionConfig) -> None:
+        self.w: Array = np.array(w, dtype=np.float64)
+        self.config = config
+        rows, columns = self.w.shape
+        shapes = {"in": (columns, columns), "out": (rows, rows), "ambient": (rows, columns)}
+        kept = config.sides if config.momentum == "lie" else ("ambient",)
+        self.m = {key: np.zeros(shapes[key]) for key in kept}
+        self.v = {key: np.zeros(shapes[key]) for key in kept}
+        self.t = 0
+        self.turns: dict[str, Array] = {}
+
+    def step(self, g: npt.ArrayLike, lr: float) -> None:
+        """Move the weight by one step with the gradient ``g`` at the learning rate ``lr``."""
+        self.t += 1
+        g = np.array(g, dtype=np.float64)
+        generators = self._lie(g) if self.config.momentum == "lie" else self._ambient(g)
+        alpha = self._alpha(generators)
+        self.turns = {side: lr * alpha * a for side, a in generators.items()}
+        factors = {
+            side: retract(turn, self.config.retraction, self.config.degree)
+            for side, turn in self.turns.items()
+        }
+        self.w = rotate(self.w, factors)
+        if self.config.momentum == "transported":
+            self.m["ambient"] = rotate(self.m["ambient"], factors)
+
+    def _lie(self, g: Array) -> dict[str, Array]:
+        """A by active side; the moments average generators, those of resting sides too."""
+        generators = {}
+        for side in self.config.sides:
+            g_s = SKEW[side](self.w, g)
+            look = self._average(side, g_s)
+            if self.config.direction == "adaptive":
+                self._average_square(side, g_s)
+                look = look / (np.sqrt(self.v[side]) + self.config.eps)
+            generators[side] = -self._sign(look)
+        return {side: generators[side] for side in self.config.active_sides(self.t)}
+
+    def _ambient(self, g: Array) -> dict[str, Array]:
+        """A by active side; the moments average the gradient, which W then projects."""
+        s = self._average("ambient", g)
+        if self.config.direction == "adaptive":
+            self._average_square("ambient", self.m["ambient"])
+            s = s / (np.sqrt(self.v["ambient"]) + self.config.eps)
+        active = self.config.active_sides(self.t)
+        return {side: -self._sign(SKEW[side](self.w, s)) for side in active}
+
+    def _average(self, key: str, g: Array) -> Array:
+        """Update a first moment; returns the average that the step looks at."""
+        beta = self.config.betas[0]
+        self.m[key] = beta * self.m[key] + (1 - beta) * g
+        return beta * self.m[key] + (1 - beta) * g if self.config.nesterov else self.m[key]
+
+    def _average_square(self, key: str, x: Array) -> None:
+        beta = self.config.betas[1]
+        self.v[key] = beta * self.v[key] + (1 - beta) * x * x
+
+    def _sign(self, k: Array) -> Array:
+        return newton_schulz(k, self.config.eps) if self.config.direction == "msign" else k
+
+    def _alpha(self, generators: dict[str, Array]) -> float:
+        """c√(mn) over the norm of the first-order change, or 1."""
+        if self.config.scaling == "none":
+            return 1.0
+        change = np.zeros_like(self.w)
+        for side, a in generators.items():
+            change += self.w @ a if side == "in" else a @ self.w
+        return self.config.rms * math.sqrt(self.w.size) / (np.linalg.norm(change) + self.config.eps)
