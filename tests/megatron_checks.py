@@ -21,6 +21,7 @@ from megatron.training.training import get_megatron_optimizer_config, get_model
 from pretrain_bytes import model_provider
 
 import megatron_patches
+from megatron_patches.seams import megatron_version
 from pion_dist import Pion
 
 
@@ -189,4 +190,4 @@ if __name__ == "__main__":
         if name.startswith("check_"):
             check()
             print(f"{name}: passed", flush=True)
-    print("all checks passed")
+    print(f"all checks passed in megatron-core {megatron_version()}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+MEGATRON_018 = ROOT / ".venv" / "megatron-0.18.2"  # `make test` puts it there
 SCRIPT = ROOT / "examples" / "pretrain_bytes.py"
 
 MODEL = [
@@ -43,14 +44,15 @@ class Step:
     grad_norm: str
 
 
-def environment() -> dict[str, str]:
+def environment(*first: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    paths = [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
 
 
-def launch(script: Path, *arguments: str, processes: int = 1, timeout: float = 300) -> str:
-    """Run a script through the launcher on the CPU; its output.
+def launch(script: Path, *arguments: str, processes: int = 1, before: tuple[Path, ...] = ()) -> str:
+    """Run a script through the launcher on the CPU, with folders before the installed packages.
 
     Raises:
         AssertionError: it failed; with the end of what it printed.
@@ -61,7 +63,7 @@ def launch(script: Path, *arguments: str, processes: int = 1, timeout: float = 3
         python += [str(processes)]
     command = [*python, "-m", "megatron_patches", "--cpu", str(script), *arguments]
     done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        command, env=environment(*before), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{' '.join(command)}\n...{output[-6000:]}"

@@ -6,7 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, Step, launch, refused, train
+from megatron_runs import (
+    MEGATRON_018,
+    MODEL,
+    NO_DROPOUT,
+    PION,
+    ROOT,
+    SCRIPT,
+    Step,
+    launch,
+    refused,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -19,17 +30,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-def checks(*arguments: str, processes: int = 1) -> None:
+def checks(*arguments: str, before: tuple[Path, ...] = ()) -> str:
     """Run megatron_checks.py, whose checks share one launch: start-up takes longer than they do."""
     output = launch(
-        ROOT / "tests" / "megatron_checks.py", *MODEL, *NO_DROPOUT, *arguments, processes=processes
+        ROOT / "tests" / "megatron_checks.py", *MODEL, *NO_DROPOUT, *arguments, before=before
     )
     assert "all checks passed" in output, output[-3000:]
+    return output
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_checks_inside_one_process(precision: str) -> None:
     checks(*PION, *(["--bf16"] if precision == "bf16" else []))
+
+
+@pytest.mark.skipif(not MEGATRON_018.is_dir(), reason="no Megatron 0.18.2: `make test` brings it")
+def test_checks_in_megatron_018() -> None:
+    assert "in megatron-core 0.18.2" in checks(*PION, "--bf16", before=(MEGATRON_018,))
 
 
 @pytest.mark.parametrize(
