@@ -152,6 +152,7 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             help=flag.help.replace("%", "%%") + (" Default: %(default)s." if flag.default else ""),
             **flag.options,
         )
+    _mend_help(parser)
     parse_known_args = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
@@ -165,6 +166,18 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escape a bare per cent sign in help texts (modified in place), without which --help fails.
+
+    Megatron 0.19.2 has one, in --moe-paged-stash-buffer-size-factor-cuda.
+    """
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except ValueError:
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def pion_config(source: Any) -> PionConfig:

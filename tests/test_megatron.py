@@ -14,10 +14,14 @@ from megatron_runs import (
     ROOT,
     SCRIPT,
     Step,
+    environment,
     launch,
     refused,
+    steps,
     train,
 )
+
+from megatron_patches.arguments import FLAGS
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +138,27 @@ def test_a_missing_script_and_a_moved_seam_are_refused(tmp_path: Path) -> None:
     )
     output = refused(script)
     assert "megatron-core 0.1" in output and "no get_megatron_optimizer" in output
+
+
+def test_apply_in_a_script_of_ones_own(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "from megatron_patches import apply, cpu_device\n"
+        "cpu_device.install()\n"
+        "apply()\n"
+        f"sys.argv[0] = {str(SCRIPT)!r}\n"
+        "if __name__ == '__main__':\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+    command = [sys.executable, str(script), *MODEL, *PION, *data, "--exit-interval", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert [s.iteration for s in steps(done.stdout)] == [1, 2], done.stderr[-3000:]
+
+
+def test_help_has_every_flag() -> None:
+    output = launch(SCRIPT, "--help")
+    for flag in FLAGS:
+        assert f"--pion-{flag.name}" in output
+    assert "singular values stay" in " ".join(output.split())
