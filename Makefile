@@ -1,0 +1,80 @@
+# Everything is set up in .venv on first use; nothing is written outside .venv and $(OUT).
+# Not ?=: these names are too common to be taken from the environment.
+OUT = demo_out
+TEXT =
+DEMO_ARGS =
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+CACHE := $(CURDIR)/$(VENV)/cache
+
+# pip compiles what it installs, so no run needs to write bytecode, least of all into the sources.
+export PYTHONDONTWRITEBYTECODE := 1
+export XDG_CACHE_HOME := $(CACHE)
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export CUDA_CACHE_PATH := $(CACHE)/cuda
+export MYPY_CACHE_DIR := $(CACHE)/mypy
+export RUFF_CACHE_DIR := $(CACHE)/ruff
+# The second constrains build environments, which pip 25.3 stopped applying the first to.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A stamp is named after what it stands for: a changed requirement, or a moved checkout, has none.
+KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d ' ' -f 1)
+DEMO_STAMP := $(VENV)/demo-$(KEY)
+DEV_STAMP := $(VENV)/dev-$(KEY)
+# Wheels of gigabytes pass through here once: no cache, and no use of a small /tmp.
+PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO_STAMP) ## train a small GPT with Pion and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
+	@$(RUN) examples/demo.py --out "$(OUT)" $(if $(TEXT),--text $(TEXT)) $(DEMO_ARGS)
+
+test: $(DEV_STAMP) ## run the tests, the fast ones first (PYTEST_ADDOPTS="-k name" narrows it)
+	@$(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest
+
+lint: $(DEV_STAMP) ## check the style: ruff's rules and format
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+types: $(DEV_STAMP) ## check the types: mypy, strict
+	@$(RUN) -m mypy
+
+clean: ## remove .venv and demo_out
+	rm -rf $(VENV) demo_out
+
+$(RUN):
+	@python=$$(tools/find_python.sh) && echo "setting up $(VENV) with $$python" && \
+		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(DEMO_STAMP): | $(RUN)
+	@echo "installing pion_dist, torch and Megatron into $(VENV) (several GB, a minute or two) ..."
+	@mkdir -p $(VENV)/tmp && rm -f $(VENV)/demo-* $(VENV)/dev-*
+	@$(call PIP,$(RUN)) -e '.[demo]'
+	@touch $@
+
+$(DEV_STAMP): | $(DEMO_STAMP)
+	@echo "installing the development tools into $(VENV) ..."
+	@$(call PIP,$(RUN)) -e '.[dev]'
+	@touch $@
+
+# The lines above "Resolved" in constraints.txt are chosen by hand; this resolves the rest anew.
+FRESH := $(VENV)/constraints
+constraints: PIP_CONSTRAINT := $(FRESH)/chosen.txt
+constraints: PIP_BUILD_CONSTRAINT := $(FRESH)/chosen.txt
+constraints: ## resolve constraints.txt anew, in a fresh environment
+	@rm -rf $(FRESH) && mkdir -p $(VENV)/tmp && "$$(tools/find_python.sh)" -m venv $(FRESH)
+	@sed '/^# Resolved/,$$d' constraints.txt > $(FRESH)/chosen.txt
+	@$(call PIP,$(FRESH)/bin/python) -e '.[dev,mpi]' setuptools
+	@{ cat $(FRESH)/chosen.txt; echo '# Resolved by `make constraints`.'; \
+		$(FRESH)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		| grep -v -x -F -f $(FRESH)/chosen.txt; } > $(FRESH)/constraints.txt
+	@cp $(FRESH)/constraints.txt . && rm -rf $(FRESH)
