@@ -106,7 +106,7 @@ CORE = (
     Seam(
         "megatron.core.dist_checkpointing.optimizer",
         "make_sharded_optimizer_tensor",
-        "writes Lie moments to torch_dist checkpoints",
+        "writes moments to torch_dist checkpoints",
         parameters=("model_param", "optim_param", "prefix"),
     ),
     Seam(

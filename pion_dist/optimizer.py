@@ -88,9 +88,10 @@ class Pion(torch.optim.Optimizer):
         super().add_param_group(group)
         self._slots.update(slots)
         for p, slot in slots.items():
-            self.state[p] = state.create(
-                slot.view, self.config, dtype=compute_dtype(p), device=p.device
-            )
+            self.state[p] = {
+                key: torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
+                for key, shape in self._shapes(slot).items()
+            }
 
     def _slot(self, p: Any, name: str) -> _Slot:
         if not isinstance(p, Tensor):
@@ -106,6 +107,14 @@ class Pion(torch.optim.Optimizer):
         if view is not None and (view.rows, view.cols) != tuple(p.shape):
             raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
         return _Slot(name, view if view is not None else whole(*p.shape))
+
+    def _shapes(self, slot: _Slot) -> dict[str, tuple[int, int, int]]:
+        """Shape of every moment of a parameter, by state key."""
+        return {
+            state.key(moment, part): shape
+            for part, sizes in slot.view.shapes.items()
+            for moment, shape in state.shapes(*sizes, self.config).items()
+        }
 
     def replace_parameter(self, old: Tensor, new: Tensor) -> None:
         """Step ``new`` in place of ``old``: for wrappers that put a float32 master in a group.
@@ -184,17 +193,20 @@ class Pion(torch.optim.Optimizer):
         config, view, dtype = self.config, self._slots[p].view, compute_dtype(p)
         weights = view.split(p.to(dtype))
         grads = view.split(p.grad.to(dtype))
-        moments = state.by_part(self.state[p], view, config)
         ok = ok.to(p.device, non_blocking=True)
         for part in view.parts:
             batch, m, n = view.shape_of(part)
+            moments = {
+                moment: self.state[p][state.key(moment, part.name)]
+                for moment in state.shapes(batch, m, n, config)
+            }
             stride = _batch_size(m, n, p)
             for first in range(0, batch, stride):
                 some = slice(first, first + stride)
                 update(
                     weights[part.name][some],
                     grads[part.name][some],
-                    {key: moment[some] for key, moment in moments[part.name].items()},
+                    {name: moment[some] for name, moment in moments.items()},
                     config=config,
                     lr=lr,
                     active=cost.order(m, n, config.active_sides(step)),
@@ -202,7 +214,6 @@ class Pion(torch.optim.Optimizer):
                     ok=ok,
                 )
         view.merge(weights, p)
-        state.store(moments, self.state[p], view, config)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken."""
@@ -244,7 +255,7 @@ class Pion(torch.optim.Optimizer):
                     )
             for p, index in zip(group["params"], old["params"], strict=True):
                 slot, found = self._slots[p], state_dict["state"].get(index, {})
-                for key, shape in state.shapes(slot.view, self.config).items():
+                for key, shape in self._shapes(slot).items():
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")

@@ -101,7 +101,9 @@ def factor(generator: Dense, angle: Tensor, *, retraction: Literal["cayley", "ex
         if retraction == "exp":
             return _exponential(a)
         half, identity = a.mul_(0.5), torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        return torch.linalg.solve_ex(identity - half, identity + half, check_errors=False)[0]
+        e: Tensor
+        e, _ = torch.linalg.solve_ex(identity - half, identity + half, check_errors=False)
+        return e
 
 
 def _exponential(a: Tensor) -> Tensor:
