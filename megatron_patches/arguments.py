@@ -104,6 +104,11 @@ FLAGS = (
         "Precision of float32 products that the spectrum does not depend on to first order: IEEE "
         "float32 (highest), TF32 (high) or bf16. Torch's global settings have no say.",
     ),
+    _choice(
+        "tp-mode",
+        "How matrices that tensor parallelism cuts are computed, with the same result: each by one "
+        "rank, which holds its state (owner), or each by every rank (duplicated).",
+    ),
     Flag(
         "init",
         "keep",
@@ -216,7 +221,6 @@ def check(args: argparse.Namespace) -> None:
         return
     pion_config(args)
     refused = {
-        "--tensor-model-parallel-size above 1": getattr(args, "tensor_model_parallel_size", 1) > 1,
         "--use-distributed-optimizer": getattr(args, "use_distributed_optimizer", False),
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),

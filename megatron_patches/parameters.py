@@ -38,12 +38,20 @@ def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> Para
     config: Any = getattr(parent, "config", None)
     geometry: dict[str, Any] = {}
     if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
-        geometry = {"qkv": _query_group(config), "head_dim": config.kv_channels}
+        geometry = {"qkv": _query_group(config, name), "head_dim": config.kv_channels}
     elif re.fullmatch(r"weight\d*", leaf) and linear == "linear_fc1":
         geometry = {
             "gated": bool(config.gated_linear_unit),
             "gate_interleave": getattr(config, "moe_mlp_glu_interleave_size", None) or 0,
         }
+    if getattr(param, "tensor_model_parallel", False) and _tp_size(name, config) > 1:
+        if linear == "in_proj":
+            raise ValueError(
+                f"{name}: Pion does not support Mamba's in_proj with --tensor-model-parallel-size "
+                "above 1; leave it to Adam with --pion-exclude in_proj"
+            )
+        partition_dim: int = getattr(param, "partition_dim")  # noqa: B009
+        geometry["tp_cut"] = "rows" if partition_dim == 0 else "cols"
     return ParamInfo(
         name=_global_name(name, modules),
         shape=tuple(param.shape),
@@ -52,8 +60,28 @@ def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> Para
     )
 
 
-def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
-    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors)."""
+def _tp_size(name: str, config: Any) -> int:
+    size = config.expert_tensor_parallel_size if is_expert(name) else None
+    return int(size or config.tensor_model_parallel_size)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is a routed expert's: the rule by which Megatron picks its groups."""
+    return "experts" in name and "shared" not in name
+
+
+def _query_group(config: Any, name: str) -> tuple[tuple[str, int], ...]:
+    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors).
+
+    Raises:
+        ValueError: tensor parallelism cuts through query groups.
+    """
+    if config.num_query_groups < config.tensor_model_parallel_size:
+        raise ValueError(
+            f"{name}: Pion needs --num-query-groups {config.num_query_groups} to be at least "
+            f"--tensor-model-parallel-size {config.tensor_model_parallel_size}, since a rank would "
+            "have a piece of a group; leave it to Adam with --pion-exclude linear_qkv"
+        )
     heads, head_dim = config.num_attention_heads // config.num_query_groups, config.kv_channels
     gate = (("gate", heads * head_dim),) if config.attention_output_gate else ()
     return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))

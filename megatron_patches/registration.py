@@ -59,12 +59,11 @@ def _register() -> None:
     )
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    from pion_dist import Pion
-
     from .parameters import is_scalar
+    from .sharded_state import CheckpointedPion
 
     _EMERGING_OPTIMIZERS["pion"] = EmergingOptimizerEntry(
-        optimizer_cls=Pion,
+        optimizer_cls=CheckpointedPion,
         init_state_fn=_state_exists,
         config_to_kwargs=_pion_kwargs,
         default_param_overrides={
@@ -89,18 +88,29 @@ def _state_exists(optimizer: Any, config: Any = None) -> None:
 
 def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
     from pion_dist.classify import Rotated
+    from pion_dist.exchange import COLS, ROWS, Shard
 
     from .arguments import pion_config
-    from .parameters import decide
+    from .parameters import decide, is_expert
 
     options = pion_config(config)
     decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
     rotated = [(info, p, d) for info, p, d in decisions if isinstance(d, Rotated)]
+    dims = {"rows": ROWS, "cols": COLS}
     return {
         "lr": config.lr,
         "config": options,
         "views": {p: d.view for _, p, d in rotated},
         "names": {p: info.name for info, p, _ in rotated},
+        "shards": {
+            p: Shard(
+                group=pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp,
+                dims={part: dims[cut] for part, cut in d.cuts if cut != "batch"},
+                dealt=frozenset(part for part, cut in d.cuts if cut == "batch"),
+            )
+            for info, p, d in rotated
+            if d.cuts
+        },
     }
 
 

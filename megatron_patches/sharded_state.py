@@ -13,11 +13,14 @@ import torch
 from megatron.core.dist_checkpointing import optimizer as target
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from pion_dist import Pion
+from pion_dist.checkpoint import Record
 from pion_dist.state import is_key
 
 from .parameters import pieces
 
 _PREFIX = "optimizer.state."
+_MARK = "pion_record"
 
 
 def apply() -> None:
@@ -42,21 +45,33 @@ def record(
 
     Args:
         model_param: the weight's own record.
-        moment: of all of a part's matrices.
+        moment: of the part's matrices that this rank has; marked by CheckpointedPion.
         prefix: of the key.
     """
     weight = pieces(model_param)[0]
+    place: Record = getattr(moment, _MARK)
     places = weight.prepend_axis_num
-    shape = tuple(moment.shape)
+    batch, *sizes = moment.shape
     fragments = weight.axis_fragmentations or weight.global_shape
+    pp, tp, dp = weight.replica_id
     return ShardedTensor(
         key=f"{prefix}.{model_param.key}",
         data=moment,
         dtype=moment.dtype,
-        local_shape=shape,
-        global_shape=(*weight.global_shape[:places], *shape),
-        global_offset=(*weight.global_offset[:places], 0, 0, 0),
-        axis_fragmentations=(*fragments[:places], 1, 1, 1),
-        replica_id=model_param.replica_id,
+        local_shape=tuple(moment.shape),
+        global_shape=(*weight.global_shape[:places], batch * place.count, *sizes),
+        global_offset=(*weight.global_offset[:places], batch * place.index, 0, 0),
+        axis_fragmentations=(*fragments[:places], place.count, 1, 1),
+        replica_id=(pp, tp + place.replica, dp),
         prepend_axis_num=places,
     )
+
+
+class CheckpointedPion(Pion):
+    """Pion whose ``state_dict`` says of every moment where it lies among all ranks'."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Pion's, each moment marked for ``record``."""
+        for _, _, moment, place in self.records():
+            setattr(moment, _MARK, place)
+        return super().state_dict()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .config import PionConfig
 from .matrices import MatrixView, interleaved, stacked, whole
+
+Cut = Literal["batch", "rows", "cols"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +19,13 @@ class ParamInfo:
 
     Attributes:
         name: its name in the whole model, with global layer and expert numbers.
-        shape: of the whole parameter.
+        shape: of the parameter on this rank.
         embedding_or_output: it belongs to an embedding or the output layer.
         qkv: for a fused QKV weight, name and rows of what one query group stores, in order.
         head_dim: rows of one head of a fused QKV weight.
         gated: it is the first linear layer of a gated MLP: gate over up.
         gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
+        tp_cut: ``shape`` is one rank's, of a weight whose rows or columns tensor parallelism cuts.
     """
 
     name: str
@@ -31,13 +35,21 @@ class ParamInfo:
     head_dim: int = 0
     gated: bool = False
     gate_interleave: int = 0
+    tp_cut: Literal["rows", "cols"] | None = None
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """Pion's: the weight is updated as the matrices of its view."""
+    """Pion's: the weight is updated as the matrices of its view.
+
+    Attributes:
+        view: of this rank's shard.
+        cuts: for each part, what tensor parallelism cuts: its ``batch`` of matrices, their ``rows``
+            or their ``cols``; empty where it cuts nothing.
+    """
 
     view: MatrixView
+    cuts: tuple[tuple[str, Cut], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,19 +82,36 @@ def classify(
         return Scalar("embedding or output layer")
     if len(info.shape) != 2:
         return Scalar(f"{len(info.shape)}-D")
+    view = _view(info, config)
+    return Rotated(view, _cuts(info, view, config))
+
+
+def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
     rows, cols = info.shape
     if info.qkv:
-        return Rotated(_qkv_view(info, config))
-    if info.gated and config.split_gate:
-        if info.gate_interleave:
-            block = info.gate_interleave
-            return Rotated(
-                interleaved(
-                    rows, cols, repeated=[("gate", block), ("up", block)], per_repetition=False
-                )
+        return _qkv_view(info, config)
+    if not info.gated:
+        return whole(rows, cols)
+    if not config.split_gate:
+        if info.tp_cut == "rows":
+            raise ValueError(
+                f"{info.name}: split_gate=False (--pion-no-split-gate) needs "
+                "--tensor-model-parallel-size 1, since each rank stores rows of gate and of up"
             )
-        return Rotated(stacked(rows, cols, name="gate_up", count=2))
-    return Rotated(whole(rows, cols))
+        return whole(rows, cols)
+    if info.gate_interleave:
+        block = info.gate_interleave
+        repeated = [("gate", block), ("up", block)]
+        return interleaved(rows, cols, repeated=repeated, per_repetition=False)
+    return stacked(rows, cols, name="gate_up", count=2)
+
+
+def _cuts(info: ParamInfo, view: MatrixView, config: PionConfig) -> tuple[tuple[str, Cut], ...]:
+    if info.tp_cut is None:
+        return ()
+    # A rank has whole query groups, so matrices that are heads or a group's projections are whole.
+    dealt = info.qkv and info.tp_cut == "rows" and config.qkv in ("head", "group")
+    return tuple((part.name, "batch" if dealt else info.tp_cut) for part in view.parts)
 
 
 def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:

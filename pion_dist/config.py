@@ -14,6 +14,7 @@ Scaling = Literal["rms", "none"]
 Retraction = Literal["taylor", "cubic", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
+TpMode = Literal["owner", "duplicated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class PionConfig:
         matmul_precision: of float32 products. ``highest``: IEEE float32 throughout; ``high``
             (TF32) and ``bf16`` apply where the spectrum does not depend on it: generators,
             matrix sign and second-order terms. Accumulation is float32 always.
+        tp_mode: how matrices that tensor parallelism cuts are computed; the result is the same.
+            ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank.
 
     Raises:
         TypeError: an option is not a field, or was given by position.
@@ -64,6 +67,7 @@ class PionConfig:
     qkv: QkvGranularity = "qkv"
     split_gate: bool = True
     matmul_precision: MatmulPrecision = "highest"
+    tp_mode: TpMode = "owner"
 
     def __post_init__(self) -> None:
         for name, allowed in choices().items():

@@ -101,7 +101,8 @@ class MatrixView:
         """The inverse of ``split``: write the matrices into the weight (modified in place).
 
         Args:
-            matrices: a tensor [B, m, n] for every part; may be views of ``weight_RC``.
+            matrices: a tensor [B, m, n] for every part that is to be written, by name; may be views
+                of ``weight_RC``.
             weight_RC: [R, C]; other dtypes are rounded to its own.
 
         Raises:
@@ -109,6 +110,8 @@ class MatrixView:
         """
         self._check(weight_RC)
         for part in self.parts:
+            if part.name not in matrices:
+                continue
             rows = self._rows(weight_RC, part)
             if matrices[part.name].data_ptr() != rows.data_ptr():  # else it is the weight itself
                 rows.copy_(matrices[part.name].reshape(rows.shape))

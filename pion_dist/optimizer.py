@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from . import cost, state
+from . import cost, exchange, state
+from .checkpoint import Record
 from .config import PionConfig
+from .exchange import Piece, Shard
 from .guard import Guard
 from .matrices import MatrixView, compute_dtype, whole
+from .plan import deal
 from .update.step import step as update
 
 # Bytes of generators and temporaries that one batch may have on the CPU: measured with
@@ -22,12 +25,21 @@ CPU_BATCH_BYTES = 8 << 20
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Slot:
     """What the optimizer knows of a parameter."""
 
     name: str
     view: MatrixView
+    shard: Shard | None = None
+    owners: dict[str, int] = field(default_factory=dict)  # of the parts that are cut
+
+    def sizes(self, part: str) -> tuple[int, int, int]:
+        """[B, m, n] of a part's matrices, whole."""
+        sizes = list(self.view.shapes[part])
+        if self.shard is not None and part in self.shard.dims:
+            sizes[self.shard.dims[part]] *= self.shard.ranks
+        return sizes[0], sizes[1], sizes[2]
 
 
 class Pion(torch.optim.Optimizer):
@@ -43,6 +55,8 @@ class Pion(torch.optim.Optimizer):
         config: the options that all groups share.
         views: how a parameter is seen as matrices; one that has none is one whole matrix.
         names: of parameters, for messages; ``named_parameters()`` brings its own.
+        shards: parameters that are a rank's shard of a weight; the same ones, in the same order, on
+            every rank of their groups.
 
     Raises:
         ValueError: a parameter is not 2-D or not real floating point, a view does not fit it, or
@@ -60,14 +74,19 @@ class Pion(torch.optim.Optimizer):
         config: PionConfig | None = None,
         views: Mapping[Tensor, MatrixView] | None = None,
         names: Mapping[Tensor, str] | None = None,
+        shards: Mapping[Tensor, Shard] | None = None,
     ) -> None:
         """See the class."""
         self._names = dict(names or {})
+        self._shards = dict(shards or {})
         self.config = config if config is not None else PionConfig()
         self._views = dict(views or {})
         self._slots: dict[Tensor, _Slot] = {}
         self._guard = Guard()
+        self._constructed = False
         super().__init__(params, {"lr": lr})
+        self._constructed = True
+        self.settle()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked as a whole before anything changes; see torch's."""
@@ -87,11 +106,8 @@ class Pion(torch.optim.Optimizer):
         group["pion"] = state.identity(self.config)
         super().add_param_group(group)
         self._slots.update(slots)
-        for p, slot in slots.items():
-            self.state[p] = {
-                key: torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
-                for key, shape in self._shapes(slot).items()
-            }
+        if self._constructed:
+            self.settle()
 
     def _slot(self, p: Any, name: str) -> _Slot:
         if not isinstance(p, Tensor):
@@ -106,14 +122,63 @@ class Pion(torch.optim.Optimizer):
             raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
         if view is not None and (view.rows, view.cols) != tuple(p.shape):
             raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
-        return _Slot(name, view if view is not None else whole(*p.shape))
+        return _Slot(name, view if view is not None else whole(*p.shape), self._shards.get(p))
+
+    def settle(self) -> None:
+        """Deal cut matrices to owners and make the state of what this rank computes.
+
+        Done at construction, and to be done again by a wrapper that has taken parameters out of the
+        groups: their state is freed.
+
+        Raises:
+            RuntimeError: matrices that are cut would be dealt anew after the first step.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._slots = {p: self._slots[p] for p in params}
+        for p in set(self.state) - set(params):
+            del self.state[p]
+        for group, cut in self._cut().items():
+            costs = []
+            for p, part in cut:
+                batch, m, n = self._slots[p].sizes(part)
+                costs.append(batch * cost.step_flop(m, n, self.config))
+            for (p, part), owner in zip(cut, deal(costs, group.size()), strict=True):
+                if self._slots[p].owners.setdefault(part, owner) != owner:
+                    if any(g["step"] for g in self.param_groups):
+                        raise RuntimeError("add sharded parameters before the first step")
+                    self._slots[p].owners[part] = owner
+        for p, slot in self._slots.items():
+            shapes = self._shapes(slot)
+            kept = {key: value for key, value in self.state[p].items() if key in shapes}
+            self.state[p] = {
+                key: kept[key]
+                if key in kept
+                else torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
+                for key, shape in shapes.items()
+            }
+
+    def _cut(self) -> dict[Any, list[tuple[Tensor, str]]]:
+        """Parameter and part of all that is cut, in order, by the group that shares it."""
+        found: dict[Any, list[tuple[Tensor, str]]] = {}
+        for p, slot in self._slots.items():
+            if slot.shard is not None:
+                for part in slot.shard.dims:
+                    found.setdefault(slot.shard.group, []).append((p, part))
+        return found
+
+    def _computes(self, slot: _Slot, part: str) -> bool:
+        """Whether this rank computes a part's matrices, and so holds their state."""
+        if slot.shard is None or part not in slot.shard.dims or self.config.tp_mode != "owner":
+            return True
+        return slot.owners[part] == slot.shard.rank
 
     def _shapes(self, slot: _Slot) -> dict[str, tuple[int, int, int]]:
-        """Shape of every moment of a parameter, by state key."""
+        """Shape of every moment of a parameter that this rank holds, by state key."""
         return {
             state.key(moment, part): shape
-            for part, sizes in slot.view.shapes.items()
-            for moment, shape in state.shapes(*sizes, self.config).items()
+            for part in slot.view.shapes
+            if self._computes(slot, part)
+            for moment, shape in state.shapes(*slot.sizes(part), self.config).items()
         }
 
     def replace_parameter(self, old: Tensor, new: Tensor) -> None:
@@ -181,39 +246,91 @@ class Pion(torch.optim.Optimizer):
         if due:
             names = [self._slots[p].name for _, p in due]
             ok = self._guard.check(names, [p.grad for _, p in due if p.grad is not None])
+            ok = exchange.agree(ok, list(self._cut()))
         for group in self.param_groups:
             group["step"] += 1
         for group, p in due:
             assert ok is not None
-            self._update(p, lr=group["lr"], step=group["step"], ok=ok)
+            self._step_local(p, group, ok)
+        if due:
+            assert ok is not None
+            self._step_cut({p: group for group, p in due}, ok)
         return loss
 
-    def _update(self, p: Tensor, *, lr: float | Tensor, step: int, ok: Tensor) -> None:
+    def _step_local(self, p: Tensor, group: dict[str, Any], ok: Tensor) -> None:
+        """Step the parts of a parameter that this rank has whole."""
         assert p.grad is not None
-        config, view, dtype = self.config, self._slots[p].view, compute_dtype(p)
-        weights = view.split(p.to(dtype))
-        grads = view.split(p.grad.to(dtype))
-        ok = ok.to(p.device, non_blocking=True)
-        for part in view.parts:
-            batch, m, n = view.shape_of(part)
-            moments = {
-                moment: self.state[p][state.key(moment, part.name)]
-                for moment in state.shapes(batch, m, n, config)
-            }
-            stride = _batch_size(m, n, p)
-            for first in range(0, batch, stride):
-                some = slice(first, first + stride)
-                update(
-                    weights[part.name][some],
-                    grads[part.name][some],
-                    {name: moment[some] for name, moment in moments.items()},
-                    config=config,
-                    lr=lr,
-                    active=cost.order(m, n, config.active_sides(step)),
-                    forms=cost.forms(m, n, config),
-                    ok=ok,
-                )
-        view.merge(weights, p)
+        slot, dtype = self._slots[p], compute_dtype(p)
+        cut = slot.shard.dims if slot.shard is not None else {}
+        weights = slot.view.split(p.to(dtype))
+        grads = slot.view.split(p.grad.to(dtype))
+        for part in slot.view.shapes:
+            if part not in cut:
+                self._update(p, part, weights[part], grads[part], group, ok)
+        slot.view.merge({part: w for part, w in weights.items() if part not in cut}, p)
+
+    def _step_cut(self, groups: Mapping[Tensor, dict[str, Any]], ok: Tensor) -> None:
+        """Step the parts whose matrices several ranks share."""
+        for process_group, cut in self._cut().items():
+            if missing := [self._slots[p].name for p, _ in cut if p not in groups]:
+                raise RuntimeError(f"{missing[0]} is sharded and has no gradient on this rank")
+            shapes = [self._slots[p].view.shapes[part] for p, part in cut]
+            pieces = [
+                Piece(shape, self._slots[p].shard.dims[part], self._slots[p].owners[part])  # type: ignore[union-attr]
+                for (p, part), shape in zip(cut, shapes, strict=True)
+            ]
+
+            def prepare(i: int, cut: Any = cut) -> tuple[Tensor, Tensor]:
+                p, part = cut[i]
+                view, dtype = self._slots[p].view, compute_dtype(p)
+                return view.split(p.to(dtype))[part], view.split(p.grad.to(dtype))[part]
+
+            def compute(i: int, weight: Tensor, grad: Tensor, cut: Any = cut) -> None:
+                p, part = cut[i]
+                self._update(p, part, weight, grad, groups[p], ok)
+
+            def finalize(i: int, weight: Tensor, cut: Any = cut) -> None:
+                p, part = cut[i]
+                self._slots[p].view.merge({part: weight}, p)
+
+            exchange.run(
+                pieces, prepare, compute, finalize, mode=self.config.tp_mode, group=process_group
+            )
+
+    def _update(
+        self, p: Tensor, part: str, w: Tensor, g: Tensor, group: dict[str, Any], ok: Tensor
+    ) -> None:
+        """Step whole matrices [B, m, n] of a parameter's part (modified in place)."""
+        batch, m, n = w.shape
+        moments = {
+            moment: self.state[p][state.key(moment, part)]
+            for moment in state.shapes(batch, m, n, self.config)
+        }
+        stride = _batch_size(m, n, p)
+        for first in range(0, batch, stride):
+            some = slice(first, first + stride)
+            update(
+                w[some],
+                g[some],
+                {name: moment[some] for name, moment in moments.items()},
+                config=self.config,
+                lr=group["lr"],
+                active=cost.order(m, n, self.config.active_sides(group["step"])),
+                forms=cost.forms(m, n, self.config),
+                ok=ok.to(p.device, non_blocking=True),
+            )
+
+    def records(self) -> Iterator[tuple[Tensor, str, Tensor, Record]]:
+        """Parameter, state key, moment and its place among all ranks', for checkpoints."""
+        for p, slot in self._slots.items():
+            for key, moment in self.state[p].items():
+                part, shard = key.partition(".")[2], slot.shard
+                record = Record()
+                if shard is not None and part in shard.dealt:
+                    record = Record(index=shard.rank, count=shard.ranks)
+                elif shard is not None and self.config.tp_mode == "duplicated":
+                    record = Record(replica=shard.rank)
+                yield p, key, moment, record
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from . import cost
@@ -70,6 +70,19 @@ class StepPlan:
             f"{self.state_bytes:,} bytes of state on this rank, {ratio:.2f} of Adam's for the same "
             f"weights; Adam: {len(self.weights) - rotated} parameters"
         )
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[int]:
+    """An owner for each cost, so that no rank has much more than the others: largest first.
+
+    The same on every rank: ties go to the earlier item and the lower rank.
+    """
+    loads = [0.0] * ranks
+    owners = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[item] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[item]] += costs[item]
+    return owners
 
 
 def build_plan(

@@ -58,6 +58,7 @@ def test_defaults_are_the_published_algorithm() -> None:
         "qkv": "qkv",
         "split_gate": True,
         "matmul_precision": "highest",
+        "tp_mode": "owner",
     }
 
 
