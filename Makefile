@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := $(VENV)/demo-$(KEY)
 DEV_STAMP := $(VENV)/dev-$(KEY)
-# The older Megatron that is supported, for the tests; it needs yaml, which the newer does not.
+# The older Megatron that is supported, for the tests.
 MEGATRON_018 := $(VENV)/megatron-0.18.2
 # Wheels of gigabytes pass through here once: no cache, and no use of a small /tmp.
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
@@ -67,7 +67,7 @@ $(DEV_STAMP): | $(DEMO_STAMP)
 	@echo "installing the development tools into $(VENV) ..."
 	@$(call PIP,$(RUN)) -e '.[dev]'
 	@rm -rf $(MEGATRON_018) && PIP_CONSTRAINT= $(call PIP,$(RUN)) --no-deps --target $(MEGATRON_018) \
-		megatron-core==0.18.2 pyyaml==6.0.3 psutil
+		megatron-core==0.18.2
 	@touch $@
 
 # The lines above "Resolved" in constraints.txt are chosen by hand; this resolves the rest anew.

@@ -30,6 +30,7 @@ setup(
         "megatron-core>=0.18.2,<0.20",
         "emerging-optimizers>=0.2,<1",  # an empty 999.9.9 is published under the same name
         "psutil",  # Megatron writes torch_dist checkpoints with it and does not require it
+        "pyyaml",  # Megatron 0.18 imports it and does not require it
     ],
     extras_require={
         # Its PyTorch part builds from source and needs torch installed first: see the README.

@@ -221,7 +221,6 @@ def check(args: argparse.Namespace) -> None:
         return
     pion_config(args)
     refused = {
-        "--use-distributed-optimizer": getattr(args, "use_distributed_optimizer", False),
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
         "--use-mup": getattr(args, "use_mup", False),

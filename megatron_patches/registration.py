@@ -158,6 +158,7 @@ def _adopt_masters(optimizer: Any) -> None:
             ):
                 for weight, master in zip(weights, masters, strict=True):
                     each.optimizer.replace_parameter(weight, master)
+            each.optimizer.settle()  # the layer-wise optimizer has taken other ranks' weights out
 
 
 def _chained(optimizer: Any) -> Iterator[Any]:
