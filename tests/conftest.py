@@ -1,6 +1,8 @@
 """Order of the tests, and the line that says what a run covered."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,16 @@ if cache := os.environ.get("XDG_CACHE_HOME"):  # `make test` keeps every cache i
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text as Megatron's dataset: the prefix of its files."""
+    script = Path(__file__).parent.parent / "examples" / "prepare_corpus.py"
+    prefix = tmp_path_factory.mktemp("corpus") / "bytes"
+    command = [sys.executable, str(script), str(prefix)]
+    subprocess.run([*command, "--max-bytes", "400000"], check=True, capture_output=True)
+    return prefix
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
