@@ -66,7 +66,8 @@ def launch(script: Path, *arguments: str, processes: int = 1, before: tuple[Path
         command, env=environment(*before), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     output = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(command)}\n...{output[-6000:]}"
+    errors = "\n".join(line for line in output.splitlines() if "rror" in line)
+    assert done.returncode == 0, f"{' '.join(command)}\n{errors[:3000]}\n...{output[-4000:]}"
     return output
 
 

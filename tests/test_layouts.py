@@ -125,7 +125,8 @@ def test_mixture_of_experts(runs: Runs, processes: int, layout: list[str]) -> No
     ],
 )
 def test_distributed_optimizer(runs: Runs, processes: int, layout: list[str]) -> None:
-    found = runs.train(*BF16, *DIST_OPT, *layout, *runs.start(BF16), processes=processes)
+    flags = [*BF16, *DIST_OPT, *RESHARDABLE, *layout]
+    found = runs.train(*flags, *runs.start(BF16), processes=processes)
     alone = runs.reference(BF16, *(TP2 if TP2[0] in layout else []), processes=processes // 2)
     assert_equal(found, alone)
 
