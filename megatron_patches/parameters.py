@@ -52,6 +52,7 @@ def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> Para
             )
         partition_dim: int = getattr(param, "partition_dim")  # noqa: B009
         geometry["tp_cut"] = "rows" if partition_dim == 0 else "cols"
+        geometry["tp_size"] = _tp_size(name, config)
     return ParamInfo(
         name=_global_name(name, modules),
         shape=tuple(param.shape),
@@ -106,7 +107,7 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
 def decide(
     model_chunks: Sequence[torch.nn.Module], config: PionConfig, *, exclude: Sequence[str]
 ) -> list[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]]:
-    """Classify every parameter of this rank and note the decision on it, for ``is_scalar``.
+    """Classify every parameter of this rank and note the decision on it, for ``decided``.
 
     Raises:
         ValueError: a fused weight's rows do not fit its geometry.
@@ -115,13 +116,13 @@ def decide(
         (info, param, classify(info, config, exclude=exclude))
         for info, param in named_parameters(model_chunks)
     ]
-    for _, param, decision in found:
-        setattr(param, _DECISION, decision)
+    for info, param, decision in found:
+        setattr(param, _DECISION, (info, decision))
     return found
 
 
-def is_scalar(param: torch.Tensor) -> bool:
-    """Whether a parameter that ``decide`` has seen is not Pion's.
+def decided(param: torch.Tensor) -> tuple[ParamInfo, Rotated | Scalar]:
+    """What ``decide`` has noted of a parameter.
 
     Raises:
         RuntimeError: ``decide`` has not seen it.
@@ -131,7 +132,13 @@ def is_scalar(param: torch.Tensor) -> bool:
             "--optimizer pion: get_megatron_optimizer was imported by name before "
             "megatron_patches.apply() ran; call apply() first"
         )
-    return isinstance(getattr(param, _DECISION), Scalar)
+    info, decision = getattr(param, _DECISION)
+    return info, decision
+
+
+def is_scalar(param: torch.Tensor) -> bool:
+    """Whether a parameter is not Pion's."""
+    return isinstance(decided(param)[1], Scalar)
 
 
 def places(

@@ -91,26 +91,27 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
     from pion_dist.exchange import COLS, ROWS, Shard
 
     from .arguments import pion_config
-    from .parameters import decide, is_expert
+    from .parameters import decided, is_expert
 
-    options = pion_config(config)
-    decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
-    rotated = [(info, p, d) for info, p, d in decisions if isinstance(d, Rotated)]
     dims = {"rows": ROWS, "cols": COLS}
+    views, names, shards = {}, {}, {}
+    for p in (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad):
+        info, decision = decided(p)
+        if not isinstance(decision, Rotated):
+            continue
+        views[p], names[p] = decision.view, info.name
+        if decision.cuts:
+            shards[p] = Shard(
+                group=pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp,
+                dims={part: dims[cut] for part, cut in decision.cuts if cut != "batch"},
+                dealt=frozenset(part for part, cut in decision.cuts if cut == "batch"),
+            )
     return {
         "lr": config.lr,
-        "config": options,
-        "views": {p: d.view for _, p, d in rotated},
-        "names": {p: info.name for info, p, _ in rotated},
-        "shards": {
-            p: Shard(
-                group=pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp,
-                dims={part: dims[cut] for part, cut in d.cuts if cut != "batch"},
-                dealt=frozenset(part for part, cut in d.cuts if cut == "batch"),
-            )
-            for info, p, d in rotated
-            if d.cuts
-        },
+        "config": pion_config(config),
+        "views": views,
+        "names": names,
+        "shards": shards,
     }
 
 

@@ -26,6 +26,7 @@ class ParamInfo:
         gated: it is the first linear layer of a gated MLP: gate over up.
         gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
         tp_cut: ``shape`` is one rank's, of a weight whose rows or columns tensor parallelism cuts.
+        tp_size: ranks that it is cut to.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ParamInfo:
     gated: bool = False
     gate_interleave: int = 0
     tp_cut: Literal["rows", "cols"] | None = None
+    tp_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Rotated:
         view: of this rank's shard.
         cuts: for each part, what tensor parallelism cuts: its ``batch`` of matrices, their ``rows``
             or their ``cols``; empty where it cuts nothing.
+        ranks: that share the weight.
     """
 
     view: MatrixView
     cuts: tuple[tuple[str, Cut], ...] = ()
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def classify(
     if len(info.shape) != 2:
         return Scalar(f"{len(info.shape)}-D")
     view = _view(info, config)
-    return Rotated(view, _cuts(info, view, config))
+    return Rotated(view, _cuts(info, view, config), info.tp_size)
 
 
 def _view(info: ParamInfo, config: PionConfig) -> MatrixView:

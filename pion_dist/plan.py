@@ -11,6 +11,7 @@ from .config import PionConfig
 
 ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
 _MOMENT_BYTES = 4
+_DIMS = {"rows": 1, "cols": 2}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class WeightPlan:
     Attributes:
         name: of the parameter.
         shape: of the parameter.
-        matrices: for each part its name and batch shape (B, m, n); empty where it is not Pion's.
+        matrices: for each part its name and the shape (B, m, n) of its matrices, whole, that this
+            rank has or shares; empty where it is not Pion's.
         reason: why it is not Pion's; empty where it is.
     """
 
@@ -32,11 +34,11 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a rank does in a step.
+    """What a rank does in a step; what it shares with others counts by its part, on average.
 
     Attributes:
         weights: every parameter, in the model's order.
-        count: matrices that Pion rotates.
+        count: matrices that this rank has or shares.
         flop: of their step, on average over steps; products only.
         state_bytes: Pion's state.
         adam_bytes: what Adam's state of the same weights would take.
@@ -67,7 +69,7 @@ class StepPlan:
         ratio = self.state_bytes / self.adam_bytes if self.adam_bytes else 0.0
         return (
             f"Pion: {self.count} matrices in {rotated} weights, {self.flop:.3e} FLOP a step, "
-            f"{self.state_bytes:,} bytes of state on this rank, {ratio:.2f} of Adam's for the same "
+            f"{self.state_bytes:,} bytes of state on a rank, {ratio:.2f} of Adam's for the same "
             f"weights; Adam: {len(self.weights) - rotated} parameters"
         )
 
@@ -94,17 +96,29 @@ def build_plan(
         decisions: name, shape and class of every parameter, in the model's order.
         config: the run's options.
     """
-    weights, count, flop, elements, parameters = [], 0, 0.0, 0, 0
+    weights, count, flop, elements, parameters = [], 0, 0.0, 0.0, 0
     for name, shape, decision in decisions:
         if isinstance(decision, Scalar):
             weights.append(WeightPlan(name, shape, (), decision.reason))
             continue
-        weights.append(WeightPlan(name, shape, tuple(decision.view.shapes.items()), ""))
+        matrices = tuple((part, _whole(decision, part)) for part in decision.view.shapes)
+        weights.append(WeightPlan(name, shape, matrices, ""))
         parameters += decision.view.rows * decision.view.cols
-        for batch, m, n in decision.view.shapes.values():
+        for part, (batch, m, n) in matrices:
+            shared = dict(decision.cuts).get(part) in _DIMS and config.tp_mode == "owner"
+            mine = batch / decision.ranks if shared else batch
             count += batch
-            flop += batch * cost.step_flop(m, n, config)
-            elements += batch * cost.state_elements(m, n, config)
+            flop += mine * cost.step_flop(m, n, config)
+            elements += mine * cost.state_elements(m, n, config)
     return StepPlan(
-        tuple(weights), count, flop, elements * _MOMENT_BYTES, parameters * ADAM_STATE_BYTES
+        tuple(weights), count, flop, round(elements * _MOMENT_BYTES), parameters * ADAM_STATE_BYTES
     )
+
+
+def _whole(decision: Rotated, part: str) -> tuple[int, int, int]:
+    """Shape of a part's matrices when the ranks' shards are joined."""
+    sizes = list(decision.view.shapes[part])
+    cut = dict(decision.cuts).get(part)
+    if cut in _DIMS:
+        sizes[_DIMS[cut]] *= decision.ranks
+    return sizes[0], sizes[1], sizes[2]
