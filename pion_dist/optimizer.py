@@ -18,8 +18,8 @@ from .matrices import MatrixView, compute_dtype, whole
 from .plan import deal
 from .update.step import step as update
 
-# Bytes of generators and temporaries that one batch may have on the CPU: larger ones fall out of its
-# caches. 24 heads of 64 x 512 take 57 ms a step at 1 MiB and 90 to 100 at 4 to 64 MiB with Lie
+# Bytes of generators and temporaries that one batch may have on the CPU, whose caches larger ones
+# fall out of. 24 heads of 64 x 512 take 57 ms a step at 1 MiB and 90 to 100 at 4 to 64 MiB with Lie
 # momentum, 32 to 36 at any with transported (tools/bench_batch.py, 2 cores, torch 2.13). On other
 # devices a part is one batch.
 CPU_BATCH_BYTES = 1 << 20
