@@ -28,28 +28,26 @@ def named_parameters(
         modules = dict(chunk.named_modules())
         for name, param in chunk.named_parameters():
             if param.requires_grad:
-                yield _info(name, param, modules), param
+                yield _info(name, param, modules, chunk.config), param
 
 
-def _info(name: str, param: torch.nn.Parameter, modules: dict[str, Any]) -> ParamInfo:
+def _info(
+    name: str, param: torch.nn.Parameter, modules: dict[str, Any], model_config: Any
+) -> ParamInfo:
     path, _, leaf = name.rpartition(".")
     parent_path, _, linear = path.rpartition(".")
     parent = modules[parent_path]
-    config: Any = getattr(parent, "config", None)
+    config: Any = getattr(parent, "config", None) or model_config
     geometry: dict[str, Any] = {}
     if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
-        geometry = {"qkv": _query_group(config, name), "head_dim": config.kv_channels}
+        geometry = {"qkv": _query_group(config), "head_dim": config.kv_channels}
     elif re.fullmatch(r"weight\d*", leaf) and linear == "linear_fc1":
         geometry = {
             "gated": bool(config.gated_linear_unit),
             "gate_interleave": getattr(config, "moe_mlp_glu_interleave_size", None) or 0,
         }
     if getattr(param, "tensor_model_parallel", False) and _tp_size(name, config) > 1:
-        if linear == "in_proj":
-            raise ValueError(
-                f"{name}: Pion does not support Mamba's in_proj with --tensor-model-parallel-size "
-                "above 1; leave it to Adam with --pion-exclude in_proj"
-            )
+        geometry["unsupported"] = _cannot_be_cut(linear, config)
         partition_dim: int = getattr(param, "partition_dim")  # noqa: B009
         geometry["tp_cut"] = "rows" if partition_dim == 0 else "cols"
         geometry["tp_size"] = _tp_size(name, config)
@@ -71,18 +69,24 @@ def is_expert(name: str) -> bool:
     return "experts" in name and "shared" not in name
 
 
-def _query_group(config: Any, name: str) -> tuple[tuple[str, int], ...]:
-    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors).
-
-    Raises:
-        ValueError: tensor parallelism cuts through query groups.
-    """
-    if config.num_query_groups < config.tensor_model_parallel_size:
-        raise ValueError(
-            f"{name}: Pion needs --num-query-groups {config.num_query_groups} to be at least "
-            f"--tensor-model-parallel-size {config.tensor_model_parallel_size}, since a rank would "
-            "have a piece of a group; leave it to Adam with --pion-exclude linear_qkv"
+def _cannot_be_cut(linear: str, config: Any) -> str:
+    """Why Pion cannot rotate a weight that tensor parallelism cuts, or an empty string."""
+    ranks, groups = config.tensor_model_parallel_size, config.num_query_groups
+    if linear == "linear_qkv" and groups < ranks:
+        return (
+            f"--num-query-groups {groups} is below --tensor-model-parallel-size {ranks}, so a rank "
+            "has a piece of a query group; leave the weight to Adam with --pion-exclude linear_qkv"
         )
+    if linear == "in_proj":
+        return (
+            "each rank has rows of all of Mamba's projections; with --tensor-model-parallel-size "
+            "above 1 leave the weight to Adam with --pion-exclude in_proj"
+        )
+    return ""
+
+
+def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
+    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors)."""
     heads, head_dim = config.num_attention_heads // config.num_query_groups, config.kv_channels
     gate = (("gate", heads * head_dim),) if config.attention_output_gate else ()
     return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))

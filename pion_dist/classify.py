@@ -27,6 +27,7 @@ class ParamInfo:
         gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
         tp_cut: ``shape`` is one rank's, of a weight whose rows or columns tensor parallelism cuts.
         tp_size: ranks that it is cut to.
+        unsupported: why Pion cannot rotate it and what to do; empty where it can.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParamInfo:
     gate_interleave: int = 0
     tp_cut: Literal["rows", "cols"] | None = None
     tp_size: int = 1
+    unsupported: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def classify(
         exclude: regular expressions, searched in the name.
 
     Raises:
-        ValueError: a fused weight's rows do not fit its geometry.
+        ValueError: the weight is Pion's and cannot be rotated, or its rows do not fit its geometry.
     """
     for pattern in exclude:
         if re.search(pattern, info.name):
@@ -86,6 +88,8 @@ def classify(
         return Scalar("embedding or output layer")
     if len(info.shape) != 2:
         return Scalar(f"{len(info.shape)}-D")
+    if info.unsupported:
+        raise ValueError(f"{info.name}: {info.unsupported}")
     view = _view(info, config)
     return Rotated(view, _cuts(info, view, config), info.tp_size)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, classify
+from pion_dist.classify import ParamInfo, Scalar, classify
 from pion_dist.plan import build_plan, deal
 
 
@@ -40,6 +40,13 @@ def test_heads_are_dealt_and_not_cut() -> None:
     info = ParamInfo(name="w", shape=(8, 5), qkv=qkv, head_dim=2, tp_cut="rows", tp_size=2)
     assert plan_of(info, qkv="head").weights[0].matrices == (("head", (4, 2, 5)),)
     assert plan_of(info, qkv="qkv").weights[0].matrices[0] == ("q", (1, 8, 5))
+
+
+def test_what_cannot_be_cut_is_refused_unless_excluded() -> None:
+    info = ParamInfo(name="linear_qkv.weight", shape=(8, 5), unsupported="too few query groups")
+    with pytest.raises(ValueError, match="too few query groups"):
+        classify(info, PionConfig())
+    assert isinstance(classify(info, PionConfig(), exclude=["qkv"]), Scalar)
 
 
 def test_a_gate_that_is_not_split_cannot_be_cut() -> None:
