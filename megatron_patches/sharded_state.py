@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import optimizer as target
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pion_dist import Pion
 from pion_dist.checkpoint import Record
@@ -20,7 +21,8 @@ from pion_dist.state import is_key
 from .parameters import pieces
 
 _PREFIX = "optimizer.state."
-_MARK = "pion_record"
+# Kept beside the moments and not on them: torch.save would write an attribute of a tensor too.
+_PLACES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def apply() -> None:
@@ -45,11 +47,11 @@ def record(
 
     Args:
         model_param: the weight's own record.
-        moment: of the part's matrices that this rank has; marked by CheckpointedPion.
+        moment: of the part's matrices that this rank has; noted by CheckpointedPion.
         prefix: of the key.
     """
     weight = pieces(model_param)[0]
-    place: Record = getattr(moment, _MARK)
+    place: Record = _PLACES[moment]
     places = weight.prepend_axis_num
     batch, *sizes = moment.shape
     fragments = weight.axis_fragmentations or weight.global_shape
@@ -71,7 +73,7 @@ class CheckpointedPion(Pion):
     """Pion whose ``state_dict`` says of every moment where it lies among all ranks'."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As Pion's, each moment marked for ``record``."""
+        """As Pion's, each moment's place noted for ``record``."""
         for _, _, moment, place in self.records():
-            setattr(moment, _MARK, place)
+            _PLACES[moment] = place
         return super().state_dict()

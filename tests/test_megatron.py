@@ -48,9 +48,10 @@ def test_checks_in_megatron_018() -> None:
     ("ckpt_format", "flags"),
     [
         ("torch_dist", ["--bf16"]),
+        ("torch", ["--bf16"]),
         ("torch", ["--pion-momentum", "transported", "--pion-side", "alternate"]),
     ],
-    ids=["torch_dist-bf16-lie", "torch-fp32-transported"],
+    ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-fp32-transported"],
 )
 def test_resume_prints_the_same_losses(
     corpus: Path, tmp_path: Path, ckpt_format: str, flags: list[str]
