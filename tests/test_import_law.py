@@ -39,6 +39,6 @@ def test_import_law(path: Path) -> None:
         assert not reaches(path, "torch"), "plans hold no tensors"
 
 
-def test_the_law_sees_a_breach(tmp_path: Path) -> None:
+def test_the_law_sees_a_breach() -> None:
     source = ROOT / "pion_dist" / "update" / "step.py"
     assert reaches(source, "torch") and reaches(source, "pion_dist.config")
