@@ -106,8 +106,18 @@ FLAGS = (
     ),
     _choice(
         "tp-mode",
-        "How matrices that tensor parallelism cuts are computed, with the same result: each by one "
-        "rank, which holds its state (owner), or each by every rank (duplicated).",
+        "How matrices that tensor parallelism cuts are computed. With the same result: each by one "
+        "rank, which holds its state (owner), by every rank (duplicated), or by all together, each "
+        "its rows (distributed). blockwise is another algorithm, whose result depends on "
+        "--pion-blocks and not on the layout.",
+    ),
+    Flag(
+        "blocks",
+        _DEFAULT.blocks,
+        "Of --pion-tp-mode blockwise, on one rank too: the orthogonal factor on the axis that "
+        "tensor parallelism cuts is block-diagonal, of so many blocks; a multiple of the ranks. "
+        "State and work of that side shrink by it, and no weight or gradient moves.",
+        {"type": int},
     ),
     Flag(
         "init",

@@ -46,11 +46,12 @@ def _info(
             "gated": bool(config.gated_linear_unit),
             "gate_interleave": getattr(config, "moe_mlp_glu_interleave_size", None) or 0,
         }
-    if getattr(param, "tensor_model_parallel", False) and _tp_size(name, config) > 1:
-        geometry["unsupported"] = _cannot_be_cut(linear, config)
+    if getattr(param, "tensor_model_parallel", False):
         partition_dim: int = getattr(param, "partition_dim")  # noqa: B009
-        geometry["tp_cut"] = "rows" if partition_dim == 0 else "cols"
+        geometry["tp_axis"] = "rows" if partition_dim == 0 else "cols"
         geometry["tp_size"] = _tp_size(name, config)
+        if geometry["tp_size"] > 1:
+            geometry["unsupported"] = _cannot_be_cut(linear, config)
     return ParamInfo(
         name=_global_name(name, modules),
         shape=tuple(param.shape),

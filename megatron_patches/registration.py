@@ -88,24 +88,18 @@ def _state_exists(optimizer: Any, config: Any = None) -> None:
 
 def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
     from pion_dist.classify import Rotated
-    from pion_dist.exchange import COLS, ROWS, Shard
 
     from .arguments import pion_config
     from .parameters import decided, is_expert
 
-    dims = {"rows": ROWS, "cols": COLS}
     views, names, shards = {}, {}, {}
     for p in (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad):
         info, decision = decided(p)
         if not isinstance(decision, Rotated):
             continue
         views[p], names[p] = decision.view, info.name
-        if decision.cuts:
-            shards[p] = Shard(
-                group=pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp,
-                dims={part: dims[cut] for part, cut in decision.cuts if cut != "batch"},
-                dealt=frozenset(part for part, cut in decision.cuts if cut == "batch"),
-            )
+        if decision.ranks > 1:
+            shards[p] = pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp
     return {
         "lr": config.lr,
         "config": pion_config(config),
@@ -137,10 +131,10 @@ def _with_pion(original: Any) -> Any:
             fan_in(model_chunks, weights, seed=config.pion_seed)
         if config.optimizer != "pion":
             return original(config, model_chunks, *args, **kwargs)
-        if config.pion_print_plan:
-            _print_plan(decisions, options)
         optimizer = original(config, model_chunks, *args, **kwargs)
         _adopt_masters(optimizer)
+        if config.pion_print_plan:
+            _print_plan(decisions, optimizer)
         return optimizer
 
     return get_megatron_optimizer
@@ -154,12 +148,11 @@ def _adopt_masters(optimizer: Any) -> None:
 
     for each in _chained(optimizer):
         if isinstance(each, Float16OptimizerWithFloat16Params) and isinstance(each.optimizer, Pion):
-            for weights, masters in zip(
-                each.float16_groups, each.fp32_from_float16_groups, strict=True
-            ):
-                for weight, master in zip(weights, masters, strict=True):
-                    each.optimizer.replace_parameter(weight, master)
-            each.optimizer.settle()  # the layer-wise optimizer has taken other ranks' weights out
+            pairs = zip(each.float16_groups, each.fp32_from_float16_groups, strict=True)
+            # Also settles it: the layer-wise optimizer has taken other ranks' weights out.
+            each.optimizer.adopt(
+                {w: master for group in pairs for w, master in zip(*group, strict=True)}
+            )
 
 
 def _chained(optimizer: Any) -> Iterator[Any]:
@@ -168,12 +161,22 @@ def _chained(optimizer: Any) -> Iterator[Any]:
     yield optimizer
 
 
-def _print_plan(decisions: Sequence[Any], options: Any) -> None:
-    """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
-    from pion_dist.plan import build_plan
+def _pions(optimizer: Any) -> list[Any]:
+    """Every Pion on this rank."""
+    from pion_dist import Pion
 
-    plan = build_plan([(info.name, info.shape, d) for info, _, d in decisions], options)
-    mine = (plan.rows(), plan.totals())
+    inner = [getattr(each, "optimizer", None) for each in _chained(optimizer)]
+    return [each for each in inner if isinstance(each, Pion)]
+
+
+def _print_plan(decisions: Sequence[Any], optimizer: Any) -> None:
+    """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
+    from pion_dist.classify import Scalar, table
+
+    totals = [f"Pion: {pion.plan.totals(pion.ranks)}" for pion in _pions(optimizer)]
+    others = sum(isinstance(decision, Scalar) for _, _, decision in decisions)
+    rows = table([(info.name, info.shape, decision) for info, _, decision in decisions])
+    mine = (rows, "; ".join([*totals, f"Adam: {others} parameters"]))
     everyone = [mine]
     if torch.distributed.is_initialized():
         everyone = [mine] * torch.distributed.get_world_size()
@@ -183,8 +186,8 @@ def _print_plan(decisions: Sequence[Any], options: Any) -> None:
     print("Pion's plan", flush=True)
     for row in dict.fromkeys(row for rows, _ in everyone for row in rows):
         print("  " + row)
-    for totals, ranks in _ranks_by(totals for _, totals in everyone).items():
-        print(f"  rank {ranks}: {totals}" if len(everyone) > 1 else f"  {totals}", flush=True)
+    for line, ranks in _ranks_by(line for _, line in everyone).items():
+        print(f"  rank {ranks}: {line}" if len(everyone) > 1 else f"  {line}", flush=True)
 
 
 def _ranks_by(totals: Iterator[str]) -> dict[str, str]:

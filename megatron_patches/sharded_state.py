@@ -43,7 +43,7 @@ def apply() -> None:
 def record(
     model_param: ShardedTensor | ShardedTensorFactory, moment: torch.Tensor, prefix: str
 ) -> ShardedTensor:
-    """The record of a moment [B, ., .]: the weight's place (layer, expert), the moment's shape.
+    """The record of a moment: the weight's place (layer, expert), the moment's shape.
 
     Args:
         model_param: the weight's own record.
@@ -53,7 +53,10 @@ def record(
     weight = pieces(model_param)[0]
     place: Record = _PLACES[moment]
     places = weight.prepend_axis_num
-    batch, *sizes = moment.shape
+    whole, offset, cuts = list(moment.shape), [0] * moment.dim(), [1] * moment.dim()
+    whole[place.dim] *= place.count
+    offset[place.dim] = moment.shape[place.dim] * place.index
+    cuts[place.dim] = place.count
     fragments = weight.axis_fragmentations or weight.global_shape
     pp, tp, dp = weight.replica_id
     return ShardedTensor(
@@ -61,9 +64,9 @@ def record(
         data=moment,
         dtype=moment.dtype,
         local_shape=tuple(moment.shape),
-        global_shape=(*weight.global_shape[:places], batch * place.count, *sizes),
-        global_offset=(*weight.global_offset[:places], batch * place.index, 0, 0),
-        axis_fragmentations=(*fragments[:places], place.count, 1, 1),
+        global_shape=(*weight.global_shape[:places], *whole),
+        global_offset=(*weight.global_offset[:places], *offset),
+        axis_fragmentations=(*fragments[:places], *cuts),
         replica_id=(pp, tp + place.replica, dp),
         prepend_axis_num=places,
     )

@@ -10,12 +10,13 @@ class Record:
     """A moment's place.
 
     Attributes:
-        index: which of ``count`` equal shares of the part's matrices (dimension B) it holds.
-        count: 1 where it holds all of them.
-        replica: rank among those that hold the same moment because tensor parallelism duplicates
-            the work; the first one's is written.
+        dim: of the moment, which tensor parallelism cuts into ``count`` equal shares.
+        index: the share that this is.
+        count: 1 where it is all of it.
+        replica: rank among those that hold the same moment; the first one's is written.
     """
 
+    dim: int = 0
     index: int = 0
     count: int = 1
     replica: int = 0

@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from .config import PionConfig
+from .config import Axis, PionConfig
 from .matrices import MatrixView, interleaved, stacked, whole
-
-Cut = Literal["batch", "rows", "cols"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +22,9 @@ class ParamInfo:
         head_dim: rows of one head of a fused QKV weight.
         gated: it is the first linear layer of a gated MLP: gate over up.
         gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
-        tp_cut: ``shape`` is one rank's, of a weight whose rows or columns tensor parallelism cuts.
-        tp_size: ranks that it is cut to.
+        tp_axis: what tensor parallelism cuts, also where it has one rank; None where each rank has
+            the whole weight.
+        tp_size: ranks that it is cut to; ``shape`` is one's.
         unsupported: why Pion cannot rotate it and what to do; empty where it can.
     """
 
@@ -37,7 +35,7 @@ class ParamInfo:
     head_dim: int = 0
     gated: bool = False
     gate_interleave: int = 0
-    tp_cut: Literal["rows", "cols"] | None = None
+    tp_axis: Axis | None = None
     tp_size: int = 1
     unsupported: str = ""
 
@@ -48,13 +46,10 @@ class Rotated:
 
     Attributes:
         view: of this rank's shard.
-        cuts: for each part, what tensor parallelism cuts: its ``batch`` of matrices, their ``rows``
-            or their ``cols``; empty where it cuts nothing.
         ranks: that share the weight.
     """
 
     view: MatrixView
-    cuts: tuple[tuple[str, Cut], ...] = ()
     ranks: int = 1
 
 
@@ -90,8 +85,24 @@ def classify(
         return Scalar(f"{len(info.shape)}-D")
     if info.unsupported:
         raise ValueError(f"{info.name}: {info.unsupported}")
-    view = _view(info, config)
-    return Rotated(view, _cuts(info, view, config), info.tp_size)
+    return Rotated(_view(info, config), info.tp_size)
+
+
+def table(
+    decisions: Sequence[tuple[str, tuple[int, ...], Rotated | Scalar]],
+) -> list[str]:
+    """A line for every parameter, given its name, its shape and what it is."""
+    width = max((len(name) for name, _, _ in decisions), default=0)
+    lines = []
+    for name, shape, decision in decisions:
+        what = f"Adam: {decision.reason}" if isinstance(decision, Scalar) else _matrices(decision)
+        lines.append(f"{name:<{width}}  {'x'.join(map(str, shape)):>12}  {what}")
+    return lines
+
+
+def _matrices(decision: Rotated) -> str:
+    shapes = decision.view.joined(decision.ranks).items()
+    return "Pion: " + ", ".join(f"{part} {b} of {m}x{n}" for part, (b, m, n) in shapes)
 
 
 def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
@@ -99,39 +110,41 @@ def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
     if info.qkv:
         return _qkv_view(info, config)
     if not info.gated:
-        return whole(rows, cols)
+        return whole(rows, cols, axis=info.tp_axis)
     if not config.split_gate:
-        if info.tp_cut == "rows":
+        if info.tp_axis == "rows" and info.tp_size > 1:
             raise ValueError(
                 f"{info.name}: split_gate=False (--pion-no-split-gate) needs "
                 "--tensor-model-parallel-size 1, since each rank stores rows of gate and of up"
             )
-        return whole(rows, cols)
+        return whole(rows, cols, axis=info.tp_axis)
     if info.gate_interleave:
         block = info.gate_interleave
-        repeated = [("gate", block), ("up", block)]
-        return interleaved(rows, cols, repeated=repeated, per_repetition=False)
-    return stacked(rows, cols, name="gate_up", count=2)
-
-
-def _cuts(info: ParamInfo, view: MatrixView, config: PionConfig) -> tuple[tuple[str, Cut], ...]:
-    if info.tp_cut is None:
-        return ()
-    # A rank has whole query groups, so matrices that are heads or a group's projections are whole.
-    dealt = info.qkv and info.tp_cut == "rows" and config.qkv in ("head", "group")
-    return tuple((part.name, "batch" if dealt else info.tp_cut) for part in view.parts)
+        return interleaved(
+            rows,
+            cols,
+            repeated=[("gate", block), ("up", block)],
+            per_repetition=False,
+            axis=info.tp_axis,
+        )
+    return stacked(rows, cols, name="gate_up", count=2, axis=info.tp_axis)
 
 
 def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:
     rows, cols = info.shape
+    # A rank has whole query groups, so matrices that are heads or a group's projections are whole:
+    # where the rows are cut, those are dealt.
+    dealt = None if info.tp_axis == "rows" else info.tp_axis
     match config.qkv:
         case "qkv":
-            return interleaved(rows, cols, repeated=info.qkv, per_repetition=False)
+            return interleaved(
+                rows, cols, repeated=info.qkv, per_repetition=False, axis=info.tp_axis
+            )
         case "group":
-            return interleaved(rows, cols, repeated=info.qkv, per_repetition=True)
+            return interleaved(rows, cols, repeated=info.qkv, per_repetition=True, axis=dealt)
         case "head":
-            return stacked(rows, cols, name="head", count=rows // info.head_dim)
+            return stacked(rows, cols, name="head", count=rows // info.head_dim, axis=dealt)
         case "whole":
-            return whole(rows, cols)
+            return whole(rows, cols, axis=info.tp_axis)
         case _:
             raise ValueError(f"qkv={config.qkv!r}")

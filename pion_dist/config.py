@@ -14,7 +14,11 @@ Scaling = Literal["rms", "none"]
 Retraction = Literal["taylor", "cubic", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
-TpMode = Literal["owner", "duplicated"]
+Axis = Literal["rows", "cols"]
+TpMode = Literal["owner", "duplicated", "distributed", "blockwise"]
+
+SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
+"""The side whose factor is as large as the axis is long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,12 @@ class PionConfig:
         matmul_precision: of float32 products. ``highest``: IEEE float32 throughout; ``high``
             (TF32) and ``bf16`` apply where the spectrum does not depend on it: generators,
             matrix sign and second-order terms. Accumulation is float32 always.
-        tp_mode: how matrices that tensor parallelism cuts are computed; the result is the same.
-            ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank.
+        tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
+            ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
+            ``distributed``: each rank its rows of the generators and its shard of the products.
+            ``blockwise`` is another algorithm, on one rank too: the factor on the axis that tensor
+            parallelism cuts is block-diagonal, of ``blocks`` blocks; the other is shared by all.
+        blocks: of ``tp_mode="blockwise"``; 2 or more, and a multiple of the ranks.
 
     Raises:
         TypeError: an option is not a field, or was given by position.
@@ -68,6 +76,7 @@ class PionConfig:
     split_gate: bool = True
     matmul_precision: MatmulPrecision = "highest"
     tp_mode: TpMode = "owner"
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in choices().items():
@@ -91,6 +100,8 @@ class PionConfig:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         if type(self.degree) is not int or not 2 <= self.degree <= 8:
             raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
+        if type(self.blocks) is not int or self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks!r}: must be a positive integer")
 
     def _check_combinations(self) -> None:
         if self.retraction != "taylor" and self.degree != _default("degree"):
@@ -102,6 +113,17 @@ class PionConfig:
             raise ValueError(
                 f"rms={self.rms} is of scaling='rms'; with scaling={self.scaling!r} leave it out"
             )
+        if self.tp_mode == "blockwise" and self.blocks == 1:
+            raise ValueError("blocks=1: tp_mode='blockwise' needs 2 or more")
+        if self.tp_mode != "blockwise" and self.blocks != 1:
+            raise ValueError(
+                f"blocks={self.blocks} is of tp_mode='blockwise'; with tp_mode={self.tp_mode!r} "
+                "leave it out"
+            )
+
+    def blocks_of(self, axis: Axis | None) -> dict[Side, int]:
+        """Number of blocks of the factor on the side whose dimension ``axis`` is; empty if one."""
+        return {} if axis is None or self.blocks == 1 else {SIDE_OF[axis]: self.blocks}
 
     @property
     def sides(self) -> tuple[Side, ...]:

@@ -5,9 +5,11 @@ A product of [a, b] and [b, c] counts 2abc.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .config import PionConfig, Side
+from .config import SIDE_OF, Axis, PionConfig, Side
 from .update.direction import NEWTON_SCHULZ
 
 Form = Literal["dense", "factors"]
@@ -28,6 +30,7 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
         ``dense`` or ``factors`` for each of ``config.sides``.
     """
     chosen: dict[Side, Form] = {}
+    products = _products(config, first=False)
     for side in config.sides:
         d, other = (n, m) if side == "in" else (m, n)
         in_factors = (
@@ -35,10 +38,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
             and config.retraction in ("taylor", "cubic")
             # Q of the matrix sign has 2·other columns: it must be the narrower one.
             and (config.direction != "msign" or 2 * other < d)
-            and _side_flop(
-                d, other, config, form="factors", products=_products(config, first=False)
-            )
-            < _side_flop(d, other, config, form="dense", products=_products(config, first=False))
+            and sum(_side_flop(d, other, config, form="factors", products=products))
+            < sum(_side_flop(d, other, config, form="dense", products=products))
         )
         chosen[side] = "factors" if in_factors else "dense"
     return chosen
@@ -49,34 +50,128 @@ def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
     return tuple(sorted(active, key=lambda side: -(n if side == "in" else m)))
 
 
-def step_flop(m: int, n: int, config: PionConfig) -> float:
+def step_flop(
+    m: int, n: int, config: PionConfig, axis: Axis | None = None, *, ranks: int = 1
+) -> float:
     """FLOP of a step of one m x n matrix, on average over steps (``alternate``: half each side).
 
     Elementwise work is not counted.
+
+    Args:
+        m: rows of the whole matrix.
+        n: columns of the whole matrix.
+        config: the run's options.
+        axis: along which tensor parallelism cuts it.
+        ranks: that share its computation (``distributed``, ``blockwise``); the count is one's.
     """
+    blocks = config.blocks_of(axis)
+    divided = ranks > 1 and not blocks
     chosen = forms(m, n, config)
     total = 0.0
     sides = order(m, n, config.sides)
     for position, side in enumerate(sides):
         d, other = (n, m) if side == "in" else (m, n)
         alone = config.side == "alternate" or position == 0
-        flop = _side_flop(
-            d, other, config, form=chosen[side], products=_products(config, first=alone)
+        cut = axis is not None and side == SIDE_OF[axis]
+        # Of Divided's cut side both products of the generator are formed: no transpose is at hand.
+        made = 2.0 if divided and cut else 1.0
+        size, count = (d // blocks[side], blocks[side]) if side in blocks else (d, 1)
+        dense = bool(blocks) or divided
+        always, once = _side_flop(
+            size,
+            other,
+            config,
+            form="dense" if dense else chosen[side],
+            products=_products(config, first=alone),
         )
+        always *= made * count / ranks
+        # What every rank does alike: all of a shared side's own algebra, and a whole factor.
+        alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
+        alike += _sign_flop(size, config) if blocks and not cut else 0.0
+        once = (once * count - alike) / ranks + alike
         if config.side == "alternate":
             # Both sides' Lie moments are updated every step, so their generators are formed then.
-            always = 2.0 * other * d * d if config.momentum == "lie" else 0.0
-            flop = always + (flop - always) / 2
-        total += flop
+            total += always if config.momentum == "lie" else always / 2
+            total += once / 2
+        else:
+            total += always + once
     return total
 
 
-def state_elements(m: int, n: int, config: PionConfig) -> int:
-    """Elements of Pion's state for one m x n matrix."""
-    moments = 2 if config.direction == "adaptive" else 1
-    if config.momentum != "lie":
-        return moments * m * n
-    return moments * sum((n if side == "in" else m) ** 2 for side in config.sides)
+@dataclass
+class Traffic:
+    """What one rank hands to collectives: calls and input elements by operation."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    elements: Counter[str] = field(default_factory=Counter)
+
+    def add(self, op: str, elements: int, calls: int = 1) -> None:
+        """Count ``calls`` collectives of ``elements`` each."""
+        if calls:
+            self.calls[op] += calls
+            self.elements[op] += calls * elements
+
+
+def traffic(
+    batch: int, m: int, n: int, config: PionConfig, axis: Axis, *, ranks: int, step: int
+) -> Traffic:
+    """The collectives of a step of matrices [B, m, n] that ``ranks`` ranks share.
+
+    Args:
+        batch: B.
+        m: rows of a whole matrix.
+        n: columns of a whole matrix.
+        config: with ``tp_mode`` ``distributed`` or ``blockwise``.
+        axis: along which they are cut.
+        ranks: that share them.
+        step: number of the step, from 1.
+    """
+    found = Traffic()
+    active = order(m, n, config.active_sides(step))
+    for side in config.sides if config.momentum == "lie" else active:
+        d = n if side == "in" else m
+        cut = side == SIDE_OF[axis]
+        if config.tp_mode == "blockwise" and not cut:
+            found.add("all_reduce", batch * d * d)
+        if config.tp_mode == "blockwise":
+            continue
+        if cut:
+            found.add("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
+        else:
+            found.add("reduce_scatter", batch * d * d)
+        if side in active:
+            first = active[0] == side
+            _divided(found, config, batch, d, m * n // ranks, cut=cut, ranks=ranks, first=first)
+    if config.scaling == "rms":
+        found.add("all_reduce", batch)
+    return found
+
+
+def _divided(
+    found: Traffic,
+    config: PionConfig,
+    batch: int,
+    d: int,
+    shard: int,
+    *,
+    cut: bool,
+    ranks: int,
+    first: bool,
+) -> None:
+    """Count what an active side of ``distributed`` moves after its generator's rows are there."""
+    rows = batch * d * d // ranks
+    if config.direction == "msign":
+        found.add("all_reduce", batch)  # the norm
+        found.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1)
+    if not cut:
+        found.add("all_gather", rows)
+        return
+    # The first-order term's W is at hand, and so is what a first orthogonal factor multiplies.
+    products = _products(config, first=first) - 1
+    if config.retraction in ("cayley", "exp"):
+        found.add("all_gather", rows)
+        products -= first
+    found.add("all_gather", batch * shard, products)
 
 
 def _products(config: PionConfig, *, first: bool) -> int:
@@ -89,22 +184,28 @@ def _products(config: PionConfig, *, first: bool) -> int:
     return on_w + (on_moment if config.momentum == "transported" else 0)
 
 
-def _side_flop(d: int, other: int, config: PionConfig, *, form: Form, products: int) -> float:
-    """FLOP of one side's generator [d, d] and ``products`` products with it."""
-    sign = config.direction == "msign"
-    newton_schulz = 2.0 * 3 * len(NEWTON_SCHULZ)
+def _side_flop(
+    d: int, other: int, config: PionConfig, *, form: Form, products: int
+) -> tuple[float, float]:
+    """FLOP of one side's generator [d, d], and of all else with ``products`` products with it."""
     if form == "dense":
-        flop = 2.0 * other * d * d + products * 2.0 * other * d * d
-        if sign:
-            flop += newton_schulz * d**3
-        if config.retraction == "cayley":
-            flop += (2.0 / 3.0 + 2.0) * d**3  # LU and d right-hand sides
-        if config.retraction == "exp":
-            flop += 2.0 * 6 * d**3  # degree 8 to 18 in 3 to 5 products, then squarings
-        return flop
-    if not sign:
-        return products * 8.0 * other * other * d
+        flop = products * 2.0 * other * d * d
+        return 2.0 * other * d * d, flop + _sign_flop(d, config) + _factor_flop(d, config)
+    if config.direction != "msign":
+        return 0.0, products * 8.0 * other * other * d
     k = 2 * other
     qr = 4.0 * d * k * k - 4.0 / 3.0 * k**3
-    core = 2.0 * k * k * other + newton_schulz * k**3
-    return qr + core + products * (4.0 * other * d * k + 2.0 * other * k * k)
+    core = 2.0 * k * k * other + _sign_flop(k, config)
+    return qr, core + products * (4.0 * other * d * k + 2.0 * other * k * k)
+
+
+def _sign_flop(d: int, config: PionConfig) -> float:
+    return 2.0 * 3 * len(NEWTON_SCHULZ) * d**3 if config.direction == "msign" else 0.0
+
+
+def _factor_flop(d: int, config: PionConfig) -> float:
+    if config.retraction == "cayley":
+        return (2.0 / 3.0 + 2.0) * d**3  # LU and d right-hand sides
+    if config.retraction == "exp":
+        return 2.0 * 6 * d**3  # degree 8 to 18 in 3 to 5 products, then squarings
+    return 0.0

@@ -1,47 +1,22 @@
-"""Brings the shards of matrices that tensor parallelism cuts together, and sends them back.
+"""The communication of ranks that share matrices; it knows no optimizer.
 
-A constant number of collectives a step, however many matrices there are. The exchange knows no
-optimizer: ``run`` takes what to send, what to do with whole matrices, and where results go.
+``run`` brings the shards of matrices together and sends them back, in a constant number of
+collectives however many there are: it takes what to send, what to do with whole matrices, and where
+results go. ``GroupPeers`` is what shards need of each other where none has a whole matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup as ProcessGroup
 
 from .config import TpMode
-
-ROWS, COLS = 1, 2  # dimensions of a batch [B, m, n]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """How the ranks of a group share a weight.
-
-    Attributes:
-        group: the tensor-parallel group.
-        dims: parts whose matrices are cut, and the dimension, ROWS or COLS. Parts that are not
-            named are whole on their rank.
-        dealt: parts of whose matrices every rank has its own (B is cut).
-    """
-
-    group: dist.ProcessGroup
-    dims: Mapping[str, int]
-    dealt: frozenset[str] = frozenset()
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of the group."""
-        return self.group.size()
-
-    @property
-    def rank(self) -> int:
-        """This rank in the group."""
-        return self.group.rank()
+from .plan import differences
 
 
 @dataclass(frozen=True)
@@ -50,7 +25,7 @@ class Piece:
 
     Attributes:
         shape: [B, m, n] of the shard.
-        dim: ROWS or COLS, where the shards join.
+        dim: of the shape, where the shards join.
         owner: the rank that computes it (mode ``owner``).
     """
 
@@ -77,7 +52,7 @@ def run(
     finalize: Finalize,
     *,
     mode: TpMode,
-    group: dist.ProcessGroup,
+    group: ProcessGroup,
 ) -> None:
     """Compute every matrix of the pieces whole, once or on every rank, and hand back the shards.
 
@@ -98,7 +73,7 @@ def run(
         case "duplicated":
             _duplicated(pieces, prepare, compute, finalize, group=group)
         case _:
-            raise ValueError(f"mode={mode!r}: must be 'owner' or 'duplicated'")
+            raise ValueError(f"mode={mode!r}: only 'owner' and 'duplicated' join matrices")
 
 
 def _owner(
@@ -107,7 +82,7 @@ def _owner(
     compute: Compute,
     finalize: Finalize,
     *,
-    group: dist.ProcessGroup,
+    group: ProcessGroup,
 ) -> None:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     owned = [[i for i, p in enumerate(pieces) if p.owner == r] for r in range(size)]
@@ -141,7 +116,7 @@ def _duplicated(
     compute: Compute,
     finalize: Finalize,
     *,
-    group: dist.ProcessGroup,
+    group: ProcessGroup,
 ) -> None:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     send = _packed(shard for i in range(len(pieces)) for shard in prepare(i))
@@ -174,7 +149,7 @@ def _joined(
         yield i, (weight, grad)
 
 
-def agree(ok: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+def agree(ok: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     """Whether ``ok`` holds on every rank of every group; one small collective a group.
 
     Args:
@@ -187,3 +162,51 @@ def agree(ok: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return flag.bool()
+
+
+class GroupPeers:
+    """The ranks of a process group, as ``update.arrangement.Peers``."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        """The ranks that share matrices."""
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def total(self, x: Tensor) -> Tensor:
+        """The ranks' sum (modified in place)."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gathered(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors, joined along ``dim``."""
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts.view(-1), x.contiguous().view(-1), group=self.group)
+        return torch.cat(list(parts), dim=dim)
+
+    def scattered(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's share, along ``dim``, of the ranks' sum."""
+        parts = torch.stack(x.chunk(self.size, dim))
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)
+        return mine
+
+
+def compare(digest: str, lines: Sequence[str], *, group: ProcessGroup, what: str) -> None:
+    """Stop every rank of a group if one has another plan; a collective.
+
+    Args:
+        digest: of ``lines``, which travel only where it differs.
+        lines: what has to be alike.
+        group: the ranks that compare.
+        what: is compared, for the message.
+
+    Raises:
+        RuntimeError: names the first line that differs.
+    """
+    digests = [""] * group.size()
+    dist.all_gather_object(digests, digest, group=group)
+    if len(set(digests)) == 1:
+        return
+    everyone: list[Sequence[str]] = [()] * group.size()
+    dist.all_gather_object(everyone, list(lines), group=group)
+    # A rank that agrees with the first has to name one that does not.
+    raise RuntimeError(f"{what} differ between ranks: {differences(lines, everyone)}")

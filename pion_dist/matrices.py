@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import Axis
+
 
 @dataclass(frozen=True)
 class Part:
@@ -42,6 +44,8 @@ class MatrixView:
         rows: R.
         cols: C.
         parts: cover every row exactly once.
+        axis: of the matrices, along which tensor parallelism would cut each; None where it cuts
+            none (it deals their batch, or repeats the weight).
 
     Raises:
         ValueError: the parts do not tile the rows, or a part's rows do not divide into its batch.
@@ -50,6 +54,7 @@ class MatrixView:
     rows: int
     cols: int
     parts: tuple[Part, ...]
+    axis: Axis | None = None
 
     def __post_init__(self) -> None:
         covered: list[int] = []
@@ -81,6 +86,12 @@ class MatrixView:
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """Batch shape (B, m, n) of every part, by name."""
         return {part.name: self.shape_of(part) for part in self.parts}
+
+    def joined(self, ranks: int) -> dict[str, tuple[int, int, int]]:
+        """``shapes`` of the matrices of which each of ``ranks`` ranks has such a shard."""
+        rows = ranks if self.axis == "rows" else 1
+        cols = ranks if self.axis == "cols" else 1
+        return {part: (b, m * rows, n * cols) for part, (b, m, n) in self.shapes.items()}
 
     def split(self, weight_RC: Tensor) -> dict[str, Tensor]:
         """The weight's matrices, by part.
@@ -134,18 +145,23 @@ class MatrixView:
             )
 
 
-def whole(rows: int, cols: int) -> MatrixView:
+def whole(rows: int, cols: int, *, axis: Axis | None = None) -> MatrixView:
     """The weight as one matrix."""
-    return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),))
+    return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),), axis)
 
 
-def stacked(rows: int, cols: int, *, name: str, count: int) -> MatrixView:
+def stacked(rows: int, cols: int, *, name: str, count: int, axis: Axis | None = None) -> MatrixView:
     """``count`` matrices of equal height, one below the other (gate over up; heads)."""
-    return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),))
+    return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),), axis)
 
 
 def interleaved(
-    rows: int, cols: int, *, repeated: Sequence[tuple[str, int]], per_repetition: bool
+    rows: int,
+    cols: int,
+    *,
+    repeated: Sequence[tuple[str, int]],
+    per_repetition: bool,
+    axis: Axis | None = None,
 ) -> MatrixView:
     """Several projections stored in turns, such as a fused QKV weight, query group by query group.
 
@@ -156,6 +172,7 @@ def interleaved(
             ``[("q", 128), ("k", 64), ("v", 64)]``.
         per_repetition: one matrix per repetition and projection; else one per projection, its rows
             gathered over the repetitions.
+        axis: of every matrix, along which tensor parallelism would cut it.
 
     Raises:
         ValueError: R is not a multiple of a repetition's rows.
@@ -168,7 +185,7 @@ def interleaved(
     for name, length in repeated:
         parts.append(Part(name, period, offset, length, batch))
         offset += length
-    return MatrixView(rows, cols, tuple(parts))
+    return MatrixView(rows, cols, tuple(parts), axis)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

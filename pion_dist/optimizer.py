@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from . import cost, exchange, state
 from .checkpoint import Record
-from .config import PionConfig
-from .exchange import Piece, Shard
+from .config import SIDE_OF, PionConfig
+from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
 from .matrices import MatrixView, compute_dtype, whole
-from .plan import deal
+from .plan import MatrixPlan, StepPlan, build_plan
+from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 
 # Bytes of generators and temporaries that one batch may have on the CPU, whose caches larger ones
@@ -27,21 +29,23 @@ CPU_BATCH_BYTES = 1 << 20
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Slot:
     """What the optimizer knows of a parameter."""
 
     name: str
     view: MatrixView
-    shard: Shard | None = None
-    owners: dict[str, int] = field(default_factory=dict)  # of the parts that are cut
+    group: ProcessGroup | None = None
 
-    def sizes(self, part: str) -> tuple[int, int, int]:
-        """[B, m, n] of a part's matrices, whole."""
-        sizes = list(self.view.shapes[part])
-        if self.shard is not None and part in self.shard.dims:
-            sizes[self.shard.dims[part]] *= self.shard.ranks
-        return sizes[0], sizes[1], sizes[2]
+    @property
+    def ranks(self) -> int:
+        """That share the weight."""
+        return self.group.size() if self.group is not None else 1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """[B, m, n] of every part's matrices, whole."""
+        return self.view.joined(self.ranks)
 
 
 class Pion(torch.optim.Optimizer):
@@ -55,14 +59,18 @@ class Pion(torch.optim.Optimizer):
             ``model.named_parameters()``. Give embeddings, output layers, norms and biases to AdamW.
         lr: η, per group; schedulers set ``group["lr"]``.
         config: the options that all groups share.
-        views: how a parameter is seen as matrices; one that has none is one whole matrix.
+        views: how a parameter is seen as matrices; one that has none is one matrix, cut (where the
+            options cut) along its longer dimension, rows if both are equal.
         names: of parameters, for messages; ``named_parameters()`` brings its own.
-        shards: parameters that are a rank's shard of a weight; the same ones, in the same order, on
-            every rank of their groups.
+        shards: parameters that are a rank's shard of a weight, with the ranks that share it: each
+            matrix is cut evenly along its view's axis, or, where that is None, the ranks have
+            matrices of their own. The same ones, in the same order, on every rank of the group,
+            and to be made on all of them at a time.
 
     Raises:
-        ValueError: a parameter is not 2-D or not real floating point, a view does not fit it, or
-            lr is negative.
+        ValueError: a parameter is not 2-D or not real floating point, a view does not fit it, it
+            cannot be cut as the options say, or lr is negative.
+        RuntimeError: the ranks of a group have other parameters or options.
 
     Low-precision parameters (bf16, fp16) are computed in float32 and rounded when stored, which
     moves singular values by the rounding; keep float32 masters where that matters.
@@ -76,7 +84,7 @@ class Pion(torch.optim.Optimizer):
         config: PionConfig | None = None,
         views: Mapping[Tensor, MatrixView] | None = None,
         names: Mapping[Tensor, str] | None = None,
-        shards: Mapping[Tensor, Shard] | None = None,
+        shards: Mapping[Tensor, ProcessGroup] | None = None,
     ) -> None:
         """See the class."""
         self._names = dict(names or {})
@@ -85,6 +93,7 @@ class Pion(torch.optim.Optimizer):
         self._views = dict(views or {})
         self._slots: dict[Tensor, _Slot] = {}
         self._guard = Guard()
+        self.plan = StepPlan(self.config, (), ())
         self._constructed = False
         super().__init__(params, {"lr": lr})
         self._constructed = True
@@ -124,33 +133,38 @@ class Pion(torch.optim.Optimizer):
             raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
         if view is not None and (view.rows, view.cols) != tuple(p.shape):
             raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
-        return _Slot(name, view if view is not None else whole(*p.shape), self._shards.get(p))
+        if view is None:
+            view = whole(*p.shape, axis="rows" if p.shape[0] >= p.shape[1] else "cols")
+        slot = _Slot(name, view, self._shards.get(p))
+        for _, m, n in slot.shapes.values():
+            if why := state.unfit(m, n, self.config, view.axis, slot.ranks):
+                raise ValueError(f"{name}: {why}")
+        return slot
 
     def settle(self) -> None:
-        """Deal cut matrices to owners and make the state of what this rank computes.
+        """Make the plan, compare it with other ranks', and make the state this rank holds.
 
         Done at construction, and to be done again by a wrapper that has taken parameters out of the
-        groups: their state is freed.
+        groups: their state is freed. A collective of each group that shares parameters.
 
         Raises:
-            RuntimeError: matrices that are cut would be dealt anew after the first step.
+            RuntimeError: ranks have other plans, or matrices that ranks share would be dealt anew
+                after the first step.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         self._slots = {p: self._slots[p] for p in params}
         for p in set(self.state) - set(params):
             del self.state[p]
-        for group, cut in self._cut().items():
-            costs = []
-            for p, part in cut:
-                batch, m, n = self._slots[p].sizes(part)
-                costs.append(batch * cost.step_flop(m, n, self.config))
-            for (p, part), owner in zip(cut, deal(costs, group.size()), strict=True):
-                if self._slots[p].owners.setdefault(part, owner) != owner:
-                    if any(g["step"] for g in self.param_groups):
-                        raise RuntimeError("add sharded parameters before the first step")
-                    self._slots[p].owners[part] = owner
-        for p, slot in self._slots.items():
-            shapes = self._shapes(slot)
+        old = {(x.weight, x.part): x.owner for x in self.plan.matrices}
+        self._plan()
+        stepped = any(group["step"] for group in self.param_groups)
+        if stepped and any(
+            old.get((x.weight, x.part), x.owner) != x.owner for x in self.plan.matrices
+        ):
+            raise RuntimeError("add sharded parameters before the first step")
+        self._compare()
+        for p in params:
+            shapes = self._shapes(p)
             kept = {key: value for key, value in self.state[p].items() if key in shapes}
             self.state[p] = {
                 key: kept[key]
@@ -159,45 +173,80 @@ class Pion(torch.optim.Optimizer):
                 for key, shape in shapes.items()
             }
 
-    def _cut(self) -> dict[Any, list[tuple[Tensor, str]]]:
-        """Parameter and part of all that is cut, in order, by the group that shares it."""
-        found: dict[Any, list[tuple[Tensor, str]]] = {}
-        for p, slot in self._slots.items():
-            if slot.shard is not None:
-                for part in slot.shard.dims:
-                    found.setdefault(slot.shard.group, []).append((p, part))
-        return found
+    def _plan(self) -> None:
+        """Build ``plan``, and where each of its matrices is."""
+        self.groups: list[ProcessGroup] = []
+        self._places: list[tuple[Tensor, str]] = []
+        found = []
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                slot = self._slots[p]
+                if slot.group is not None and slot.group not in self.groups:
+                    self.groups.append(slot.group)
+                for part, (batch, m, n) in slot.shapes.items():
+                    self._places.append((p, part))
+                    found.append(
+                        MatrixPlan(
+                            weight=slot.name,
+                            part=part,
+                            batch=batch,
+                            m=m,
+                            n=n,
+                            axis=slot.view.axis,
+                            group=None if slot.group is None else self.groups.index(slot.group),
+                            param_group=number,
+                            itemsize=compute_dtype(p).itemsize,
+                        )
+                    )
+        self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
+        self._planned = dict(zip(self._places, self.plan.matrices, strict=True))
 
-    def _computes(self, slot: _Slot, part: str) -> bool:
-        """Whether this rank computes a part's matrices, and so holds their state."""
-        if slot.shard is None or part not in slot.shard.dims or self.config.tp_mode != "owner":
-            return True
-        return slot.owners[part] == slot.shard.rank
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """This rank's in each group of the plan."""
+        return tuple(group.rank() for group in self.groups)
 
-    def _shapes(self, slot: _Slot) -> dict[str, tuple[int, int, int]]:
+    def _compare(self) -> None:
+        """Compare the plan and the steps taken with the other ranks'."""
+        steps = [f"step {group['step']} in group {i}" for i, group in enumerate(self.param_groups)]
+        for index, group in enumerate(self.groups):
+            lines = [*self.plan.lines(index), *steps]
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+            exchange.compare(digest, lines, group=group, what="Pion's plans")
+
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         """Shape of every moment of a parameter that this rank holds, by state key."""
+        slot = self._slots[p]
         return {
-            state.key(moment, part): shape
+            state.key(name, part): moment.local(slot.ranks)
             for part in slot.view.shapes
-            if self._computes(slot, part)
-            for moment, shape in state.shapes(*slot.sizes(part), self.config).items()
+            if self._planned[p, part].owner in (None, slot.group.rank() if slot.group else None)
+            for name, moment in self._moments(p, part).items()
         }
 
-    def replace_parameter(self, old: Tensor, new: Tensor) -> None:
-        """Step ``new`` in place of ``old``: for wrappers that put a float32 master in a group.
+    def _moments(self, p: Tensor, part: str) -> dict[str, state.Moment]:
+        slot = self._slots[p]
+        return state.moments(*slot.shapes[part], self.config, slot.view.axis)
+
+    def adopt(self, masters: Mapping[Tensor, Tensor]) -> None:
+        """Step masters in place of parameters, and ``settle``: for wrappers that keep them.
 
         Args:
-            old: a parameter of this optimizer.
-            new: of the same shape; already in the group, or put there by the caller.
+            masters: a tensor for each parameter that has left the groups for it, of its shape.
 
         Raises:
             ValueError: the shapes differ.
         """
-        if old.shape != new.shape:
-            raise ValueError(f"a master of shape {tuple(new.shape)} for one of {tuple(old.shape)}")
-        self._slots[new] = self._slots.pop(old)
-        if old in self.state:
-            self.state[new] = self.state.pop(old)
+        for old, new in masters.items():
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"a master of shape {tuple(new.shape)} for one of {tuple(old.shape)}"
+                )
+        for old, new in masters.items():
+            self._slots[new] = self._slots.pop(old)
+            if old in self.state:
+                self.state[new] = self.state.pop(old)
+        self.settle()
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
@@ -236,103 +285,159 @@ class Pion(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._guard.look()
-        due: list[tuple[dict[str, Any], Tensor]] = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise ValueError(f"{self._slots[p].name} has a sparse gradient")
-                due.append((group, p))
-        ok = None
-        if due:
-            names = [self._slots[p].name for _, p in due]
-            ok = self._guard.check(names, [p.grad for _, p in due if p.grad is not None])
-            ok = exchange.agree(ok, list(self._cut()))
+        due = self._due()
         for group in self.param_groups:
             group["step"] += 1
-        for group, p in due:
-            assert ok is not None
-            self._step_local(p, group, ok)
-        if due:
-            assert ok is not None
-            self._step_cut({p: group for group, p in due}, ok)
+        if not due:
+            return loss
+        names = [self._slots[p].name for p in due]
+        ok = self._guard.check(names, [p.grad for p in due if p.grad is not None])
+        ok = exchange.agree(ok, self.groups)
+        for p in due:
+            self._step_local(p, ok)
+        for index in range(len(self.groups)):
+            if self.plan.of_group(index):
+                self._step_shared(index, ok)
         return loss
 
-    def _step_local(self, p: Tensor, group: dict[str, Any], ok: Tensor) -> None:
-        """Step the parts of a parameter that this rank has whole."""
-        assert p.grad is not None
+    def _due(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        due = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in due:
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"{self._slots[p].name} has a sparse gradient")
+        return due
+
+    def _step_local(self, p: Tensor, ok: Tensor) -> None:
+        """Step a parameter's matrices, if this rank has them whole."""
         slot, dtype = self._slots[p], compute_dtype(p)
-        cut = slot.shard.dims if slot.shard is not None else {}
-        weights = slot.view.split(p.to(dtype))
-        grads = slot.view.split(p.grad.to(dtype))
-        for part in slot.view.shapes:
-            if part not in cut:
-                self._update(p, part, weights[part], grads[part], group, ok)
-        slot.view.merge({part: w for part, w in weights.items() if part not in cut}, p)
+        parts = [part for part in slot.view.shapes if not self._planned[p, part].shared]
+        if not parts:
+            return
+        assert p.grad is not None
+        weights, grads = slot.view.split(p.to(dtype)), slot.view.split(p.grad.to(dtype))
+        for part in parts:
+            batch, m, n = weights[part].shape
+            moments = self._held(p, part)
+            stride = _batch_size(m, n, p)
+            for first in range(0, batch, stride):
+                some = slice(first, first + stride)
+                self._update(
+                    self._planned[p, part],
+                    weights[part][some],
+                    grads[part][some],
+                    {name: moment[some] for name, moment in moments.items()},
+                    ok,
+                )
+        slot.view.merge(weights, p)
 
-    def _step_cut(self, groups: Mapping[Tensor, dict[str, Any]], ok: Tensor) -> None:
-        """Step the parts whose matrices several ranks share."""
-        for process_group, cut in self._cut().items():
-            if missing := [self._slots[p].name for p, _ in cut if p not in groups]:
-                raise RuntimeError(f"{missing[0]} is sharded and has no gradient on this rank")
-            shapes = [self._slots[p].view.shapes[part] for p, part in cut]
-            pieces = [
-                Piece(shape, self._slots[p].shard.dims[part], self._slots[p].owners[part])  # type: ignore[union-attr]
-                for (p, part), shape in zip(cut, shapes, strict=True)
-            ]
+    def _step_shared(self, index: int, ok: Tensor) -> None:
+        """Step the matrices of which every rank of a group has a shard."""
+        places = self._places
+        for i in self.plan.of_group(index):
+            if places[i][0].grad is None:
+                name = self._slots[places[i][0]].name
+                raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
+        if self.config.tp_mode in ("distributed", "blockwise"):
+            for batch in self.plan.batches(index):
+                self._step_shards(batch, ok)
+            return
+        order = self.plan.of_group(index)
+        pieces = []
+        for i in order:
+            (p, part), owner = places[i], self.plan.matrices[i].owner
+            view = self._slots[p].view
+            pieces.append(Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0))
 
-            def prepare(i: int, cut: Any = cut) -> tuple[Tensor, Tensor]:
-                p, part = cut[i]
-                view, dtype = self._slots[p].view, compute_dtype(p)
-                return view.split(p.to(dtype))[part], view.split(p.grad.to(dtype))[part]
+        def compute(k: int, weight: Tensor, grad: Tensor) -> None:
+            i = order[k]
+            self._update(self.plan.matrices[i], weight, grad, self._held(*places[i]), ok)
 
-            def compute(i: int, weight: Tensor, grad: Tensor, cut: Any = cut) -> None:
-                p, part = cut[i]
-                self._update(p, part, weight, grad, groups[p], ok)
+        exchange.run(
+            pieces,
+            lambda k: self._shard(order[k]),
+            compute,
+            lambda k, weight: self._store(order[k], weight),
+            mode=self.config.tp_mode,
+            group=self.groups[index],
+        )
 
-            def finalize(i: int, weight: Tensor, cut: Any = cut) -> None:
-                p, part = cut[i]
-                self._slots[p].view.merge({part: weight}, p)
+    def _step_shards(self, batch: Sequence[int], ok: Tensor) -> None:
+        """Step shards of one shape together, where they lie."""
+        shards = [self._shard(i) for i in batch]
+        held = [self._held(*self._places[i]) for i in batch]
+        counts = [weight.shape[0] for weight, _ in shards]
+        weight, grad = (torch.cat(x) for x in zip(*shards, strict=True))
+        joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
+        self._update(self.plan.matrices[batch[0]], weight, grad, joined, ok)
+        for i, stepped in zip(batch, torch.split(weight, counts), strict=True):
+            self._store(i, stepped)
+        for name, moment in joined.items():
+            for moments, stepped in zip(held, torch.split(moment, counts), strict=True):
+                moments[name].copy_(stepped)
 
-            exchange.run(
-                pieces, prepare, compute, finalize, mode=self.config.tp_mode, group=process_group
-            )
+    def _shard(self, i: int) -> tuple[Tensor, Tensor]:
+        """This rank's shards of the weight and the gradient of the plan's matrices ``i``."""
+        p, part = self._places[i]
+        view, dtype = self._slots[p].view, compute_dtype(p)
+        assert p.grad is not None
+        return view.split(p.to(dtype))[part], view.split(p.grad.to(dtype))[part]
+
+    def _store(self, i: int, shard: Tensor) -> None:
+        p, part = self._places[i]
+        self._slots[p].view.merge({part: shard}, p)
+
+    def _held(self, p: Tensor, part: str) -> dict[str, Tensor]:
+        """A part's moments on this rank, by name."""
+        return {name: self.state[p][state.key(name, part)] for name in self._moments(p, part)}
 
     def _update(
-        self, p: Tensor, part: str, w: Tensor, g: Tensor, group: dict[str, Any], ok: Tensor
+        self, x: MatrixPlan, w: Tensor, g: Tensor, moments: Mapping[str, Tensor], ok: Tensor
     ) -> None:
-        """Step whole matrices [B, m, n] of a parameter's part (modified in place)."""
-        batch, m, n = w.shape
-        moments = {
-            moment: self.state[p][state.key(moment, part)]
-            for moment in state.shapes(batch, m, n, self.config)
-        }
-        stride = _batch_size(m, n, p)
-        for first in range(0, batch, stride):
-            some = slice(first, first + stride)
-            update(
-                w[some],
-                g[some],
-                {name: moment[some] for name, moment in moments.items()},
-                config=self.config,
-                lr=group["lr"],
-                active=cost.order(m, n, self.config.active_sides(group["step"])),
-                forms=cost.forms(m, n, self.config),
-                ok=ok.to(p.device, non_blocking=True),
-            )
+        """Step a batch of matrices, or of their shards (modified in place)."""
+        group = self.param_groups[x.param_group]
+        update(
+            w,
+            g,
+            moments,
+            config=self.config,
+            lr=group["lr"],
+            active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
+            forms=cost.forms(x.m, x.n, self.config),
+            ok=ok.to(w.device, non_blocking=True),
+            arrangement=self._arrangement(x),
+        )
+
+    def _arrangement(self, x: MatrixPlan) -> Arrangement | None:
+        """How ``_update``'s matrices lie; None for whole."""
+        peers = GroupPeers(self.groups[x.group]) if x.shared and x.group is not None else None
+        if x.axis is None:
+            return None
+        if self.config.tp_mode == "blockwise":
+            count = self.config.blocks // (peers.size if peers is not None else 1)
+            return Blocks(SIDE_OF[x.axis], count, peers)
+        if self.config.tp_mode == "distributed" and peers is not None:
+            return Divided(SIDE_OF[x.axis], peers)
+        return None
 
     def records(self) -> Iterator[tuple[Tensor, str, Tensor, Record]]:
         """Parameter, state key, moment and its place among all ranks', for checkpoints."""
         for p, slot in self._slots.items():
-            for key, moment in self.state[p].items():
-                part, shard = key.partition(".")[2], slot.shard
-                record = Record()
-                if shard is not None and part in shard.dealt:
-                    record = Record(index=shard.rank, count=shard.ranks)
-                elif shard is not None and self.config.tp_mode == "duplicated":
-                    record = Record(replica=shard.rank)
-                yield p, key, moment, record
+            for part in slot.view.shapes:
+                for name, moment in self._moments(p, part).items():
+                    key = state.key(name, part)
+                    if key in self.state[p]:
+                        yield p, key, self.state[p][key], self._record(slot, moment)
+
+    def _record(self, slot: _Slot, moment: state.Moment) -> Record:
+        if slot.group is None:
+            return Record()
+        rank, ranks = slot.group.rank(), slot.ranks
+        if slot.view.axis is None:  # the ranks have matrices of their own
+            return Record(dim=0, index=rank, count=ranks)
+        if moment.dim is not None:
+            return Record(dim=moment.dim, index=rank, count=ranks)
+        return Record() if self.config.tp_mode == "owner" else Record(replica=rank)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken."""
@@ -345,9 +450,11 @@ class Pion(torch.optim.Optimizer):
 
         Raises:
             ValueError: the state is of other options, parameters or shapes.
+            RuntimeError: ranks that share weights have loaded different steps.
         """
         self._refuse_other_state(state_dict)
         super().load_state_dict(state_dict)
+        self._compare()
         # torch casts state to its parameter's dtype; moments are kept in the compute dtype.
         saved = state_dict["state"]
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -374,7 +481,7 @@ class Pion(torch.optim.Optimizer):
                     )
             for p, index in zip(group["params"], old["params"], strict=True):
                 slot, found = self._slots[p], state_dict["state"].get(index, {})
-                for key, shape in self._shapes(slot).items():
+                for key, shape in self._shapes(p).items():
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")

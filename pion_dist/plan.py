@@ -1,77 +1,204 @@
-"""The plan of a step: what each parameter is, and what the whole costs. Integers and strings."""
+"""The plan of a step: who stores and computes each matrix, what moves, and what it costs.
+
+Integers and strings. The ranks that share weights build the same plan, each for itself, and compare
+digests; what only one of them does is asked for by its rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from . import cost
-from .classify import Rotated, Scalar
-from .config import PionConfig
+from .config import Axis, PionConfig
+from .state import moments
 
 ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
-_MOMENT_BYTES = 4
-_DIMS = {"rows": 1, "cols": 2}
+
+# Weight elements that a rank's batch of matrices may have in `distributed` and `blockwise`: their
+# collectives are few, and their copies small beside the weights. 64 Mi elements are 256 MiB.
+BATCH_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixPlan:
+    """The matrices of one part of a weight.
+
+    Attributes:
+        weight: its name.
+        part: of the weight's view.
+        batch: number of matrices, B; this rank's where a group deals them.
+        m: rows of a whole matrix.
+        n: columns of a whole matrix.
+        axis: along which tensor parallelism cuts each matrix, if it does.
+        group: index of the process group that shares the weight; None where this rank has it all.
+        owner: the rank of the group that computes them (``tp_mode="owner"``).
+        param_group: of the optimizer.
+        itemsize: bytes of an element, as computed.
+    """
+
+    weight: str
+    part: str
+    batch: int
+    m: int
+    n: int
+    axis: Axis | None = None
+    group: int | None = None
+    owner: int | None = None
+    param_group: int = 0
+    itemsize: int = 4
+
+    @property
+    def shared(self) -> bool:
+        """Whether every rank of the group has a shard of each matrix."""
+        return self.group is not None and self.axis is not None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole matrices."""
+        return self.batch * self.m * self.n
 
 
 @dataclass(frozen=True)
-class WeightPlan:
-    """One parameter of the plan.
+class Moved:
+    """What a rank hands to one kind of collective in a step.
 
     Attributes:
-        name: of the parameter.
-        shape: of the parameter.
-        matrices: for each part its name and the shape (B, m, n) of its matrices, whole, that this
-            rank has or shares; empty where it is not Pion's.
-        reason: why it is not Pion's; empty where it is.
+        calls: collectives.
+        bytes: of their inputs.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    matrices: tuple[tuple[str, tuple[int, int, int]], ...]
-    reason: str
+    calls: int
+    bytes: int
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a rank does in a step; what it shares with others counts by its part, on average.
+    """What a rank does in a step.
 
     Attributes:
-        weights: every parameter, in the model's order.
-        count: matrices that this rank has or shares.
-        flop: of their step, on average over steps; products only.
-        state_bytes: Pion's state.
-        adam_bytes: what Adam's state of the same weights would take.
+        config: the run's options.
+        sizes: ranks of each process group.
+        matrices: all that the rank has or shares, in order.
     """
 
-    weights: tuple[WeightPlan, ...]
-    count: int
-    flop: float
-    state_bytes: int
-    adam_bytes: int
+    config: PionConfig
+    sizes: tuple[int, ...]
+    matrices: tuple[MatrixPlan, ...] = field(repr=False)
 
-    def rows(self) -> list[str]:
-        """A line for every parameter."""
-        width = max((len(w.name) for w in self.weights), default=0)
-        lines = []
-        for weight in self.weights:
-            shape = "x".join(map(str, weight.shape))
-            what = f"Adam: {weight.reason}"
-            if weight.matrices:
-                parts = (f"{part} {b} of {m}x{n}" for part, (b, m, n) in weight.matrices)
-                what = "Pion: " + ", ".join(parts)
-            lines.append(f"{weight.name:<{width}}  {shape:>12}  {what}")
-        return lines
+    def ranks_of(self, matrix: MatrixPlan) -> int:
+        """Ranks that have a shard of each of these matrices."""
+        return self.sizes[matrix.group] if matrix.group is not None and matrix.shared else 1
 
-    def totals(self) -> str:
-        """One line of totals."""
-        rotated = sum(bool(w.matrices) for w in self.weights)
-        ratio = self.state_bytes / self.adam_bytes if self.adam_bytes else 0.0
+    def of_group(self, group: int) -> list[int]:
+        """Indices of the matrices that a group's ranks have shards of."""
+        return [i for i, x in enumerate(self.matrices) if x.group == group and x.shared]
+
+    def batches(self, group: int) -> list[list[int]]:
+        """The group's matrices in batches of one shape, for ``distributed`` and ``blockwise``."""
+        alike: dict[tuple[object, ...], list[list[int]]] = {}
+        for i in self.of_group(group):
+            x = self.matrices[i]
+            found = alike.setdefault((x.m, x.n, x.axis, x.param_group, x.itemsize), [[]])
+            elements = sum(self.matrices[j].numel for j in found[-1])
+            if found[-1] and elements + x.numel > BATCH_ELEMENTS * self.sizes[group]:
+                found.append([])
+            found[-1].append(i)
+        return [batch for batches in alike.values() for batch in batches]
+
+    def flop(self, ranks: Sequence[int]) -> float:
+        """FLOP of a step on average over steps, products only.
+
+        Args:
+            ranks: this rank's in each group.
+        """
+        total = 0.0
+        for x in self.matrices:
+            if not self._computes(x, ranks):
+                continue
+            split = self.ranks_of(x) if self.config.tp_mode in ("distributed", "blockwise") else 1
+            total += x.batch * cost.step_flop(x.m, x.n, self.config, x.axis, ranks=split)
+        return total
+
+    def state_bytes(self, ranks: Sequence[int]) -> int:
+        """Bytes of a rank's moments; see ``flop``."""
+        total = 0
+        for x in self.matrices:
+            if self._computes(x, ranks):
+                for moment in moments(x.batch, x.m, x.n, self.config, x.axis).values():
+                    shares = self.ranks_of(x) if moment.dim is not None else 1
+                    total += x.itemsize * moment.numel // shares
+        return total
+
+    def adam_bytes(self) -> int:
+        """Bytes that Adam's state of this rank's weights would take, in float32."""
+        return sum(ADAM_STATE_BYTES * x.numel // self.ranks_of(x) for x in self.matrices)
+
+    def collectives(self, ranks: Sequence[int], step: int) -> dict[str, Moved]:
+        """What a rank hands to collectives in a step, by operation.
+
+        Args:
+            ranks: this rank's in each group.
+            step: number of the step, from 1 (``alternate`` moves other sides in odd and even ones).
+        """
+        calls: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+
+        def add(op: str, number: int, bytes_: int) -> None:
+            calls[op] = calls.get(op, 0) + number
+            sizes[op] = sizes.get(op, 0) + bytes_
+
+        for group, (size, rank) in enumerate(zip(self.sizes, ranks, strict=True)):
+            add("all_reduce", 1, 4)  # whether all gradients are finite, an int32
+            shared = [self.matrices[i] for i in self.of_group(group)]
+            shards = sum(x.itemsize * x.numel // size for x in shared)
+            owned = sum(x.itemsize * x.numel // size for x in shared if x.owner == rank)
+            if shared and self.config.tp_mode == "owner":
+                add("all_to_all", 2, 2 * shards + size * owned)
+            elif shared and self.config.tp_mode == "duplicated":
+                add("all_gather", 1, 2 * shards)
+            else:
+                for batch in self.batches(group):
+                    x = self.matrices[batch[0]]
+                    assert x.axis is not None, "a shared matrix has an axis"
+                    many = sum(self.matrices[i].batch for i in batch)
+                    found = cost.traffic(many, x.m, x.n, self.config, x.axis, ranks=size, step=step)
+                    for op, number in found.calls.items():
+                        add(op, number, x.itemsize * found.elements[op])
+        return {op: Moved(calls[op], sizes[op]) for op in calls}
+
+    def lines(self, group: int) -> list[str]:
+        """What the ranks of a group have to have alike, a line for each matrix."""
+        return [repr(self.config), *(repr(x) for x in self.matrices if x.group == group)]
+
+    def digest(self, group: int) -> str:
+        """SHA-256 of ``lines``."""
+        return hashlib.sha256("\n".join(self.lines(group)).encode()).hexdigest()
+
+    def totals(self, ranks: Sequence[int]) -> str:
+        """One line of what a rank has and does; see ``collectives``."""
+        state, adam = self.state_bytes(ranks), self.adam_bytes()
         return (
-            f"Pion: {self.count} matrices in {rotated} weights, {self.flop:.3e} FLOP a step, "
-            f"{self.state_bytes:,} bytes of state on a rank, {ratio:.2f} of Adam's for the same "
-            f"weights; Adam: {len(self.weights) - rotated} parameters"
+            f"{sum(x.batch for x in self.matrices)} matrices in "
+            f"{len({x.weight for x in self.matrices})} weights, {self.flop(ranks):.3e} FLOP a "
+            f"step, {state:,} bytes of state on this rank, {state / adam if adam else 0.0:.2f} of "
+            f"Adam's for the same weights; moves {self._moves(ranks)}"
         )
+
+    def _moves(self, ranks: Sequence[int]) -> str:
+        odd, even = (
+            ", ".join(
+                f"{moved.calls} {op.replace('_', '-')} of {moved.bytes:,} bytes"
+                for op, moved in self.collectives(ranks, step).items()
+            )
+            for step in (1, 2)
+        )
+        return (odd if odd == even else f"{odd} in odd steps, {even} in even ones") or "nothing"
+
+    def _computes(self, x: MatrixPlan, ranks: Sequence[int]) -> bool:
+        return x.owner is None or x.group is None or x.owner == ranks[x.group]
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
@@ -88,37 +215,33 @@ def deal(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def build_plan(
-    decisions: Iterable[tuple[str, tuple[int, ...], Rotated | Scalar]], config: PionConfig
+    matrices: Sequence[MatrixPlan], sizes: Sequence[int], config: PionConfig
 ) -> StepPlan:
-    """The plan of a rank whose parameters are classified.
+    """The plan for matrices whose owners are to be chosen.
 
     Args:
-        decisions: name, shape and class of every parameter, in the model's order.
+        matrices: in the same order on every rank that shares them.
+        sizes: ranks of each process group.
         config: the run's options.
     """
-    weights, count, flop, elements, parameters = [], 0, 0.0, 0.0, 0
-    for name, shape, decision in decisions:
-        if isinstance(decision, Scalar):
-            weights.append(WeightPlan(name, shape, (), decision.reason))
-            continue
-        matrices = tuple((part, _whole(decision, part)) for part in decision.view.shapes)
-        weights.append(WeightPlan(name, shape, matrices, ""))
-        parameters += decision.view.rows * decision.view.cols
-        for part, (batch, m, n) in matrices:
-            shared = dict(decision.cuts).get(part) in _DIMS and config.tp_mode == "owner"
-            mine = batch / decision.ranks if shared else batch
-            count += batch
-            flop += mine * cost.step_flop(m, n, config)
-            elements += mine * cost.state_elements(m, n, config)
-    return StepPlan(
-        tuple(weights), count, flop, round(elements * _MOMENT_BYTES), parameters * ADAM_STATE_BYTES
-    )
+    plan = StepPlan(config, tuple(sizes), tuple(matrices))
+    if config.tp_mode != "owner":
+        return plan
+    owned = list(matrices)
+    for group, size in enumerate(sizes):
+        indices = plan.of_group(group)
+        found = [matrices[i] for i in indices]
+        costs = [x.batch * cost.step_flop(x.m, x.n, config) for x in found]
+        for i, owner in zip(indices, deal(costs, size), strict=True):
+            owned[i] = dataclasses.replace(owned[i], owner=owner)
+    return StepPlan(config, tuple(sizes), tuple(owned))
 
 
-def _whole(decision: Rotated, part: str) -> tuple[int, int, int]:
-    """Shape of a part's matrices when the ranks' shards are joined."""
-    sizes = list(decision.view.shapes[part])
-    cut = dict(decision.cuts).get(part)
-    if cut in _DIMS:
-        sizes[_DIMS[cut]] *= decision.ranks
-    return sizes[0], sizes[1], sizes[2]
+def differences(mine: Sequence[str], others: Sequence[Sequence[str]]) -> str:
+    """The first line in which two ranks' plans differ, in words; empty where they are alike."""
+    for rank, lines in enumerate(others):
+        for place in range(max(len(mine), len(lines))):
+            a, b = ((x[place] if place < len(x) else "nothing") for x in (mine, lines))
+            if a != b:
+                return f"this rank has {a}, rank {rank} of the group has {b}"
+    return ""

@@ -59,6 +59,7 @@ def test_defaults_are_the_published_algorithm() -> None:
         "split_gate": True,
         "matmul_precision": "highest",
         "tp_mode": "owner",
+        "blocks": 1,
     }
 
 

@@ -1,14 +1,11 @@
 """The counted FLOP are the executed ones, and the cheaper form is the one that is chosen."""
 
-import math
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pion_dist import Pion, PionConfig
-from pion_dist.cost import forms, state_elements, step_flop
-from pion_dist.state import shapes
+from pion_dist.cost import forms, step_flop
 
 
 def executed(m: int, n: int, config: PionConfig, *, steps: int = 2) -> float:
@@ -56,12 +53,3 @@ def test_wide_matrices_of_averages_are_held_in_factors() -> None:
     assert forms(512, 8, config) == {"in": "dense", "out": "factors"}
     assert forms(64, 64, config) == {"in": "dense", "out": "dense"}
     assert forms(8, 512, PionConfig()) == {"in": "dense", "out": "dense"}
-
-
-@pytest.mark.parametrize("momentum", ["lie", "transported"])
-@pytest.mark.parametrize("direction", ["adaptive", "momentum"])
-@pytest.mark.parametrize("side", ["both", "in"])
-def test_state_is_counted_exactly(momentum: str, direction: str, side: str) -> None:
-    config = PionConfig(momentum=momentum, direction=direction, side=side)
-    moments = shapes(1, 6, 10, config).values()
-    assert state_elements(6, 10, config) == sum(math.prod(shape) for shape in moments)

@@ -212,7 +212,7 @@ def test_masters_take_their_weights_place() -> None:
     optimizer = Pion([p], lr=0.1, views={p: stacked(4, 3, name="head", count=2)})
     master = p.detach().float()
     optimizer.param_groups[0]["params"][0] = master
-    optimizer.replace_parameter(p, master)
+    optimizer.adopt({p: master})
     master.grad = torch.ones(4, 3)
     before = master.clone()
     optimizer.step()

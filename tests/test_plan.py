@@ -1,4 +1,4 @@
-"""The plan: what it says of cut weights, and how evenly it deals them."""
+"""The plan: who has and does what, what moves, and how evenly it is dealt."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,10 @@ from hypothesis import strategies as st
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Scalar, classify
-from pion_dist.plan import build_plan, deal
+from pion_dist.config import Axis
+from pion_dist.cost import step_flop
+from pion_dist.plan import MatrixPlan, StepPlan, build_plan, deal, differences
+from pion_dist.state import moments, unfit
 
 
 @given(st.lists(st.floats(1, 1e6), max_size=40), st.integers(1, 8))
@@ -18,28 +21,99 @@ def test_dealing_is_deterministic_and_even(costs: list[float], ranks: int) -> No
     assert max(loads, default=0) - min(loads) <= max(costs, default=0) * (1 + 1e-9)
 
 
-def plan_of(info: ParamInfo, **options: str) -> object:
-    config = PionConfig(**options)
-    return build_plan([(info.name, info.shape, classify(info, config))], config)
+def plan_of(ranks: int, **options: object) -> StepPlan:
+    """Four weights that ``ranks`` ranks share, both axes, and one that each has whole."""
+    shapes = [(12, 8, "rows"), (8, 12, "cols"), (8, 8, "rows"), (12, 8, "rows")]
+    matrices = [
+        MatrixPlan(weight=f"w{i}", part="whole", batch=1, m=m, n=n, axis=axis, group=0)
+        for i, (m, n, axis) in enumerate(shapes)
+    ]
+    alone = MatrixPlan(weight="alone", part="whole", batch=2, m=4, n=6)
+    return build_plan([*matrices, alone], [ranks], PionConfig(**options))
 
 
-@pytest.mark.parametrize("cut", ["rows", "cols"])
-def test_a_cut_weight_costs_its_share_when_owned_and_all_when_duplicated(cut: str) -> None:
-    shape, shard = (12, 8), (6, 8) if cut == "rows" else (12, 4)
-    alone = plan_of(ParamInfo(name="w", shape=shape))
-    info = ParamInfo(name="w", shape=shard, tp_cut=cut, tp_size=2)
-    owned, duplicated = plan_of(info), plan_of(info, tp_mode="duplicated")
-    assert owned.weights[0].matrices == alone.weights[0].matrices == (("whole", (1, 12, 8)),)
-    assert owned.flop == alone.flop / 2 and owned.state_bytes == alone.state_bytes / 2
-    assert duplicated.flop == alone.flop and duplicated.state_bytes == alone.state_bytes
-    assert owned.adam_bytes == alone.adam_bytes / 2
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_owners_share_the_work_and_the_state(ranks: int) -> None:
+    plan, alone = plan_of(ranks), plan_of(1)
+    repeated = plan.matrices[-1]
+    once = repeated.batch * step_flop(repeated.m, repeated.n, plan.config)
+    flop = [plan.flop([rank]) - once for rank in range(ranks)]
+    assert sum(flop) == pytest.approx(alone.flop([0]) - once)
+    state = [plan.state_bytes([rank]) for rank in range(ranks)]
+    kept = 4 * sum(x.numel for x in moments(2, 4, 6, plan.config, None).values())
+    assert sum(state) - ranks * kept == alone.state_bytes([0]) - kept
+
+
+def test_duplicated_work_is_counted_on_every_rank() -> None:
+    alone, plan = plan_of(1), plan_of(2, tp_mode="duplicated")
+    assert plan.flop([0]) == plan.flop([1]) == alone.flop([0])
+    assert plan.state_bytes([0]) == alone.state_bytes([0])
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": "transported"}], ids=str)
+def test_divided_state_is_a_share(options: dict[str, str]) -> None:
+    plan, alone = plan_of(2, tp_mode="distributed", **options), plan_of(1, **options)
+    kept = 4 * sum(x.numel for x in moments(2, 4, 6, plan.config, None).values())
+    assert 2 * (plan.state_bytes([0]) - kept) == alone.state_bytes([0]) - kept
+
+
+def test_blocks_shrink_one_side() -> None:
+    config = PionConfig(tp_mode="blockwise", blocks=4)
+    found = moments(1, 16, 8, config, "rows")
+    assert found["m_out"].shape == (1, 4, 4, 4) and found["m_in"].shape == (1, 8, 8)
+    assert found["m_out"].local(2) == (1, 2, 4, 4) and found["m_in"].local(2) == (1, 8, 8)
+    assert moments(1, 16, 8, config, None)["m_out"].shape == (1, 16, 16)
+
+
+def test_the_collectives_do_not_grow_with_the_matrices() -> None:
+    for mode in ("owner", "duplicated"):
+        counts = []
+        for layers in (1, 10):
+            matrices = [
+                MatrixPlan(weight=f"w{i}", part="p", batch=1, m=8, n=8, axis="rows", group=0)
+                for i in range(layers)
+            ]
+            plan = build_plan(matrices, [4], PionConfig(tp_mode=mode))
+            counts.append({op: x.calls for op, x in plan.collectives([1], 1).items()})
+        assert counts[0] == counts[1] and sum(counts[0].values()) <= 3
+
+
+@pytest.mark.parametrize("ranks", [1024])
+def test_a_plan_of_a_thousand_ranks_is_the_same_on_all(ranks: int) -> None:
+    plans = [plan_of(ranks, rms=0.2) for _ in range(2)]
+    assert plans[0].digest(0) == plans[1].digest(0) != plan_of(ranks, rms=0.3).digest(0)
+    assert max(plans[0].flop([rank]) for rank in range(ranks)) < plan_of(1).flop([0])
+
+
+def test_a_difference_is_named() -> None:
+    mine, other = plan_of(2).lines(0), plan_of(2, rms=0.3).lines(0)
+    assert differences(mine, [mine, mine]) == ""
+    assert "rank 1" in (found := differences(mine, [mine, other])) and "rms=0.3" in found
+    assert "w3" in differences(mine, [mine[:-1]]) and "nothing" in differences(mine, [mine[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "axis", "ranks", "named"),
+    [
+        ({"tp_mode": "blockwise", "blocks": 4}, "rows", 8, "blocks=4 is not a multiple of the 8"),
+        ({"tp_mode": "blockwise", "blocks": 5}, "rows", 1, "12 rows"),
+        ({"tp_mode": "blockwise", "blocks": 3}, "cols", 1, "8 cols"),
+        ({"tp_mode": "distributed"}, "rows", 3, "tp_mode='owner'"),
+    ],
+)
+def test_what_does_not_divide_is_named(
+    options: dict[str, object], axis: Axis, ranks: int, named: str
+) -> None:
+    assert named in unfit(12, 8, PionConfig(**options), axis, ranks)
+    assert unfit(12, 8, PionConfig(**options), None, ranks) == ""
 
 
 def test_heads_are_dealt_and_not_cut() -> None:
     qkv = (("q", 4), ("k", 2), ("v", 2))
-    info = ParamInfo(name="w", shape=(8, 5), qkv=qkv, head_dim=2, tp_cut="rows", tp_size=2)
-    assert plan_of(info, qkv="head").weights[0].matrices == (("head", (4, 2, 5)),)
-    assert plan_of(info, qkv="qkv").weights[0].matrices[0] == ("q", (1, 8, 5))
+    info = ParamInfo(name="w", shape=(8, 5), qkv=qkv, head_dim=2, tp_axis="rows", tp_size=2)
+    heads, whole = (classify(info, PionConfig(qkv=kind)) for kind in ("head", "qkv"))
+    assert heads.view.axis is None and heads.view.joined(2) == {"head": (4, 2, 5)}
+    assert whole.view.axis == "rows" and whole.view.joined(2)["q"] == (1, 8, 5)
 
 
 def test_what_cannot_be_cut_is_refused_unless_excluded() -> None:
@@ -50,6 +124,6 @@ def test_what_cannot_be_cut_is_refused_unless_excluded() -> None:
 
 
 def test_a_gate_that_is_not_split_cannot_be_cut() -> None:
-    info = ParamInfo(name="fc1", shape=(8, 5), gated=True, tp_cut="rows", tp_size=2)
+    info = ParamInfo(name="fc1", shape=(8, 5), gated=True, tp_axis="rows", tp_size=2)
     with pytest.raises(ValueError, match="--pion-no-split-gate"):
         classify(info, PionConfig(split_gate=False))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Side
-from .generators import Dense, Framed, Matmul, factors, skew
+from .generators import Framed, Matmul, factors, skew
 
 # Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/), as Megatron's
 # --muon-coefficient-type quintic --muon-num-ns-steps 5: singular values end in [0.7, 1.2].
@@ -62,11 +62,6 @@ def msign_outer(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side, eps: float, matmul:
     r_u, r_v = r.split(u.shape[-1], dim=-1)
     core = skew(matmul(r_u, r_v.mT))
     return Framed(side, q, msign(core, eps=eps, matmul=matmul))
-
-
-def msign_dense(k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Dense:
-    """The matrix sign of a generator given as its matrix."""
-    return Dense(side, msign(k, eps=eps, matmul=matmul))
 
 
 def frobenius(x: Tensor) -> Tensor:

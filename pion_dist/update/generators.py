@@ -37,6 +37,10 @@ class Dense:
         """X A for the in side, A X for the out side."""
         return matmul(x_Bmn, self.matrix) if self.side == "in" else matmul(self.matrix, x_Bmn)
 
+    def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Dense:
+        """``function(A, a)`` in A's place, a [B, 1, 1]: for the orthogonal factor."""
+        return Dense(self.side, function(self.matrix, angle))
+
 
 @dataclass(frozen=True)
 class Outer:

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .generators import Dense, Generator, Matmul
-from .precision import exact, float32_precision
+from .generators import Generator, Matmul
+from .precision import float32_precision
 
 Polynomial = tuple[float, ...]
 
@@ -90,13 +90,13 @@ def rotate(
     return total
 
 
-def factor(generator: Dense, angle: Tensor, *, retraction: Literal["cayley", "exp"]) -> Tensor:
-    """The orthogonal factor E(aA) itself, orthogonal to rounding: [B, d, d].
+def factor(matrix: Tensor, angle: Tensor, *, retraction: Literal["cayley", "exp"]) -> Tensor:
+    """The orthogonal factor E(aA) of a generator's matrix A, orthogonal to rounding: [B, d, d].
 
     ``cayley`` is (I − aA/2)⁻¹(I + aA/2); I − aA/2 is never singular for a skew A, so the solver's
     check, which would wait for the device, is left out.
     """
-    a = generator.matrix * angle
+    a = matrix * angle
     with float32_precision("ieee"):
         if retraction == "exp":
             return _exponential(a)
@@ -115,8 +115,3 @@ def _exponential(a: Tensor) -> Tensor:
     """
     e: Tensor = torch.linalg.matrix_exp(torch.cat((a, torch.zeros_like(a[:1]))))
     return e[:-1]
-
-
-def multiply(x: Tensor, generator: Dense, factor_: Tensor) -> Tensor:
-    """X E for the in side, E X for the out side."""
-    return exact(x, factor_) if generator.side == "in" else exact(factor_, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..config import PionConfig, Side
-from .direction import adapted, averaged, frobenius, look_ahead, msign_dense, msign_outer
-from .generators import Dense, Generator, Matmul, Outer, factors, generator
+from .arrangement import Arrangement, Blocked, Shard, Whole
+from .direction import adapted, averaged, look_ahead, msign_outer
+from .generators import Dense, Generator, Matmul, Outer, factors
 from .precision import FAST, exact
-from .retraction import coefficients, factor, multiply, rotate
+from .retraction import coefficients, factor, rotate
 
 
 def step(
@@ -25,31 +27,43 @@ def step(
     active: Sequence[Side],
     forms: Mapping[Side, str],
     ok: Tensor,
+    arrangement: Arrangement | None = None,
 ) -> None:
     """Move the moments and the weights by one step (modified in place).
 
     Args:
-        w_Bmn: weights [B, m, n], float32 or float64.
+        w_Bmn: weights [B, m, n], float32 or float64; shards of them where they are divided.
         g_Bmn: gradients, as the weights.
-        moments: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``, ``v_out`` [B, m, m]; else ``m``,
-            ``v`` [B, m, n]; the ``v`` for the adaptive direction only. (modified in place)
+        moments: as ``state.moments`` says: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``,
+            ``v_out`` [B, m, m]; else ``m``, ``v`` [B, m, n]; the ``v`` for the adaptive direction
+            only. (modified in place)
         config: the run's options.
         lr: η.
         active: the sides this step applies, in order of application.
-        forms: ``dense`` or ``factors`` for each active side.
+        forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
         ok: boolean scalar on the weights' device; where it is False nothing moves.
+        arrangement: how the matrices lie; whole by default.
     """
     fast = FAST[config.matmul_precision]
+    lies = arrangement if arrangement is not None else Whole()
     if config.momentum == "lie":
         generators = _from_lie(
-            w_Bmn, g_Bmn, moments, config=config, active=active, ok=ok, matmul=fast
+            w_Bmn, g_Bmn, moments, lies, config=config, active=active, ok=ok, matmul=fast
         )
     else:
         generators = _from_average(
-            w_Bmn, g_Bmn, moments, config=config, active=active, forms=forms, ok=ok, matmul=fast
+            w_Bmn,
+            g_Bmn,
+            moments,
+            lies,
+            config=config,
+            active=active,
+            forms=forms,
+            ok=ok,
+            matmul=fast,
         )
     first_order = [a.apply(w_Bmn, matmul=exact) for a in generators]
-    angle = _angle(first_order, config=config) * lr
+    angle = _angle(first_order, lies, config=config) * lr
     old: list[Tensor] = [w_Bmn]
     known: list[Sequence[Tensor | None]] = [first_order]
     if config.momentum == "transported":
@@ -65,6 +79,7 @@ def _from_lie(
     w: Tensor,
     g: Tensor,
     moments: Mapping[str, Tensor],
+    lies: Arrangement,
     *,
     config: PionConfig,
     active: Sequence[Side],
@@ -76,7 +91,7 @@ def _from_lie(
     found: dict[Side, Generator] = {}
     for side in config.sides:
         m = moments[f"m_{side}"]
-        new = generator(w, g, side=side, matmul=matmul)
+        new = lies.product(w, g, side=side, matmul=matmul)
         averaged(m, new, beta=beta1, ok=ok)
         if config.direction == "adaptive":
             averaged(moments[f"v_{side}"], new.square(), beta=beta2, ok=ok)
@@ -84,11 +99,10 @@ def _from_lie(
             continue
         a = look_ahead(m, new, beta=beta1, ok=ok) if config.nesterov else m
         if config.direction == "adaptive":
-            found[side] = Dense(side, adapted(a, moments[f"v_{side}"], eps=config.eps))
+            a = adapted(a, moments[f"v_{side}"], eps=config.eps)
         elif config.direction == "msign":
-            found[side] = msign_dense(a, side=side, eps=config.eps, matmul=matmul)
-        else:
-            found[side] = Dense(side, a)
+            a = lies.sign(a, side=side, eps=config.eps, matmul=matmul)
+        found[side] = lies.generator(a, side=side)
     return [found[side] for side in active]
 
 
@@ -96,6 +110,7 @@ def _from_average(
     w: Tensor,
     g: Tensor,
     moments: Mapping[str, Tensor],
+    lies: Arrangement,
     *,
     config: PionConfig,
     active: Sequence[Side],
@@ -113,26 +128,29 @@ def _from_average(
         s = adapted(s, moments["v"], eps=config.eps)
     found: list[Generator] = []
     for side in active:
-        if config.direction == "msign" and forms[side] == "factors":
-            found.append(msign_outer(w, s, side=side, eps=config.eps, matmul=matmul))
-        elif config.direction == "msign":
-            k = generator(w, s, side=side, matmul=matmul)
-            found.append(msign_dense(k, side=side, eps=config.eps, matmul=matmul))
-        elif forms[side] == "factors":
-            found.append(Outer(side, *factors(w, s, side=side)))
-        else:
-            found.append(Dense(side, generator(w, s, side=side, matmul=matmul)))
+        sign = config.direction == "msign"
+        if lies.low_rank and forms[side] == "factors":
+            found.append(
+                msign_outer(w, s, side=side, eps=config.eps, matmul=matmul)
+                if sign
+                else Outer(side, *factors(w, s, side=side))
+            )
+            continue
+        k = lies.product(w, s, side=side, matmul=matmul)
+        if sign:
+            k = lies.sign(k, side=side, eps=config.eps, matmul=matmul)
+        found.append(lies.generator(k, side=side))
     return found
 
 
-def _angle(first_order: Sequence[Tensor], *, config: PionConfig) -> Tensor:
+def _angle(first_order: Sequence[Tensor], lies: Arrangement, *, config: PionConfig) -> Tensor:
     """α [B, 1, 1]: c √(mn) / (‖A_out W + W A_in‖_F + ε) over the active sides, or 1."""
     batch, m, n = first_order[0].shape
     if config.scaling == "none":
         return first_order[0].new_ones(batch, 1, 1)
     total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
-    scale: float = config.rms * math.sqrt(m * n)
-    return scale / (frobenius(total) + config.eps)
+    scale: float = config.rms * math.sqrt(lies.shares * m * n)
+    return scale / (lies.norm(total) + config.eps)
 
 
 def _rotated(
@@ -151,9 +169,9 @@ def _rotated(
             rotate(x, generators, angle, known, poly=poly, matmul=matmul).add_(x)
             for x, known in zip(batches, first_order, strict=True)
         ]
-    new = list(batches)
+    new, turn = list(batches), functools.partial(factor, retraction=config.retraction)
     for a in generators:
-        assert isinstance(a, Dense), "cost.forms keeps cayley and exp dense"
-        e = factor(a, angle, retraction=config.retraction)
-        new = [multiply(x, a, e) for x in new]
+        assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
+        e = a.mapped(turn, angle)
+        new = [e.apply(x, matmul=exact) for x in new]
     return new

@@ -1,0 +1,244 @@
+"""How the matrices of a step lie: whole, in blocks, or divided over ranks.
+
+An arrangement makes a side's generator and holds it as its moments are held; the rest of a step is
+the same for all. With W cut along its rows (the columns are the mirror image), W = [W_1; ...; W_N]:
+
+- in blocks, the out side has a generator for each, W_i S_iᵀ − S_i W_iᵀ, and the in side one for
+  all, Σ S_iᵀ W_i − W_iᵀ S_i: the factors blkdiag(R_1, ..., R_N) and P keep the whole spectrum;
+- divided, rank r has the rows W_r Sᵀ − S_r Wᵀ of the one out generator, and after a reduce-scatter
+  rows of the in generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import Side
+from .direction import NEWTON_SCHULZ, frobenius, msign
+from .generators import Dense, Generator, Matmul, factors, generator, skew
+
+_DIM: dict[Side, int] = {"out": 1, "in": 2}  # of X [B, m, n], as long as the side's generator
+
+
+class Peers(Protocol):
+    """The ranks that share the matrices, and what they do together."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The ranks' sum (modified in place)."""
+
+    def gathered(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors, joined along ``dim``."""
+
+    def scattered(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's share, along ``dim``, of the ranks' sum."""
+
+
+class Arrangement(Protocol):
+    """What a step needs to know of how its matrices lie."""
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether generators may be held in factors."""
+
+    @property
+    def shares(self) -> int:
+        """Ranks that have a share of each matrix."""
+
+    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+        """The skew generator that S gives at W, as the moments are held."""
+
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+        """The matrix sign of what ``product`` has made."""
+
+    def generator(self, k: Tensor, *, side: Side) -> Generator:
+        """What multiplies, of what ``product`` or ``sign`` has made."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Frobenius norm of each whole matrix, [B, 1, 1]."""
+
+
+class Whole:
+    """Each matrix lies on one rank and has one factor a side."""
+
+    low_rank = True
+    shares = 1
+
+    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+        """[B, d, d]."""
+        return generator(w, s, side=side, matmul=matmul)
+
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+        """[B, d, d]."""
+        return msign(k, eps=eps, matmul=matmul)
+
+    def generator(self, k: Tensor, *, side: Side) -> Generator:
+        """Its matrix."""
+        return Dense(side, k)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Of [B, m, n]."""
+        return frobenius(x)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block-diagonal factor on one side, one factor for all blocks on the other.
+
+    Attributes:
+        side: of the blocks.
+        count: blocks of each matrix on this rank.
+        peers: that have the others, if any.
+    """
+
+    side: Side
+    count: int
+    peers: Peers | None = None
+    low_rank = False
+
+    @property
+    def shares(self) -> int:
+        """Ranks that have blocks of each matrix."""
+        return self.peers.size if self.peers is not None else 1
+
+    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+        """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
+        if side != self.side:
+            k = generator(w, s, side=side, matmul=matmul)
+            return self.peers.total(k) if self.peers is not None else k
+        blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
+        k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
+        return torch.unflatten(k, 0, (-1, self.count))
+
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+        """Each block's by itself."""
+        if side != self.side:
+            return msign(k, eps=eps, matmul=matmul)
+        return msign(k.flatten(0, 1), eps=eps, matmul=matmul).view_as(k)
+
+    def generator(self, k: Tensor, *, side: Side) -> Generator:
+        """The blocks of a block-diagonal matrix, or its matrix."""
+        return Blocked(side, k) if side == self.side else Dense(side, k)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Over all blocks, other ranks' too."""
+        return frobenius(x) if self.peers is None else _norm(x, self.peers)
+
+
+class Divided:
+    """Each matrix is cut over ranks, and so are the rows of its generators."""
+
+    low_rank = False
+
+    def __init__(self, side: Side, peers: Peers) -> None:
+        """With W cut along the dimension of ``side``."""
+        self.side, self.peers = side, peers
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shares(self) -> int:
+        """Ranks that have a shard of each matrix."""
+        return self.peers.size
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The shards of X joined; kept until another is joined, since W is needed twice."""
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self.peers.gathered(x, _DIM[self.side]))
+        return self._last[1]
+
+    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+        """This rank's rows, [B, d / ranks, d]."""
+        u, v = factors(w, s, side=side)
+        if side != self.side:
+            return self.peers.scattered(skew(matmul(u, v.mT)), 1)
+        whole_s, whole_w = self.whole(s), self.whole(w)
+        whole_u, whole_v = factors(whole_w, whole_s, side=side)
+        return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
+
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+        """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
+        x = k / (_norm(k, self.peers) + eps)
+        for a, b, c in NEWTON_SCHULZ:
+            whole_x = self.peers.gathered(x, 1)
+            p = matmul(x, whole_x)
+            poly = matmul(p, self.peers.gathered(p, 1)).mul_(c).sub_(p, alpha=b)
+            x = matmul(poly, whole_x).add_(x, alpha=a)
+        mirror = self.peers.gathered(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
+        return (x - mirror).mul_(0.5)
+
+    def generator(self, k: Tensor, *, side: Side) -> Generator:
+        """This rank's share of the cut side's matrix, the other's whole."""
+        if side != self.side:
+            return Dense(side, self.peers.gathered(k, 1))
+        # Where X A needs columns: A is skew.
+        return Shard(side, k if side == "out" else -k.mT, self)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Over all shards."""
+        return _norm(x, self.peers)
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A generator as the blocks [B, N, d, d] of a block-diagonal matrix."""
+
+    side: Side
+    matrix: Tensor
+
+    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """X A for the in side, A X for the out side."""
+        count, blocks = self.matrix.shape[1], self.matrix.flatten(0, 1)
+        x = _blocks(x_Bmn, side=self.side, count=count)
+        y = matmul(x, blocks) if self.side == "in" else matmul(blocks, x)
+        y = torch.unflatten(y, 0, (-1, count))
+        return y.flatten(1, 2) if self.side == "out" else y.transpose(1, 2).flatten(2, 3)
+
+    def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Blocked:
+        """``function(A, a)`` in A's place, block by block, a [B, 1, 1]."""
+        count = self.matrix.shape[1]
+        each = function(self.matrix.flatten(0, 1), angle.repeat_interleave(count, 0))
+        return Blocked(self.side, each.view_as(self.matrix))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A generator as the rows (out) or columns (in) that make this rank's shard of a product."""
+
+    side: Side
+    matrix: Tensor
+    arrangement: Divided
+
+    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """This rank's shard of X A for the in side, of A X for the out side."""
+        x = self.arrangement.whole(x_Bmn)
+        return matmul(x, self.matrix) if self.side == "in" else matmul(self.matrix, x)
+
+    def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Shard:
+        """``function(A, a)`` in A's place, of the whole A, a [B, 1, 1]."""
+        peers, dim = self.arrangement.peers, _DIM[self.side]
+        each = function(peers.gathered(self.matrix, dim), angle)
+        return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.arrangement)
+
+
+def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
+    """The blocks of X along the dimension of a side: [B count, m/count, n] for out."""
+    if side == "out":
+        return x_Bmn.reshape(-1, x_Bmn.shape[1] // count, x_Bmn.shape[2])
+    return torch.unflatten(x_Bmn, 2, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _norm(x: Tensor, peers: Peers) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return peers.total(norm.square_()).sqrt_()
