@@ -156,17 +156,19 @@ def _adopt_masters(optimizer: Any) -> None:
 
 
 def _chained(optimizer: Any) -> Iterator[Any]:
-    for each in getattr(optimizer, "chained_optimizers", ()):
-        yield from _chained(each)
-    yield optimizer
+    """The optimizers that a chain of chains ends in."""
+    if hasattr(optimizer, "chained_optimizers"):
+        for each in optimizer.chained_optimizers:
+            yield from _chained(each)
+    else:
+        yield optimizer
 
 
 def _pions(optimizer: Any) -> list[Any]:
     """Every Pion on this rank."""
     from pion_dist import Pion
 
-    inner = [getattr(each, "optimizer", None) for each in _chained(optimizer)]
-    return [each for each in inner if isinstance(each, Pion)]
+    return [e.optimizer for e in _chained(optimizer) if isinstance(e.optimizer, Pion)]
 
 
 def _print_plan(decisions: Sequence[Any], optimizer: Any) -> None:
