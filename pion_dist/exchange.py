@@ -7,7 +7,7 @@ results go. ``GroupPeers`` is what shards need of each other where none has a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ Finalize = Callable[[int, Tensor], None]
 
 
 def run(
-    pieces: Sequence[Piece],
+    waves: Sequence[Mapping[int, Piece]],
     prepare: Prepare,
     compute: Compute,
     finalize: Finalize,
@@ -56,76 +56,101 @@ def run(
 ) -> None:
     """Compute every matrix of the pieces whole, once or on every rank, and hand back the shards.
 
+    What a wave needs travels while the wave before it is computed.
+
     Args:
-        pieces: in the same order on every rank of the group.
+        waves: pieces by number; the same, in the same order, on every rank of the group.
         prepare: shards [B, m, n] of weight and gradient of piece i.
         compute: steps piece i, given whole: weight (modified in place) and gradient.
         finalize: takes the stepped shard of piece i.
-        mode: ``owner``: each piece is computed by its owner, two all-to-alls; ``duplicated``: by
-            every rank, one all-gather.
+        mode: ``owner``: each piece is computed by its owner, two all-to-alls a wave;
+            ``duplicated``: by every rank, one all-gather a wave.
         group: the ranks that share the pieces.
     """
-    if not pieces:
-        return
-    match mode:
-        case "owner":
-            _owner(pieces, prepare, compute, finalize, group=group)
-        case "duplicated":
-            _duplicated(pieces, prepare, compute, finalize, group=group)
-        case _:
-            raise ValueError(f"mode={mode!r}: only 'owner' and 'duplicated' join matrices")
+    kinds = {"owner": _Owned, "duplicated": _Repeated}
+    if mode not in kinds:
+        raise ValueError(f"mode={mode!r}: only {', '.join(map(repr, kinds))} join matrices")
+    computed: list[_Owned | _Repeated] = []
+    coming: _Owned | _Repeated | None = None
+    for wave in [*waves, None]:
+        current, coming = coming, None
+        if wave is not None:
+            coming = kinds[mode](wave, prepare, group)
+        if current is not None:
+            current.compute(compute)
+            computed.append(current)
+    for each in computed:
+        each.finish(finalize)
 
 
-def _owner(
-    pieces: Sequence[Piece],
-    prepare: Prepare,
-    compute: Compute,
-    finalize: Finalize,
-    *,
-    group: ProcessGroup,
-) -> None:
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    owned = [[i for i, p in enumerate(pieces) if p.owner == r] for r in range(size)]
-    order = [i for indices in owned for i in indices]
-    counts = [sum(pieces[i].numel for i in indices) for indices in owned]
-    send = _packed(shard for i in order for shard in prepare(i))
-    received = send.new_empty(size, 2 * counts[rank])
-    dist.all_to_all_single(
-        received.view(-1),
-        send,
-        [2 * counts[rank]] * size,
-        [2 * count for count in counts],
-        group=group,
-    )
-    stepped: list[tuple[Tensor, ...]] = []
-    for i, whole in _joined(received, [(i, pieces[i]) for i in owned[rank]]):
-        weight, grad = whole
-        compute(i, weight, grad)
-        stepped.append(weight.chunk(size, pieces[i].dim))
-    send = _packed((shards[r] for r in range(size) for shards in stepped), like=received)
-    returned = send.new_empty(sum(counts))
-    dist.all_to_all_single(returned, send, counts, [counts[rank]] * size, group=group)
-    shards = torch.split(returned, [pieces[i].numel for i in order])
-    for i, shard in zip(order, shards, strict=True):
-        finalize(i, shard.view(pieces[i].shape))
+class _Owned:
+    """A wave of pieces that each travel to their owner and back."""
+
+    def __init__(self, pieces: Mapping[int, Piece], prepare: Prepare, group: ProcessGroup) -> None:
+        self.pieces, self.group = pieces, group
+        self.size, self.rank = group.size(), group.rank()
+        owned = [[i for i, p in pieces.items() if p.owner == r] for r in range(self.size)]
+        self.mine, self.order = owned[self.rank], [i for indices in owned for i in indices]
+        self.counts = [sum(pieces[i].numel for i in indices) for indices in owned]
+        self.sent = _packed(shard for i in self.order for shard in prepare(i))
+        self.received = self.sent.new_empty(self.size, 2 * self.counts[self.rank])
+        self.work = dist.all_to_all_single(
+            self.received.view(-1),
+            self.sent,
+            [2 * self.counts[self.rank]] * self.size,
+            [2 * count for count in self.counts],
+            group=group,
+            async_op=True,
+        )
+
+    def compute(self, compute: Compute) -> None:
+        self.work.wait()
+        stepped: list[tuple[Tensor, ...]] = []
+        for i, whole in _joined(self.received, [(i, self.pieces[i]) for i in self.mine]):
+            weight, grad = whole
+            compute(i, weight, grad)
+            stepped.append(weight.chunk(self.size, self.pieces[i].dim))
+        shards = (shards[r] for r in range(self.size) for shards in stepped)
+        self.sent = _packed(shards, like=self.received)
+        self.received = self.sent.new_empty(sum(self.counts))
+        self.work = dist.all_to_all_single(
+            self.received,
+            self.sent,
+            self.counts,
+            [self.counts[self.rank]] * self.size,
+            group=self.group,
+            async_op=True,
+        )
+
+    def finish(self, finalize: Finalize) -> None:
+        self.work.wait()
+        shards = torch.split(self.received, [self.pieces[i].numel for i in self.order])
+        for i, shard in zip(self.order, shards, strict=True):
+            finalize(i, shard.view(self.pieces[i].shape))
 
 
-def _duplicated(
-    pieces: Sequence[Piece],
-    prepare: Prepare,
-    compute: Compute,
-    finalize: Finalize,
-    *,
-    group: ProcessGroup,
-) -> None:
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    send = _packed(shard for i in range(len(pieces)) for shard in prepare(i))
-    received = send.new_empty(size, send.numel())
-    dist.all_gather_into_tensor(received.view(-1), send, group=group)
-    for i, whole in _joined(received, list(enumerate(pieces))):
-        weight, grad = whole
-        compute(i, weight, grad)
-        finalize(i, weight.chunk(size, pieces[i].dim)[rank])
+class _Repeated:
+    """A wave of pieces that every rank gathers and computes."""
+
+    def __init__(self, pieces: Mapping[int, Piece], prepare: Prepare, group: ProcessGroup) -> None:
+        self.pieces, self.size, self.rank = pieces, group.size(), group.rank()
+        self.sent = _packed(shard for i in pieces for shard in prepare(i))
+        self.received = self.sent.new_empty(self.size, self.sent.numel())
+        self.work = dist.all_gather_into_tensor(
+            self.received.view(-1), self.sent, group=group, async_op=True
+        )
+        self.stepped: dict[int, Tensor] = {}
+
+    def compute(self, compute: Compute) -> None:
+        self.work.wait()
+        for i, whole in _joined(self.received, list(self.pieces.items())):
+            weight, grad = whole
+            compute(i, weight, grad)
+            self.stepped[i] = weight.chunk(self.size, self.pieces[i].dim)[self.rank].clone()
+
+    def finish(self, finalize: Finalize) -> None:
+        for i, shard in self.stepped.items():
+            finalize(i, shard)
 
 
 def _packed(shards: Iterator[Tensor], *, like: Tensor | None = None) -> Tensor:

@@ -342,22 +342,20 @@ class Pion(torch.optim.Optimizer):
             for batch in self.plan.batches(index):
                 self._step_shards(batch, ok)
             return
-        order = self.plan.of_group(index)
-        pieces = []
-        for i in order:
+        pieces = {}
+        for i in self.plan.of_group(index):
             (p, part), owner = places[i], self.plan.matrices[i].owner
             view = self._slots[p].view
-            pieces.append(Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0))
+            pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
 
-        def compute(k: int, weight: Tensor, grad: Tensor) -> None:
-            i = order[k]
+        def compute(i: int, weight: Tensor, grad: Tensor) -> None:
             self._update(self.plan.matrices[i], weight, grad, self._held(*places[i]), ok)
 
         exchange.run(
-            pieces,
-            lambda k: self._shard(order[k]),
+            [{i: pieces[i] for i in wave} for wave in self.plan.waves(index)],
+            self._shard,
             compute,
-            lambda k, weight: self._store(order[k], weight),
+            self._store,
             mode=self.config.tp_mode,
             group=self.groups[index],
         )

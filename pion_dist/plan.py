@@ -22,6 +22,10 @@ ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
 BATCH_ELEMENTS = 1 << 26
 
 
+# Of `owner` and `duplicated`: 2 hide half of what travels behind the other half's computation.
+WAVES = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class MatrixPlan:
     """The matrices of one part of a weight.
@@ -96,6 +100,19 @@ class StepPlan:
         """Indices of the matrices that a group's ranks have shards of."""
         return [i for i, x in enumerate(self.matrices) if x.group == group and x.shared]
 
+    def waves(self, group: int) -> list[list[int]]:
+        """The group's matrices in the waves of ``owner`` and ``duplicated``, of which one travels
+        while another is computed; every owner has an even part in each.
+        """
+        found: list[list[int]] = [[] for _ in range(WAVES)]
+        indices = self.of_group(group)
+        for owner in sorted({self.matrices[i].owner or 0 for i in indices}):
+            mine = [i for i in indices if (self.matrices[i].owner or 0) == owner]
+            sizes = [float(self.matrices[i].numel) for i in mine]
+            for i, wave in zip(mine, deal(sizes, WAVES), strict=True):
+                found[wave].append(i)
+        return [wave for wave in found if wave]
+
     def batches(self, group: int) -> list[list[int]]:
         """The group's matrices in batches of one shape, for ``distributed`` and ``blockwise``."""
         alike: dict[tuple[object, ...], list[list[int]]] = {}
@@ -156,9 +173,9 @@ class StepPlan:
             shards = sum(x.itemsize * x.numel // size for x in shared)
             owned = sum(x.itemsize * x.numel // size for x in shared if x.owner == rank)
             if shared and self.config.tp_mode == "owner":
-                add("all_to_all", 2, 2 * shards + size * owned)
+                add("all_to_all", 2 * len(self.waves(group)), 2 * shards + size * owned)
             elif shared and self.config.tp_mode == "duplicated":
-                add("all_gather", 1, 2 * shards)
+                add("all_gather", len(self.waves(group)), 2 * shards)
             else:
                 for batch in self.batches(group):
                     x = self.matrices[batch[0]]
