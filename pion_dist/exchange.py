@@ -67,7 +67,7 @@ def run(
             ``duplicated``: by every rank, one all-gather a wave.
         group: the ranks that share the pieces.
     """
-    kinds = {"owner": _Owned, "duplicated": _Repeated}
+    kinds: dict[str, type[_Owned | _Repeated]] = {"owner": _Owned, "duplicated": _Repeated}
     if mode not in kinds:
         raise ValueError(f"mode={mode!r}: only {', '.join(map(repr, kinds))} join matrices")
     computed: list[_Owned | _Repeated] = []
