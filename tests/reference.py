@@ -1,21 +1,27 @@
 """One Pion step in float64 numpy, written to be read next to the equations and not to be fast.
 
 Everything is dense, a matrix at a time. Shapes: W, G and the ambient moments are m x n; what
-belongs to the side "in" is n x n, to the side "out" m x m.
+belongs to the side "in" is n x n, to the side "out" m x m. With blocks one side's generator is
+block-diagonal, and so then are its moments, its sign and its factor; here all of them are the dense
+matrices with zeros off the blocks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 if TYPE_CHECKING:
     from pion_dist import PionConfig
+    from pion_dist.matrices import MatrixView
 
 Array = npt.NDArray[np.float64]
+Axis = Literal["rows", "cols"] | None
 
 # Muon's quintic, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -35,6 +41,32 @@ def skew_out(w: Array, x: Array) -> Array:
 
 
 SKEW = {"in": skew_in, "out": skew_out}
+
+
+def block_diagonal(blocks: Sequence[Array]) -> Array:
+    """blkdiag(K_1, ..., K_N) of square K_i."""
+    sizes = [len(block) for block in blocks]
+    k = np.zeros((sum(sizes), sum(sizes)))
+    for block, end in zip(blocks, np.cumsum(sizes), strict=True):
+        k[end - len(block) : end, end - len(block) : end] = block
+    return k
+
+
+def diagonal_blocks(k: Array, count: int) -> list[Array]:
+    """The ``count`` equal diagonal blocks of K: the inverse of ``block_diagonal``."""
+    size = len(k) // count
+    return [k[i : i + size, i : i + size] for i in range(0, len(k), size)]
+
+
+def skew_of_blocks(w: Array, x: Array, side: str, count: int) -> Array:
+    """The generator of X at W on a side of ``count`` blocks; of one block ``SKEW[side](w, x)``.
+
+    Out: W = [W_1; ...; W_N] and X alike, blkdiag(X_i W_iᵀ - W_i X_iᵀ). In: the mirror image, of
+    W = [W_1, ..., W_N].
+    """
+    axis = {"out": 0, "in": 1}[side]
+    pairs = zip(np.split(w, count, axis), np.split(x, count, axis), strict=True)
+    return block_diagonal([SKEW[side](w_i, x_i) for w_i, x_i in pairs])
 
 
 def newton_schulz(k: Array, eps: float) -> Array:
@@ -76,17 +108,28 @@ def rotate(x: Array, factors: dict[str, Array]) -> Array:
 class ReferencePion:
     """One weight matrix and its moments; ``step`` moves them.
 
+    Args:
+        w: the weight at the start.
+        config: the run's options.
+        axis: the matrix's cut axis: with blocks, "rows" is of blocks on the side "out", "cols" on
+            the side "in"; a matrix without one is whole.
+
     Attributes:
         w: the weight.
         m, v: the moments, by side for ``momentum="lie"``, else by the one key "ambient".
+        blocks: number of blocks, by side.
         t: steps taken.
         turns: by active side, lr alpha A of the last step: what E was taken of. The spectral norm
             of one is the largest angle by which the step rotated on that side.
     """
 
-    def __init__(self, w: npt.ArrayLike, config: PionConfig) -> None:
+    def __init__(self, w: npt.ArrayLike, config: PionConfig, axis: Axis = None) -> None:
         self.w: Array = np.array(w, dtype=np.float64)
         self.config = config
+        self.blocks = {
+            "in": config.blocks if axis == "cols" else 1,
+            "out": config.blocks if axis == "rows" else 1,
+        }
         rows, columns = self.w.shape
         shapes = {"in": (columns, columns), "out": (rows, rows), "ambient": (rows, columns)}
         kept = config.sides if config.momentum == "lie" else ("ambient",)
@@ -114,12 +157,12 @@ class ReferencePion:
         """A by active side; the moments average generators, those of resting sides too."""
         generators = {}
         for side in self.config.sides:
-            g_s = SKEW[side](self.w, g)
+            g_s = skew_of_blocks(self.w, g, side, self.blocks[side])
             look = self._average(side, g_s)
             if self.config.direction == "adaptive":
                 self._average_square(side, g_s)
                 look = look / (np.sqrt(self.v[side]) + self.config.eps)
-            generators[side] = -self._sign(look)
+            generators[side] = -self._sign(look, side)
         return {side: generators[side] for side in self.config.active_sides(self.t)}
 
     def _ambient(self, g: Array) -> dict[str, Array]:
@@ -128,8 +171,11 @@ class ReferencePion:
         if self.config.direction == "adaptive":
             self._average_square("ambient", self.m["ambient"])
             s = s / (np.sqrt(self.v["ambient"]) + self.config.eps)
-        active = self.config.active_sides(self.t)
-        return {side: -self._sign(SKEW[side](self.w, s)) for side in active}
+        generators = {}
+        for side in self.config.active_sides(self.t):
+            k = skew_of_blocks(self.w, s, side, self.blocks[side])
+            generators[side] = -self._sign(k, side)
+        return generators
 
     def _average(self, key: str, g: Array) -> Array:
         """Update a first moment; returns the average that the step looks at."""
@@ -141,8 +187,12 @@ class ReferencePion:
         beta = self.config.betas[1]
         self.v[key] = beta * self.v[key] + (1 - beta) * x * x
 
-    def _sign(self, k: Array) -> Array:
-        return newton_schulz(k, self.config.eps) if self.config.direction == "msign" else k
+    def _sign(self, k: Array, side: str) -> Array:
+        """Each block's matrix sign by itself, where the direction is that."""
+        if self.config.direction != "msign":
+            return k
+        blocks = diagonal_blocks(k, self.blocks[side])
+        return block_diagonal([newton_schulz(block, self.config.eps) for block in blocks])
 
     def _alpha(self, generators: dict[str, Array]) -> float:
         """c√(mn) over the norm of the first-order change, or 1."""
@@ -152,3 +202,58 @@ class ReferencePion:
         for side, a in generators.items():
             change += self.w @ a if side == "in" else a @ self.w
         return self.config.rms * math.sqrt(self.w.size) / (np.linalg.norm(change) + self.config.eps)
+
+    def state(self) -> dict[str, Array]:
+        """The moments as the optimizer keeps them, of this one matrix (without its dimension B).
+
+        Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N].
+        """
+        found = {}
+        for moment, values, sign in (("m", self.m, -1.0), ("v", self.v, 1.0)):
+            if moment == "v" and self.config.direction != "adaptive":
+                continue
+            for key, value in values.items():
+                if key == "ambient":
+                    found[moment] = value
+                elif self.blocks[key] == 1:
+                    found[f"{moment}_{key}"] = sign * value
+                else:
+                    blocks = diagonal_blocks(sign * value, self.blocks[key])
+                    found[f"{moment}_{key}"] = np.stack(blocks)
+        return found
+
+
+class ReferenceWeight:
+    """A stored weight: a reference for each of its view's matrices.
+
+    Attributes:
+        parts: the references by part, in the order of the batch.
+    """
+
+    def __init__(self, w: Array, view: MatrixView, config: PionConfig) -> None:
+        self.view = view
+        self.parts = {
+            part: [ReferencePion(matrix, config, view.axis) for matrix in batch]
+            for part, batch in self._split(w).items()
+        }
+
+    def _split(self, x: Array) -> dict[str, Array]:
+        return {part: batch.numpy() for part, batch in self.view.split(torch.tensor(x)).items()}
+
+    def step(self, g: Array, lr: float) -> None:
+        for part, gradients in self._split(g).items():
+            for reference, gradient in zip(self.parts[part], gradients, strict=True):
+                reference.step(gradient, lr)
+
+    def weights(self) -> dict[str, Array]:
+        """The matrices [B, m, n], by part."""
+        return {part: np.stack([r.w for r in batch]) for part, batch in self.parts.items()}
+
+    def state(self) -> dict[str, Array]:
+        """The moments [B, ...] by the optimizer's keys."""
+        found = {}
+        for part, batch in self.parts.items():
+            states = [reference.state() for reference in batch]
+            for moment in states[0]:
+                found[f"{moment}.{part}"] = np.stack([state[moment] for state in states])
+        return found

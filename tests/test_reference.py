@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from reference import Array, ReferencePion, retract
+from reference import Array, Axis, ReferencePion, ReferenceWeight, retract
 
 from pion_dist import Pion, PionConfig
+from pion_dist.matrices import MatrixView, interleaved, stacked, whole
 
 STEPS = 6
 # Square, mildly and very wide and tall (the last take low-rank forms), one row, one column, one
@@ -19,16 +21,15 @@ SHAPES = (
     (8, 8), (9, 12), (9, 12), (12, 9), (4, 40), (40, 4), (3, 23), (23, 3), (1, 6), (6, 1), (1, 1),
 )  # fmt: skip
 RETRACTIONS = (("taylor", 2), ("taylor", 4), ("cubic", 2), ("cayley", 2), ("exp", 2))
-OPTIONS = tuple(
-    itertools.product(
-        ("lie", "transported", "ambient"),
-        ("adaptive", "momentum", "msign"),
-        (False, True),
-        ("rms", "none"),
-        ("both", "alternate", "in", "out"),
-        RETRACTIONS,
-    )
+VALUES = (
+    ("lie", "transported", "ambient"),
+    ("adaptive", "momentum", "msign"),
+    (False, True),
+    ("rms", "none"),
+    ("both", "alternate", "in", "out"),
+    RETRACTIONS,
 )
+OPTIONS = tuple(itertools.product(*VALUES))
 
 # Relative to max|W|, after every step. One step is a chain of about 10 products of inner length
 # k ≤ 40, each wrong by at most k u = 4e-15 of its factors' norms (u = 1.1e-16); steps add up, to
@@ -48,6 +49,7 @@ def config_of(
     scaling: str,
     side: str,
     retraction: tuple[str, int],
+    **others: object,
 ) -> PionConfig:
     name, degree = retraction
     return PionConfig(
@@ -58,6 +60,7 @@ def config_of(
         side=side,
         retraction=name,
         degree=degree,
+        **others,
     )
 
 
@@ -361,3 +364,237 @@ def test_float32_products_are_ieee_whatever_the_process_asks_for(
         for p, q in zip(found, expected, strict=True):
             assert torch.equal(p, q), name
         torch.set_float32_matmul_precision("highest")
+
+
+# Blocks. Cut lengths divide by 4, the others need not; as above square, and very wide and tall ones
+# cut either way (k ≤ 40, so TOLERANCE's derivation holds), blocks of one row, two of one shape.
+# Parts of a view have matrices of different heights.
+CUT_VIEWS = (
+    *(whole(8, 8, axis=axis) for axis in ("rows", "cols", None)),
+    *(whole(12, 9, axis="rows") for _ in range(2)),
+    whole(9, 12, axis="cols"),
+    *(whole(8, 40, axis=axis) for axis in ("rows", "cols")),
+    *(whole(40, 8, axis=axis) for axis in ("rows", "cols")),
+    *(whole(40, 3, axis="rows"), whole(3, 40, axis="cols")),
+    *(whole(4, 9, axis="rows"), whole(9, 4, axis="cols")),
+    *(whole(8, 1, axis="rows"), whole(1, 8, axis="cols")),
+    stacked(16, 9, name="gate_up", count=2, axis="rows"),
+    stacked(10, 12, name="expert", count=2, axis="cols"),
+    stacked(12, 9, name="head", count=4),
+    *(
+        interleaved(
+            24, 12, repeated=[("q", 8), ("k", 4)], per_repetition=per_repetition, axis=axis
+        )
+        for per_repetition in (False, True)
+        for axis in ("rows", "cols", None)
+    ),
+)  # fmt: skip
+BLOCKWISE = {"tp_mode": "blockwise"}
+# TOLERANCE is derived for errors that add up over steps. With msign a step may enlarge those of the
+# steps before it, where a generator has a small singular value: over 720 options with 2 and 4
+# blocks at most 2e-13 after 4 steps, and 3e-12 after 6.
+CUT_STEPS = 4
+
+
+def covering(*options: Sequence[object]) -> list[tuple[object, ...]]:
+    """Few elements of the options' product that show every three values together that it does."""
+    product = list(itertools.product(*options))
+    random.Random(0).shuffle(product)
+    seen: set[object] = set()
+    kept = []
+    for element in product:
+        threes = set(itertools.combinations(enumerate(element), 3))
+        if not threes <= seen:
+            kept.append(element)
+            seen |= threes
+    return kept
+
+
+def error_of(found: torch.Tensor, expected: Array) -> float:
+    """Largest difference relative to the largest expected entry; where all are 0, none will do."""
+    assert found.shape == expected.shape, f"{tuple(found.shape)}, expected {expected.shape}"
+    difference = np.abs(found.detach().double().numpy() - expected).max()
+    return float(difference / np.abs(expected).max()) if difference else 0.0
+
+
+def cut_problem(
+    views: Sequence[MatrixView], config: PionConfig, rng: np.random.Generator
+) -> tuple[list[torch.nn.Parameter], list[ReferenceWeight]]:
+    weights = draw(rng, [(view.rows, view.cols) for view in views], 0.2)
+    references = [ReferenceWeight(w, view, config) for w, view in zip(weights, views, strict=True)]
+    return parameters(weights, torch.float64), references
+
+
+@pytest.mark.parametrize(
+    ("momentum", "direction", "nesterov", "scaling", "side", "retraction", "blocks"),
+    covering(*VALUES, (2, 4)),
+    ids=readable,
+)
+def test_every_option_is_the_reference_with_blocks(
+    momentum: str,
+    direction: str,
+    nesterov: bool,
+    scaling: str,
+    side: str,
+    retraction: tuple[str, int],
+    blocks: int,
+) -> None:
+    config = config_of(
+        momentum, direction, nesterov, scaling, side, retraction, blocks=blocks, **BLOCKWISE
+    )
+    rng = np.random.default_rng(7)
+    params, references = cut_problem(CUT_VIEWS, config, rng)
+    lr = moderate_lr(config)
+    views = dict(zip(params, CUT_VIEWS, strict=True))
+    optimizer = Pion(params, lr=lr, config=config, views=views)
+    for step in range(1, CUT_STEPS + 1):
+        gradients = draw(rng, [(view.rows, view.cols) for view in CUT_VIEWS], 1.0)
+        set_gradients(params, gradients)
+        optimizer.step()
+        for p, g, reference in zip(params, gradients, references, strict=True):
+            reference.step(g, lr)
+            matrices = views[p].split(p.detach())
+            for part, expected in reference.weights().items():
+                error = error_of(matrices[part], expected)
+                assert error <= TOLERANCE, f"step {step}, {views[p]}: {error:.1e}"
+    for p, reference in zip(params, references, strict=True):
+        moments = reference.state()
+        assert set(optimizer.state[p]) == set(moments)
+        for key, expected in moments.items():
+            error = error_of(optimizer.state[p][key], expected)
+            assert error <= TOLERANCE, f"{key} of {views[p]}: {error:.1e}"
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)], ids=str)
+def test_a_weight_without_a_view_is_cut_along_its_longer_dimension(shape: tuple[int, int]) -> None:
+    """The rows where it is square; at lr 0.2 the other cut is another update by far."""
+    axis: Axis = "rows" if shape[0] >= shape[1] else "cols"
+    other: Axis = "cols" if axis == "rows" else "rows"
+    config = PionConfig(blocks=4, **BLOCKWISE)
+    rng = np.random.default_rng(8)
+    ((w,), (g,)) = draw(rng, [shape], 0.2), draw(rng, [shape], 1.0)
+    params = parameters([w], torch.float64)
+    set_gradients(params, [g])
+    Pion(params, lr=0.2, config=config).step()
+    distances = {}
+    for cut in (axis, other):
+        reference = ReferencePion(w, config, cut)
+        reference.step(g, 0.2)
+        distances[cut] = distance(params[0], reference.w)
+    assert distances[axis] <= TOLERANCE and distances[other] > 1e-3
+
+
+def singular_values(w: torch.Tensor) -> Array:
+    return np.linalg.svd(w.detach().numpy(), compute_uv=False)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("axis", ["rows", "cols"])
+@pytest.mark.parametrize("shape", [(12, 16), (16, 12), (8, 40), (40, 8)], ids=str)
+@pytest.mark.parametrize("retraction", ["cayley", "exp"])
+@pytest.mark.parametrize("momentum", ["lie", "transported"])
+def test_blocks_keep_the_spectrum_and_their_own(
+    momentum: str, retraction: str, shape: tuple[int, int], axis: str, blocks: int
+) -> None:
+    """diag(R_i) W P keeps W's singular values, and W_i P's are those of W_i, block by block.
+
+    The first fails where blocks have right factors of their own, the second where blocks mix. The
+    whole matrix's update mixes them: it keeps the first and moves the second. The 6 steps have
+    about 10 products and solves of inner length ≤ 40 each: 6 · 10 · 40 u = 3e-13 of the largest.
+    """
+    options = {"momentum": momentum, "retraction": retraction}
+    dim = 0 if axis == "rows" else 1
+    rng = np.random.default_rng(9)
+    (w,) = draw(rng, [shape], 0.2)
+    drift, own_drift = {}, {}
+    for count in (1, blocks):
+        mode = {"blocks": count, **BLOCKWISE} if count > 1 else {}
+        params = parameters([w], torch.float64)
+        views = {params[0]: whole(*shape, axis=axis)}
+        optimizer = Pion(params, lr=0.2, config=PionConfig(**options, **mode), views=views)
+        before = singular_values(params[0])
+        own = [singular_values(block) for block in params[0].chunk(blocks, dim)]
+        for _ in range(STEPS):
+            set_gradients(params, draw(rng, [shape], 1.0))
+            optimizer.step()
+        drift[count] = np.abs(singular_values(params[0]) - before).max() / before.max()
+        own_drift[count] = max(
+            np.abs(singular_values(block) - values).max() / values.max()
+            for block, values in zip(params[0].chunk(blocks, dim), own, strict=True)
+        )
+    assert max(drift.values()) <= TOLERANCE
+    assert own_drift[blocks] <= TOLERANCE and own_drift[1] > 1e-3
+
+
+@pytest.mark.parametrize("axis", ["rows", "cols"])
+@pytest.mark.parametrize("direction", ["adaptive", "momentum", "msign"])
+@pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
+def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: str) -> None:
+    """Blocked side alone, no common scale: a block without gradient rests, bit for bit.
+
+    And a block moves as it would as a weight by itself: its generator, its sign's norm and its
+    factor are its own.
+    """
+    side, dim = ("out", 0) if axis == "rows" else ("in", 1)
+    options = {"momentum": momentum, "direction": direction, "side": side, "scaling": "none"}
+    shape = (12, 8) if axis == "rows" else (8, 12)
+    rng = np.random.default_rng(10)
+    (w,) = draw(rng, [shape], 0.2)
+    params = parameters([w], torch.float64)
+    alone = [torch.nn.Parameter(block.clone()) for block in params[0].detach().chunk(4, dim)]
+    one = Pion(
+        params,
+        lr=3e-2,
+        config=PionConfig(blocks=4, **options, **BLOCKWISE),
+        views={params[0]: whole(*shape, axis=axis)},
+    )
+    each = Pion(alone, lr=3e-2, config=PionConfig(**options))
+    for step in range(STEPS):
+        (g,) = draw(rng, [shape], 1.0)
+        np.split(g, 4, dim)[1][:] = 0.0
+        set_gradients(params, [g])
+        set_gradients(alone, np.split(g, 4, dim))
+        one.step()
+        each.step()
+        for i, block in enumerate(params[0].detach().chunk(4, dim)):
+            expected = np.split(w, 4, dim)[1] if i == 1 else alone[i].detach().numpy()
+            assert error_of(block, expected) <= (0.0 if i == 1 else TOLERANCE), f"{i}, {step}"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tp_mode": "blockwise"}, "blocks"),
+        ({"tp_mode": "blockwise", "blocks": 1}, "blocks"),
+        ({"tp_mode": "blockwise", "blocks": 0}, "blocks"),
+        ({"tp_mode": "blockwise", "blocks": 2.0}, "blocks"),
+        ({"blocks": 2}, "blockwise"),
+        ({"blocks": 2, "tp_mode": "duplicated"}, "blockwise"),
+    ],
+    ids=str,
+)
+def test_blocks_and_their_mode_belong_together(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        PionConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        whole(10, 8, axis="rows"),
+        whole(8, 10, axis="cols"),
+        whole(2, 8, axis="rows"),
+        stacked(12, 8, name="gate_up", count=2, axis="rows"),
+        interleaved(12, 8, repeated=[("q", 4), ("k", 2)], per_repetition=True, axis="rows"),
+    ],
+    ids=["rows", "cols", "fewer", "stacked", "one_part"],
+)
+def test_what_does_not_divide_into_the_blocks_is_refused(view: MatrixView) -> None:
+    """10, 2, 6 and, in one part only, 2 are not multiples of 4."""
+    fits, bad = parameters([np.zeros((8, 8)), np.zeros((view.rows, view.cols))], torch.float64)
+    config = PionConfig(blocks=4, **BLOCKWISE)
+    with pytest.raises(ValueError, match=r"odd\.weight"):
+        Pion([("even.weight", fits), ("odd.weight", bad)], config=config, views={bad: view})
+    # The same matrices without a cut axis are updated whole.
+    uncut = MatrixView(view.rows, view.cols, view.parts, axis=None)
+    Pion([("even.weight", fits), ("odd.weight", bad)], config=config, views={bad: uncut})
