@@ -1,0 +1,576 @@
+"""What Pion does on several ranks, in plain PyTorch: one process a rank, gloo on this machine.
+
+    python tests/rank_checks.py RANKS
+
+prints a line of JSON for every check, {"name": ..., "failures": {rank: what it said}}. A launch
+takes longer than a check, so that they share one; ``test_ranks.py`` launches and reports. A check
+does the same on every rank. One that failed may leave ranks inside different collectives, so the
+next gets a new group.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from reference import Array, ReferenceWeight
+from test_reference import (
+    CUT_STEPS,
+    TOLERANCE,
+    TOLERANCE32,
+    UNIT32,
+    VALUES,
+    config_of,
+    covering,
+    error_of,
+    moderate_lr,
+    readable,
+)
+from torch.multiprocessing import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pion_dist import Pion, PionConfig
+from pion_dist.matrices import MatrixView, interleaved, stacked, whole
+
+# A collective that not every rank enters is an error after so long, and so a named failure.
+TIMEOUT = timedelta(seconds=30)
+EXACT = ("owner", "duplicated", "distributed")
+MODES = (*EXACT, "blockwise")
+DIM = {"rows": 1, "cols": 2, None: 0}  # of [B, m, n], where ranks' shares join
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the checks.
+
+    Attributes:
+        name: for messages.
+        view: of one of so many ranks' shard; of 1, of the whole weight.
+        shared: the ranks have a shard each; else each has all of it.
+    """
+
+    name: str
+    view: Callable[[int], MatrixView]
+    shared: bool = True
+
+    @property
+    def whole(self) -> MatrixView:
+        return self.view(1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.whole.rows, self.whole.cols
+
+    def share(self, matrices: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        """A rank's share of [B, m, n], or of [B] where the axis is None."""
+        return matrices.chunk(ranks, DIM[self.whole.axis])[rank] if self.shared else matrices
+
+    def shard(self, w: Array, rank: int, ranks: int) -> torch.Tensor:
+        """A rank's shard of the weight or of its gradient."""
+        view = self.view(ranks if self.shared else 1)
+        shard = torch.empty(view.rows, view.cols, dtype=torch.float64)
+        parts = self.whole.split(torch.tensor(w)).items()
+        view.merge({part: self.share(x, rank, ranks) for part, x in parts}, shard)
+        return shard
+
+
+UNCUT = Weight("uncut", lambda _: whole(6, 10), shared=False)
+QKV = (("q", 4), ("k", 2), ("v", 2))
+# For 2 and 4 ranks with up to 8 blocks. Wide and tall ones cut either way (k ≤ 40, as TOLERANCE
+# wants), two of one shape, square, fused; what is dealt and what is not shared.
+WEIGHTS = (
+    Weight("fc1", lambda ranks: whole(16 // ranks, 8, axis="rows")),
+    Weight("fc2", lambda ranks: whole(8, 16 // ranks, axis="cols")),
+    Weight("fc1.second", lambda ranks: whole(16 // ranks, 8, axis="rows")),
+    Weight("square", lambda ranks: whole(16 // ranks, 16, axis="rows")),
+    Weight("tall.rows", lambda ranks: whole(40 // ranks, 4, axis="rows")),
+    Weight("tall.cols", lambda ranks: whole(40, 16 // ranks, axis="cols")),
+    Weight("wide.rows", lambda ranks: whole(16 // ranks, 40, axis="rows")),
+    Weight("wide.cols", lambda ranks: whole(4, 40 // ranks, axis="cols")),
+    Weight("gate_up", lambda ranks: stacked(32 // ranks, 12, name="gate_up", count=2, axis="rows")),
+    Weight("experts", lambda ranks: stacked(24, 16 // ranks, name="expert", count=2, axis="cols")),
+    Weight(
+        "qkv",
+        lambda ranks: interleaved(64 // ranks, 12, repeated=QKV, per_repetition=False, axis="rows"),
+    ),
+    Weight("heads", lambda ranks: stacked(24 // ranks, 10, name="head", count=4 // ranks)),
+    Weight(
+        "groups",
+        lambda ranks: interleaved(32 // ranks, 10, repeated=QKV, per_repetition=True),
+    ),
+    UNCUT,
+    Weight("uncut.rows", lambda _: whole(16, 6, axis="rows"), shared=False),
+)
+# The side that is not cut does not divide by the ranks: not for mode "distributed".
+ODD_WEIGHTS = (
+    Weight("odd.fc1", lambda ranks: whole(16 // ranks, 9, axis="rows")),
+    Weight("odd.fc2", lambda ranks: whole(7, 16 // ranks, axis="cols")),
+    Weight("odd.experts", lambda ranks: stacked(10, 16 // ranks, name="e", count=2, axis="cols")),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank of a group."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def everyones(self, mine: object) -> list[object]:
+        found: list[object] = [None] * self.ranks
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+
+class Run:
+    """Weights, their gradients and an optimizer on one rank; the reference where it is wanted."""
+
+    def __init__(
+        self,
+        place: Place,
+        config: PionConfig,
+        weights: Sequence[Weight],
+        *,
+        dtype: torch.dtype = torch.float64,
+        lr: float = 0.2,
+        reference: bool = True,
+    ) -> None:
+        self.place, self.config, self.weights, self.lr = place, config, weights, lr
+        self.rng = np.random.default_rng(11)
+        values = [self._round(0.2 * self.rng.standard_normal(w.shape), dtype) for w in weights]
+        self.params = [
+            torch.nn.Parameter(w.shard(value, place.rank, place.ranks).to(dtype))
+            for w, value in zip(weights, values, strict=True)
+        ]
+        self.references = [
+            ReferenceWeight(value, w.whole, config)
+            for w, value in zip(weights, values, strict=True)
+            if reference
+        ]
+        self.optimizer = self.new_optimizer()
+
+    @staticmethod
+    def _round(x: Array, dtype: torch.dtype) -> Array:
+        return torch.tensor(x).to(dtype).double().numpy()
+
+    def view(self, weight: Weight) -> MatrixView:
+        return weight.view(self.place.ranks if weight.shared else 1)
+
+    def new_optimizer(self) -> Pion:
+        pairs = list(zip(self.weights, self.params, strict=True))
+        return Pion(
+            [(w.name, p) for w, p in pairs],
+            lr=self.lr,
+            config=self.config,
+            views={p: self.view(w) for w, p in pairs},
+            shards={p: self.place.group for w, p in pairs if w.shared},
+        )
+
+    def set_gradients(self) -> None:
+        """Draw the next gradients; the references step by them."""
+        for index, (w, p) in enumerate(zip(self.weights, self.params, strict=True)):
+            g = self._round(self.rng.standard_normal(w.shape), p.dtype)
+            p.grad = w.shard(g, self.place.rank, self.place.ranks).to(p.dtype)
+            if self.references:
+                self.references[index].step(g, self.lr)
+
+    def step(self) -> None:
+        self.set_gradients()
+        self.optimizer.step()
+
+    def shards(self) -> Iterator[tuple[Weight, str, torch.Tensor, Array, Array]]:
+        """Weight, part, this rank's matrices, what they are to be, and that on all ranks."""
+        for w, p, reference in zip(self.weights, self.params, self.references, strict=True):
+            mine = self.view(w).split(p.detach())
+            for part, expected in reference.weights().items():
+                share = w.share(torch.tensor(expected), self.place.rank, self.place.ranks)
+                yield w, part, mine[part], share.numpy(), expected
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Every weight and moment, copied."""
+        moments = [m for p in self.params for _, m in sorted(self.optimizer.state[p].items())]
+        return [x.detach().clone() for x in (*self.params, *moments)]
+
+
+def weights_for(config: PionConfig) -> tuple[Weight, ...]:
+    return WEIGHTS if config.tp_mode == "distributed" else (*WEIGHTS, *ODD_WEIGHTS)
+
+
+def check_weights(run: Run, tolerance: float) -> None:
+    """Each rank's shards are the reference's, so the joined matrices are; relative to max|W|."""
+    for w, part, mine, share, all_of_it in run.shards():
+        error = np.abs(mine.double().numpy() - share).max() / np.abs(all_of_it).max()
+        assert error <= tolerance, f"{w.name}, {part}: {error:.1e}, allowed {tolerance:.1e}"
+
+
+def check_moments(run: Run) -> None:
+    """Modes "owner" and "duplicated": the reference's; of what is cut, by one rank or by all."""
+    keys = run.place.everyones([set(run.optimizer.state[p]) for p in run.params])
+    for index, (w, p) in enumerate(zip(run.weights, run.params, strict=True)):
+        state = run.optimizer.state[p]
+        expected = run.references[index].state()
+        owned = w.shared and w.whole.axis is not None and run.config.tp_mode == "owner"
+        for key, moment in expected.items():
+            holders = [rank for rank, held in enumerate(keys) if key in held[index]]
+            count = 1 if owned else run.place.ranks
+            assert len(holders) == count, f"{key} of {w.name} is held by ranks {holders}"
+            if run.place.rank in holders:
+                if w.shared and w.whole.axis is None:
+                    moment = np.split(moment, run.place.ranks)[run.place.rank]
+                error = error_of(state[key], moment)
+                assert error <= TOLERANCE, f"{key} of {w.name}: {error:.1e}"
+        assert set(state) <= set(expected), f"{w.name} has {set(state) - set(expected)}"
+
+
+def check_reference(place: Place, config: PionConfig) -> None:
+    run = Run(place, config, weights_for(config), lr=moderate_lr(config))
+    for _ in range(CUT_STEPS):
+        run.step()
+        check_weights(run, TOLERANCE)
+    if config.tp_mode in ("owner", "duplicated"):
+        check_moments(run)
+
+
+def check_float32(place: Place, config: PionConfig) -> None:
+    """The reference to float32's rounding, and the joined matrices' spectra likewise."""
+    run = Run(place, config, weights_for(config), dtype=torch.float32)
+    start = [reference.weights() for reference in run.references]
+    for _ in range(CUT_STEPS):
+        run.step()
+    tolerance = TOLERANCE32[config.direction] * UNIT32
+    check_weights(run, tolerance)
+    everyones = run.place.everyones([run.view(w).split(p.detach()) for w, p in pairs(run)])
+    for index, (w, _) in enumerate(pairs(run)):
+        for part, before in start[index].items():
+            shards = [shards[index][part] for shards in everyones]
+            joined = torch.cat(shards, DIM[w.whole.axis]) if w.shared else shards[place.rank]
+            old = np.linalg.svd(before, compute_uv=False)
+            drift = np.abs(np.linalg.svd(joined.double().numpy(), compute_uv=False) - old).max()
+            # Factors orthogonal to rounding, so what moves singular values is float32: of products
+            # and solves of inner length ≤ 40 and of the store, 10 a step, relative to the norm.
+            allowed = CUT_STEPS * 10 * np.sqrt(40) * UNIT32
+            assert drift <= allowed * old.max(), f"{w.name}, {part}: {drift / old.max():.1e}"
+
+
+def pairs(run: Run) -> list[tuple[Weight, torch.nn.Parameter]]:
+    return list(zip(run.weights, run.params, strict=True))
+
+
+def check_nan(place: Place, config: PionConfig) -> None:
+    """Where one rank's gradient has a NaN, no rank moves anything; the next step does."""
+    names = ("fc1", "fc2", "qkv", "heads", "uncut")
+    run = Run(place, config, [w for w in WEIGHTS if w.name in names], reference=False)
+    run.step()
+    for index, name in enumerate(names):
+        before = run.snapshot()
+        run.set_gradients()
+        if place.rank == index % place.ranks:
+            run.params[index].grad[0, 0] = float("nan")
+        run.optimizer.step()
+        for old, new in zip(before, run.snapshot(), strict=True):
+            assert torch.equal(old, new), f"something moved by a NaN in {name}"
+    before = [p.detach().clone() for p in run.params]
+    run.step()
+    for (w, p), old in zip(pairs(run), before, strict=True):
+        assert p.isfinite().all() and not torch.equal(p, old), f"{w.name} rests after a NaN"
+
+
+def check_resume(place: Place, config: PionConfig) -> None:
+    """A new optimizer that loads the state goes on as the old one would have, bit for bit."""
+    weights = weights_for(config)
+    straight, resumed = (Run(place, config, weights, reference=False) for _ in range(2))
+    for _ in range(3):
+        straight.step()
+        resumed.step()
+    saved = copy.deepcopy(resumed.optimizer.state_dict())
+    resumed.optimizer = resumed.new_optimizer()
+    resumed.optimizer.load_state_dict(saved)
+    for _ in range(3):
+        straight.step()
+        resumed.step()
+    for old, new in zip(straight.snapshot(), resumed.snapshot(), strict=True):
+        assert torch.equal(old, new)
+
+
+# Names of torch 2.13's dispatched operations: the plan's name for each, and which argument is the
+# input. Another operation counts under its own name, so that it is seen.
+INPUTS = {
+    "c10d::allreduce_": ("all_reduce", 0),
+    "c10d::alltoall_base_": ("all_to_all", 1),
+    "c10d::alltoall_": ("all_to_all", 1),
+    "c10d::_allgather_base_": ("all_gather", 1),
+    "c10d::allgather_": ("all_gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+    "c10d::reduce_scatter_": ("reduce_scatter", 1),
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts this rank's collectives and the bytes of their inputs.
+
+    Attributes:
+        seen: calls and bytes by the plan's names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operation = func._schema.name
+        if operation.startswith(("c10d::", "_c10d_functional::")):
+            name, place = INPUTS.get(operation, (operation, 0))
+            tensors = [x for x in tree_leaves(args[place]) if isinstance(x, torch.Tensor)]
+            calls, size = self.seen.get(name, (0, 0))
+            self.seen[name] = (calls + 1, size + sum(x.nbytes for x in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def counted_step(run: Run) -> dict[str, tuple[int, int]]:
+    with Collectives() as collectives:
+        run.step()
+    return collectives.seen
+
+
+def check_counting(place: Place) -> None:
+    """The counter itself, on collectives of known sizes."""
+    x, size = torch.zeros(3 * place.ranks, dtype=torch.float64), place.ranks
+    part = x.new_empty(3)
+    with Collectives() as collectives:
+        dist.all_reduce(x, group=place.group)
+        dist.all_reduce(x[:1].int(), group=place.group)
+        dist.all_to_all_single(torch.empty_like(x), x, group=place.group)
+        dist.all_gather_into_tensor(torch.empty_like(x), part, group=place.group)
+        dist.all_gather([torch.empty_like(part) for _ in range(size)], part, group=place.group)
+        dist.reduce_scatter_tensor(part, x, group=place.group)
+        dist.broadcast(part, group_src=0, group=place.group)
+    assert collectives.seen == {
+        "all_reduce": (2, 24 * size + 4),
+        "all_to_all": (1, 24 * size),
+        "all_gather": (2, 48),
+        "reduce_scatter": (1, 24 * size),
+        "c10d::broadcast_": (1, 24),
+    }, collectives.seen
+
+
+def check_collectives(place: Place, config: PionConfig) -> None:
+    """Two steps exchange what the plan says, call by call and byte by byte, on every rank."""
+    run = Run(place, config, weights_for(config), reference=False)
+    for step in (1, 2):
+        seen = counted_step(run)
+        planned = {
+            name: tuple(what)
+            for name, what in run.optimizer.plan.collectives(place.rank, step).items()
+            if what[0]
+        }
+        assert seen == planned, f"step {step}: counted {seen}, planned {planned}"
+    assert run.optimizer.plan.collectives(rank=place.rank) == run.optimizer.plan.collectives(
+        place.rank, 1
+    )
+
+
+def check_exact_volume(place: Place, config: PionConfig) -> None:
+    """What "owner" and "duplicated" exchange follows from their definition.
+
+    Both send this rank's shards of W and G once; the owners then send W back, as often as the
+    ranks together have an element. Besides there is the agreement that all gradients are finite.
+    """
+    run = Run(place, config, WEIGHTS, reference=False)
+    cut = [p for w, p in pairs(run) if w.shared and w.whole.axis is not None]
+    shards = sum(p.nbytes for p in cut)
+    seen = counted_step(run)
+    everyones = run.place.everyones(seen)
+    assert seen.pop("all_reduce")[0] == 1
+    if config.tp_mode == "duplicated":
+        assert seen == {"all_gather": (1, 2 * shards)}, seen
+    else:
+        assert set(seen) == {"all_to_all"} and seen["all_to_all"][0] == 2, seen
+        total = sum(each["all_to_all"][1] for each in everyones)
+        assert total == 3 * shards * place.ranks, f"{total} bytes of {3 * shards * place.ranks}"
+
+
+def check_nothing_shared(place: Place, config: PionConfig) -> None:
+    """Whole and dealt weights alone exchange no weight, gradient or product."""
+    run = Run(place, config, [w for w in WEIGHTS if not w.shared or w.whole.axis is None])
+    for _ in range(2):
+        seen = counted_step(run)
+        assert sum(size for _, size in seen.values()) <= 16, seen
+        check_weights(run, TOLERANCE)
+
+
+def check_part_of_the_ranks(place: Place, config: PionConfig) -> None:
+    """Each half of the ranks by itself: ranks of a group are not those of the world.
+
+    Halves of one rank each have the whole weights, so that nothing is cut.
+    """
+    half = place.ranks // 2
+    groups = [dist.new_group(range(i, i + half), timeout=TIMEOUT) for i in (0, half)]
+    check_reference(Place(groups[place.rank // half]), config)
+
+
+def refusal(make: Callable[[], object], *says: str) -> str:
+    """The message of a construction that is refused; it has one of the words."""
+    try:
+        make()
+    except (RuntimeError, ValueError) as error:
+        assert any(word in str(error) for word in says), f"none of {says} in {error!r}"
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def check_other_plan(place: Place, what: str) -> None:
+    """The last rank has another plan: every rank is told what differs, by a weight's name.
+
+    Weights of one shape, so that no collective fails by itself.
+    """
+    names = ("fc1", "fc1.second", "square")
+    weights = [w for w in WEIGHTS if w.name in names]
+    options: dict[str, object] = {"tp_mode": "blockwise", "blocks": place.ranks}
+    if place.rank == place.ranks - 1:
+        match what:
+            case "order":
+                weights[:2] = reversed(weights[:2])
+            case "weights":
+                weights = weights[:2]
+            case "blocks":
+                options["blocks"] = 2 * place.ranks
+            case "mode":
+                options = {"tp_mode": "duplicated"}
+            case "side":
+                options["side"] = "alternate"
+            case "shape":
+                weights[2] = Weight("square", lambda ranks: whole(16 // ranks, 8, axis="rows"))
+            case "axis":
+                weights[2] = Weight("square", lambda ranks: whole(16 // ranks, 16, axis="cols"))
+    config = PionConfig(**options)
+    words = {"blocks": ("blocks",), "mode": ("tp_mode",), "side": ("side",)}.get(what, ())
+    refusal(lambda: Run(place, config, weights, reference=False), *names, *words)
+
+
+def check_blocks_of_ranks(place: Place) -> None:
+    """So many blocks that the ranks do not each have whole ones."""
+    blocks = place.ranks + 1
+    rows = blocks * place.ranks
+    weight = Weight("other.fc1", lambda ranks: whole(rows // ranks, 8, axis="rows"))
+    config = PionConfig(tp_mode="blockwise", blocks=blocks)
+    told = refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), "other.fc1")
+    for number in (blocks, place.ranks):
+        assert re.search(rf"\b{number}\b", told), f"no {number} in {told!r}"
+
+
+def check_distributed_needs_divisible(place: Place, weight: Weight) -> None:
+    """A ValueError that names it, on every rank."""
+    config = PionConfig(tp_mode="distributed")
+    refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), weight.name)
+
+
+def named(config: PionConfig) -> str:
+    retraction = config.retraction, config.degree
+    options = (config.momentum, config.direction, config.nesterov, config.scaling, config.side)
+    words = [readable(option) or str(option) for option in (*options, retraction)]
+    blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
+    return "-".join([config.tp_mode, *blocks, *words])
+
+
+# Momentum, direction and sides that differ in state and in what is exchanged.
+FEW: tuple[dict[str, object], ...] = (
+    {},
+    {"momentum": "transported", "direction": "msign", "nesterov": True, "side": "alternate"},
+    {"momentum": "ambient", "direction": "adaptive", "retraction": "exp", "side": "out"},
+    {"direction": "momentum", "side": "in", "retraction": "cayley", "scaling": "none"},
+    {"direction": "msign", "side": "alternate", "retraction": "cubic"},
+)
+ORTHOGONAL: tuple[dict[str, object], ...] = (
+    {"retraction": "cayley"},
+    {"retraction": "exp", "direction": "momentum", "side": "alternate"},
+    {"momentum": "transported", "direction": "msign", "nesterov": True, "retraction": "cayley"},
+    {"momentum": "transported", "direction": "adaptive", "retraction": "exp"},
+)
+
+
+def mode_options(mode: str, ranks: int) -> dict[str, object]:
+    return {"tp_mode": mode, "blocks": 2 * ranks} if mode == "blockwise" else {"tp_mode": mode}
+
+
+def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
+    """Every check of a launch on so many ranks, by name."""
+    found: dict[str, Callable[[Place], None]] = {}
+
+    def add(check: Callable[..., None], name: str, *arguments: object) -> None:
+        name = f"{check.__name__.removeprefix('check_')}[{name}]"
+        assert name not in found
+        found[name] = lambda place: check(place, *arguments)
+
+    add(check_counting, "")
+    modes = (*((mode, 1) for mode in EXACT), *(("blockwise", n * ranks) for n in (1, 2)))
+    for *options, (mode, blocks) in covering(*VALUES, modes):
+        config = config_of(*options, tp_mode=mode, blocks=blocks)
+        add(check_reference, named(config), config)
+    for check, tried in (
+        (check_float32, ORTHOGONAL),
+        (check_nan, FEW),
+        (check_resume, FEW),
+        (check_collectives, FEW),
+        (check_nothing_shared, FEW[:2]),
+        (check_part_of_the_ranks, FEW[:2]),
+    ):
+        for mode, options in itertools.product(MODES, tried):
+            config = PionConfig(**options, **mode_options(mode, ranks))
+            add(check, named(config), config)
+    for mode in ("owner", "duplicated"):
+        add(check_exact_volume, mode, PionConfig(tp_mode=mode))
+    for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
+        add(check_other_plan, what, what)
+    add(check_blocks_of_ranks, "")
+    for weight in ODD_WEIGHTS:
+        add(check_distributed_needs_divisible, weight.name, weight)
+    return found
+
+
+def main(rank: int, ranks: int, port: int) -> None:
+    """All checks, on one rank."""
+    # The host's own name need not resolve.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, timeout=3 * TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    place = Place(dist.new_group(timeout=TIMEOUT))
+    for name, check in checks(ranks).items():
+        said = ""
+        try:
+            check(place)
+        except Exception:
+            said = traceback.format_exc()
+        store.set(f"{name}/{rank}", said)
+        everyones = {r: store.get(f"{name}/{r}").decode() for r in range(ranks)}
+        failures = {r: text for r, text in everyones.items() if text}
+        if rank == 0:
+            print(json.dumps({"name": name, "failures": failures}), flush=True)
+        if failures:
+            place = Place(dist.new_group(timeout=TIMEOUT))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # The port is found here and stays taken; the processes end with this one.
+    number = int(sys.argv[1])
+    master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    spawn(main, (number, master.port), nprocs=number)
