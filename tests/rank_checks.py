@@ -321,13 +321,13 @@ def check_resume(place: Place, config: PionConfig) -> None:
     """A new optimizer that loads the state goes on as the old one would have, bit for bit."""
     weights = weights_for(config)
     straight, resumed = (Run(place, config, weights, reference=False) for _ in range(2))
-    for _ in range(3):
+    for _ in range(2):
         straight.step()
         resumed.step()
     saved = copy.deepcopy(resumed.optimizer.state_dict())
     resumed.optimizer = resumed.new_optimizer()
     resumed.optimizer.load_state_dict(saved)
-    for _ in range(3):
+    for _ in range(2):
         straight.step()
         resumed.step()
     for old, new in zip(straight.snapshot(), resumed.snapshot(), strict=True):
@@ -560,13 +560,14 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
 
     add(check_counting, "")
     modes = (*((mode, 1) for mode in EXACT), *(("blockwise", n * ranks) for n in (1, 2)))
-    for *options, (mode, blocks) in covering(*VALUES, modes):
+    # Of pairs on 4 ranks: with 2 cores a check of "distributed" takes 1.5 s there.
+    for *options, (mode, blocks) in covering(*VALUES, modes, together=3 if ranks == 2 else 2):
         config = config_of(*options, tp_mode=mode, blocks=blocks)
         add(check_reference, named(config), config)
     for check, tried in (
         (check_float32, ORTHOGONAL),
         (check_nan, FEW),
-        (check_resume, FEW),
+        (check_resume, FEW[:3]),
         (check_collectives, FEW),
         (check_nothing_shared, FEW[:2]),
         (check_part_of_the_ranks, FEW[:2]),

@@ -396,17 +396,17 @@ BLOCKWISE = {"tp_mode": "blockwise"}
 CUT_STEPS = 4
 
 
-def covering(*options: Sequence[object]) -> list[tuple[object, ...]]:
-    """Few elements of the options' product that show every three values together that it does."""
+def covering(*options: Sequence[object], together: int = 3) -> list[tuple[object, ...]]:
+    """Few elements of the options' product that show all that it has of so many values together."""
     product = list(itertools.product(*options))
     random.Random(0).shuffle(product)
     seen: set[object] = set()
     kept = []
     for element in product:
-        threes = set(itertools.combinations(enumerate(element), 3))
-        if not threes <= seen:
+        shown = set(itertools.combinations(enumerate(element), together))
+        if not shown <= seen:
             kept.append(element)
-            seen |= threes
+            seen |= shown
     return kept
 
 
