@@ -126,13 +126,18 @@ def decide(
     return found
 
 
+def noted(param: torch.Tensor) -> bool:
+    """Whether ``decide`` has seen a parameter."""
+    return hasattr(param, _DECISION)
+
+
 def decided(param: torch.Tensor) -> tuple[ParamInfo, Rotated | Scalar]:
     """What ``decide`` has noted of a parameter.
 
     Raises:
         RuntimeError: ``decide`` has not seen it.
     """
-    if not hasattr(param, _DECISION):
+    if not noted(param):
         raise RuntimeError(
             "--optimizer pion: get_megatron_optimizer was imported by name before "
             "megatron_patches.apply() ran; call apply() first"

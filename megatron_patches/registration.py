@@ -28,13 +28,15 @@ def apply() -> None:
     if _applied:
         return
     seams.check()
-    from . import sharded_state
+    from . import layer_wise, optimizer_state, sharded_state
     from .arguments import add_pion_arguments, extend_config
 
     config_module = importlib.import_module("megatron.core.optimizer.optimizer_config")
     extend_config(config_module.OptimizerConfig)
     _register()
     sharded_state.apply()
+    optimizer_state.apply()
+    layer_wise.apply()
     _use_compiled_helpers()
     core = importlib.import_module("megatron.core.optimizer")
     core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
@@ -120,6 +122,7 @@ def _with_pion(original: Any) -> Any:
             return original(config, model_chunks, *args, **kwargs)
         from pion_dist.classify import Rotated
 
+        from . import optimizer_state
         from .arguments import pion_config
         from .initialization import fan_in
         from .parameters import decide
@@ -133,6 +136,7 @@ def _with_pion(original: Any) -> Any:
             return original(config, model_chunks, *args, **kwargs)
         optimizer = original(config, model_chunks, *args, **kwargs)
         _adopt_masters(optimizer)
+        optimizer_state.attach(optimizer)
         if config.pion_print_plan:
             _print_plan(decisions, optimizer)
         return optimizer
@@ -141,34 +145,31 @@ def _with_pion(original: Any) -> Any:
 
 
 def _adopt_masters(optimizer: Any) -> None:
-    """Tell every Pion which float32 master stands for which of its weights."""
+    """Tell every Pion which float32 master stands for which of its weights, and which are left."""
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
     from pion_dist import Pion
 
-    for each in _chained(optimizer):
-        if isinstance(each, Float16OptimizerWithFloat16Params) and isinstance(each.optimizer, Pion):
-            pairs = zip(each.float16_groups, each.fp32_from_float16_groups, strict=True)
+    from . import optimizer_state
+
+    for each, _ in optimizer_state.leaves(optimizer):
+        if isinstance(each.optimizer, Pion):
+            masters = {}
+            if isinstance(each, Float16OptimizerWithFloat16Params):
+                pairs = zip(each.float16_groups, each.fp32_from_float16_groups, strict=True)
+                masters = {w: master for group in pairs for w, master in zip(*group, strict=True)}
             # Also settles it: the layer-wise optimizer has taken other ranks' weights out.
-            each.optimizer.adopt(
-                {w: master for group in pairs for w, master in zip(*group, strict=True)}
-            )
-
-
-def _chained(optimizer: Any) -> Iterator[Any]:
-    """The optimizers that a chain of chains ends in."""
-    if hasattr(optimizer, "chained_optimizers"):
-        for each in optimizer.chained_optimizers:
-            yield from _chained(each)
-    else:
-        yield optimizer
+            each.optimizer.adopt(masters)
 
 
 def _pions(optimizer: Any) -> list[Any]:
     """Every Pion on this rank."""
     from pion_dist import Pion
 
-    return [e.optimizer for e in _chained(optimizer) if isinstance(e.optimizer, Pion)]
+    from . import optimizer_state
+
+    leaves = optimizer_state.leaves(optimizer)
+    return [leaf.optimizer for leaf, _ in leaves if isinstance(leaf.optimizer, Pion)]
 
 
 def _print_plan(decisions: Sequence[Any], optimizer: Any) -> None:

@@ -99,6 +99,47 @@ CORE = (
         "tells Pion of the float32 masters",
     ),
     Seam(
+        "megatron.core.optimizer.optimizer",
+        "FP32Optimizer",
+        "holds Pion in the layer-wise optimizer in float32",
+        parameters=("optimizer", "config", "init_state_fn"),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer",
+        "param_group_identifier_keys",
+        "names parameter groups in checkpoints",
+        attributes=("__iter__",),
+    ),
+    Seam(
+        "megatron.core.optimizer.layer_wise_optimizer",
+        "LayerWiseDistributedOptimizer",
+        "works in float32 too and deals weights by cost",
+        parameters=("optimizers", "config", "pg_collection", "init_state_fn_list", "model_chunks"),
+        attributes=("_shard_params_ping_pong", "_compute_per_buffer_param_layout"),
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer",
+        "has its state recorded as the plain optimizers' is",
+        attributes=(
+            "_get_main_param_and_optimizer_states",
+            "_set_main_param_and_optimizer_states",
+            "_get_model_param_range_map",
+        ),
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing",
+        "load",
+        "refuses state of another optimizer or of other matrices",
+        parameters=("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing",
+        "load_tensors_metadata",
+        "refuses state of another optimizer or of other matrices",
+        parameters=("checkpoint_dir",),
+    ),
+    Seam(
         "megatron.core.datasets.utils",
         "compile_helpers",
         "is spared where the helpers are compiled already",
@@ -129,6 +170,12 @@ TRAINING = (
         "get_megatron_optimizer",
         "the name by which pretrain() makes its optimizer",
         parameters=("config", "model_chunks"),
+    ),
+    Seam(
+        "megatron.training.training",
+        "tag_params_for_buffer_routing",
+        "sends parameters to Pion's buffer or to Adam's",
+        parameters=("model_chunks",),
     ),
 )
 

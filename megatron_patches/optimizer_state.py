@@ -1,0 +1,253 @@
+"""The optimizer's state in torch_dist checkpoints, in one form whatever optimizers hold it.
+
+Megatron's optimizers each have a form of their own: the plain ones record whole parameters, the
+distributed one its flat buffers, and chains number their members. Here every state tensor is
+recorded under the plain optimizer's key with its parameter's whole shape, and a parameter group by
+what tells it from the others. So a checkpoint moves between all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+from .parameters import pieces
+
+_MARK = "pion"  # in the optimizer's state: identity() of the Pion that saved it
+_MASTER = "fp32_param"
+# The option that decides an entry of identity(), where it is not of the same name.
+_FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
+_FRESH = (
+    "To start with fresh optimizer state, load the weights alone, with --no-load-optim (keeps the "
+    "iteration) or --finetune (starts at iteration 0)."
+)
+
+
+def apply() -> None:
+    """Have torch_dist checkpoints of other optimizers or options refused before they are read."""
+    original = dist_checkpointing.load
+
+    @functools.wraps(original)
+    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = sharded_state_dict.get("optimizer")
+        if isinstance(wanted, dict) and _MARK in wanted:
+            _refuse_other_state(wanted, str(checkpoint_dir))
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    dist_checkpointing.load = load
+
+
+def attach(optimizer: Any) -> None:
+    """Have the run's optimizer save and load the common form (modified in place).
+
+    Args:
+        optimizer: what get_megatron_optimizer returned, of ``--optimizer pion``.
+    """
+    load_state_dict = optimizer.load_state_dict
+
+    def load_either(state_dict: Any) -> None:
+        if _MARK in state_dict:
+            _load(optimizer, state_dict)
+        else:  # --ckpt-format torch
+            load_state_dict(state_dict)
+
+    optimizer.load_state_dict = load_either
+    optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer)
+
+
+def _sharded_state_dict(
+    optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+) -> dict[str, Any]:
+    states: dict[int, Any] = {}
+    groups: dict[str, tuple[bool, dict[str, Any]]] = {}
+    for index, (leaf, sole) in enumerate(leaves(optimizer)):
+        distributed = isinstance(leaf, DistributedOptimizer)
+        record = _flat_state if distributed else _whole_state
+        states[index], own = record(leaf, model_sharded_state_dict, is_loading)
+        if sole:
+            for each in nested_values(states[index]):
+                each.replica_id = (*each.replica_id[:2], 0)
+        for group, found in zip(leaf.param_groups, own, strict=True):
+            groups[_name(group)] = (bool(group["params"]), found)
+    known = groups if is_loading else _of_all_ranks(groups)
+    metas = {name: group for name, (_, group) in known.items()}
+    identity = next(group["pion"] for group in metas.values() if "pion" in group)
+    return {_MARK: identity, "state": states, "param_groups": metas}
+
+
+def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
+    """The optimizers of a chain, and whether this rank alone among the replicas has the state."""
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is None:
+        yield optimizer, sole
+    for each in chain or ():
+        yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
+
+
+def _name(group: dict[str, Any]) -> str:
+    """What tells a group from the others, as Megatron pairs groups with saved ones."""
+    return repr(["pion" in group, *(group.get(key) for key in param_group_identifier_keys)])
+
+
+def _of_all_ranks(groups: dict[str, Any]) -> dict[str, Any]:
+    """Each group from a rank where it has parameters: FusedAdam counts no steps where it is empty.
+
+    The first rank's are saved.
+    """
+    if not torch.distributed.is_initialized():
+        return groups
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, groups)
+    chosen = dict(groups)
+    for name, (filled, group) in (item for each in everyone for item in each.items()):
+        if name not in chosen or (filled and not chosen[name][0]):
+            chosen[name] = (filled, group)
+    return chosen
+
+
+def _whole_state(
+    leaf: Any, model_sharded_state_dict: Any, is_loading: bool
+) -> tuple[dict[int, Any], list[dict[str, Any]]]:
+    """Records and groups of an optimizer that has whole parameters."""
+    found = leaf.sharded_state_dict(model_sharded_state_dict, is_loading)
+    inner = found.get("optimizer", found)  # FP32Optimizer has nothing around it
+    state, groups = inner["state"], inner["param_groups"]
+    step = state.pop("common_step", None)
+    ids = [group.pop("params").unwrap() for group in groups]
+    for own, masters in zip(ids, found.get("fp32_from_fp16_params", ()), strict=False):
+        for index, master in zip(own, masters, strict=True):
+            state.setdefault(index, {})[_MASTER] = master
+    if step is not None:
+        groups = [{"step": step, **group} for group in groups]
+    return state, groups
+
+
+def _flat_state(
+    leaf: Any, model_sharded_state_dict: Any, is_loading: bool
+) -> tuple[dict[int, Any], list[dict[str, Any]]]:
+    """Records and groups of a distributed optimizer, whose ranks have ranges of parameters."""
+    params = _flat_parameters(leaf)
+    places = get_param_id_to_sharded_param_map(model_sharded_state_dict, params)
+    state = {
+        index: {
+            key: make_sharded_optimizer_tensor(
+                places[index],
+                torch.empty(param.shape) if is_loading else _joined(leaf, param, key),
+                prefix=f"optimizer.state.{key}",
+            )
+            for key in _keys(param)
+        }
+        for index, param in enumerate(params)
+    }
+    return state, leaf.state_dict()["optimizer"]["param_groups"]
+
+
+def _flat_parameters(leaf: Any) -> list[torch.nn.Parameter]:
+    """All parameters of a distributed optimizer's buffers, in an order common to its ranks."""
+    return [param for buffer in leaf.buffers for param in buffer.param_index_map]
+
+
+def _keys(param: torch.Tensor) -> tuple[str, ...]:
+    masters = () if param.dtype == torch.float32 else (_MASTER,)
+    return (*masters, "exp_avg", "exp_avg_sq")
+
+
+def _joined(leaf: Any, param: torch.Tensor, key: str) -> torch.Tensor:
+    """A state tensor in its parameter's shape, from all ranks' ranges; on the CPU."""
+    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+    if param in leaf.model_param_gbuf_map:
+        tensors = leaf._get_main_param_and_optimizer_states(param)
+        whole[_range(leaf, param)] = tensors["param" if key == _MASTER else key].detach().float()
+    torch.distributed.all_reduce(whole, group=leaf.data_parallel_group)  # the others have zeros
+    return whole.cpu().view(param.shape)
+
+
+def _range(leaf: Any, param: torch.Tensor) -> slice:
+    found = leaf._get_model_param_range_map(param)["param"]
+    return slice(found.start, found.end)
+
+
+def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Load the common form; ``_refuse_other_state`` has found that it fits."""
+    for index, (leaf, _) in enumerate(leaves(optimizer)):
+        state = state_dict["state"].get(index, {})
+        groups = [dict(state_dict["param_groups"][_name(group)]) for group in leaf.param_groups]
+        if isinstance(leaf, DistributedOptimizer):
+            _load_flat(leaf, state, groups)
+        else:
+            _load_whole(leaf, state, groups)
+
+
+def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+    ids = [group["params"] for group in leaf.optimizer.state_dict()["param_groups"]]
+    groups = [{**group, "params": own} for group, own in zip(groups, ids, strict=True)]
+    # A shard whose matrices other ranks compute has no state here.
+    masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
+    inner: dict[str, Any] = {"state": state, "param_groups": groups}
+    if isinstance(leaf.optimizer, torch.optim.Adam):  # counts in the parameters' state
+        inner["state"] = {**state, "common_step": groups[0]["step"]}
+    if hasattr(leaf, "fp32_from_float16_groups"):
+        leaf.load_state_dict({"optimizer": inner, "fp32_from_fp16_params": masters})
+    else:
+        leaf.load_state_dict(inner)
+
+
+@torch.no_grad()
+def _load_flat(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+    leaf.load_state_dict({"optimizer": {"param_groups": groups}})
+    for index, param in enumerate(_flat_parameters(leaf)):
+        if param in leaf.model_param_gbuf_map:
+            tensors = dict(leaf._get_main_param_and_optimizer_states(param))
+            for key, whole in state[index].items():
+                name = "param" if key == _MASTER else key
+                tensors[name] = whole.flatten()[_range(leaf, param)].to(param.device)
+            leaf._set_main_param_and_optimizer_states(param, tensors)
+
+
+def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
+    """Refuse a checkpoint whose optimizer state is not of this run's matrices and options.
+
+    Raises:
+        ValueError: names the option with both values, and what to do.
+    """
+    where = f"--load {Path(checkpoint).parent}: the checkpoint"
+    saved = dist_checkpointing.load_common_state_dict(checkpoint).get("optimizer")
+    if not isinstance(saved, dict) or _MARK not in saved:
+        raise ValueError(
+            f"{where} has no state of --optimizer pion, but of another optimizer or of none. "
+            f"{_FRESH}"
+        )
+    mine, theirs = wanted[_MARK], saved[_MARK]
+    for option in {**mine, **theirs}:
+        if mine.get(option) != theirs.get(option):
+            flag = _FLAGS.get(option, option).replace("_", "-")
+            raise ValueError(
+                f"{where} was saved with another --pion-{flag}: its {option} is "
+                f"{theirs.get(option)!r}, this run's {mine.get(option)!r}. Set the option as it "
+                f"was. {_FRESH}"
+            )
+    if missing := [name for name in wanted["param_groups"] if name not in saved["param_groups"]]:
+        raise ValueError(
+            f"{where} has no parameter group with pion, {', '.join(param_group_identifier_keys)} = "
+            f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
+        )
+    have = dist_checkpointing.load_tensors_metadata(checkpoint)
+    records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
+    if lacks := sorted({record.key for record in records} - set(have)):
+        raise ValueError(
+            f"{where} has no {lacks[0]} ({len(lacks)} such). Set --pion-exclude and the model as "
+            f"they were. {_FRESH}"
+        )
