@@ -171,8 +171,14 @@ def _routed(original: Any) -> Any:
         args = importlib.import_module("megatron.training").get_args()
         if args.optimizer == "pion":
             exclude = args.pion_exclude or ()
-            for _, p, decision in decide(model_chunks, pion_config(args), exclude=exclude):
+            for info, p, decision in decide(model_chunks, pion_config(args), exclude=exclude):
                 rotated = isinstance(decision, Rotated)
+                if not rotated and not getattr(p, "allreduce", True):
+                    # Megatron's other distributed optimizer here has no group of expert ranks.
+                    raise ValueError(
+                        f"--optimizer pion with --use-distributed-optimizer: {info.name} is a "
+                        "routed expert's and Adam's, which needs --no-use-layer-wise-param-layout"
+                    )
                 p.is_managed_by_layer_wise_optimizer = rotated  # type: ignore[attr-defined]
 
     return tag

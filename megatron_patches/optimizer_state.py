@@ -32,7 +32,7 @@ _MASTER = "fp32_param"
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
     "To start with fresh optimizer state, load the weights alone, with --no-load-optim (keeps the "
-    "iteration) or --finetune (starts at iteration 0)."
+    "iteration, restarts the learning rate's schedule) or --finetune (starts at iteration 0)."
 )
 
 
