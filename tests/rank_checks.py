@@ -423,7 +423,7 @@ def check_exact_volume(place: Place, config: PionConfig) -> None:
     """What "owner" and "duplicated" exchange follows from their definition.
 
     Both send this rank's shards of W and G once, in waves; the owners then send W back, as often
-    as the ranks together have an element. Besides there is the agreement that all gradients are finite.
+    as the ranks together have an element. Besides there is the agreement on finite gradients.
     """
     run = Run(place, config, WEIGHTS, reference=False)
     cut = [p for w, p in pairs(run) if w.shared and w.whole.axis is not None]
