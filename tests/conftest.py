@@ -38,6 +38,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for word in ("passed", "failed", "xfailed", "xpassed")
         for report in terminalreporter.stats.get(word, [])
     ]
+    tables: dict[str, list[str]] = {}
+    for report in ran:
+        for name, line in report.user_properties:
+            tables.setdefault(name, []).append(line)
+    for name, lines in tables.items():
+        terminalreporter.write_line("\n".join([name, *lines, ""]))
     files = {report.nodeid.partition("::")[0] for report in ran}
     line = f"covered: {len(ran)} tests in {len(files)} files"
     reasons = Counter(map(skip_reason, terminalreporter.stats.get("skipped", [])))

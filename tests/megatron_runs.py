@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_018 = ROOT / ".venv" / "megatron-0.18.2"  # `make test` puts it there
 SCRIPT = ROOT / "examples" / "pretrain_bytes.py"
 
-MODEL = [
-    *("--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "96", "--swiglu"),
-    *("--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2"),
-    *("--seq-length", "64", "--max-position-embeddings", "64", "--position-embedding-type", "rope"),
-    *("--normalization", "RMSNorm", "--disable-bias-linear"),
+# Of every model: 4 layers, so that 2 stages of 2 chunks fill; 8 heads, so that TP 4 has a query group
+# a rank; everything else follows.
+COMMON = [
+    *("--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "96"),
+    *("--num-attention-heads", "8", "--position-embedding-type", "rope"),
+    *("--seq-length", "64", "--max-position-embeddings", "64"),
     *("--untie-embeddings-and-output-weights",),
     *("--micro-batch-size", "2", "--global-batch-size", "8", "--clip-grad", "1.0"),
     *("--lr", "1e-2", "--min-lr", "1e-3", "--lr-decay-style", "cosine", "--train-iters", "20"),
@@ -29,6 +35,12 @@ MODEL = [
     *("--no-persist-layer-norm", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"),
     *("--no-bias-dropout-fusion", "--no-create-attention-mask-in-dataloader"),
 ]
+# Grouped queries and a gated MLP, no biases.
+LLAMA = [
+    *("--group-query-attention", "--num-query-groups", "4", "--swiglu"),
+    *("--normalization", "RMSNorm", "--disable-bias-linear"),
+]
+MODEL = [*COMMON, *LLAMA]
 NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 PION = ["--optimizer", "pion", "--pion-init", "fan_in"]
 
@@ -51,24 +63,87 @@ def environment(*first: Path) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
 
 
-def launch(script: Path, *arguments: str, processes: int = 1, before: tuple[Path, ...] = ()) -> str:
+@dataclass(frozen=True)
+class Launched:
+    """A job that has ended.
+
+    Attributes:
+        code: its exit status.
+        output: what it printed.
+        left: names of processes that it left behind (killed since).
+    """
+
+    code: int
+    output: str
+    left: list[str]
+
+    @property
+    def why(self) -> str:
+        """What the ranks raised, or else the end of what was printed."""
+        ranks: dict[str, list[str]] = {}
+        for line in self.output.splitlines():
+            if found := re.match(r"\[rank(\d+)\]: ", line):
+                ranks.setdefault(found[1], []).append(line)
+        return "\n".join("\n".join(lines[-40:]) for lines in ranks.values()) or self.output[-4000:]
+
+
+def run(
+    script: Path,
+    *arguments: str,
+    processes: int = 1,
+    before: tuple[Path, ...] = (),
+    timeout: float = 300,
+) -> Launched:
     """Run a script through the launcher on the CPU, with folders before the installed packages.
 
     Raises:
-        AssertionError: it failed; with the end of what it printed.
+        AssertionError: it does not end in time; with what it printed.
     """
     python = [sys.executable]
-    if processes > 1:
+    if processes > 1:  # --standalone takes a free port
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         python += [str(processes)]
     command = [*python, "-m", "megatron_patches", "--cpu", str(script), *arguments]
-    done = subprocess.run(
-        command, env=environment(*before), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    output = done.stdout + done.stderr
-    errors = "\n".join(line for line in output.splitlines() if "rror" in line)
-    assert done.returncode == 0, f"{' '.join(command)}\n{errors[:3000]}\n...{output[-4000:]}"
-    return output
+    mark = uuid.uuid4().hex
+    env = {**environment(*before), "PION_TEST_LAUNCH": mark}
+    with subprocess.Popen(
+        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        try:
+            output = "".join(job.communicate(timeout=timeout))
+        except subprocess.TimeoutExpired:
+            job.terminate()  # the launcher ends its ranks
+            try:
+                output = "".join(job.communicate(timeout=40))
+            finally:
+                end_marked(mark)
+            raise AssertionError(f"not done in {timeout} s: {output[-4000:]}") from None
+        finally:
+            left = end_marked(mark)
+    return Launched(job.returncode, output, left)
+
+
+def end_marked(mark: str) -> list[str]:
+    """Kill the processes of a launch that are still there, orphans too; return what they were."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PION_TEST_LAUNCH") == mark:
+                found.append(" ".join(process.cmdline()))
+                process.kill()
+    return found
+
+
+def launch(script: Path, *arguments: str, **options: Any) -> str:
+    """As ``run``; what a job that succeeds prints.
+
+    Raises:
+        AssertionError: it failed, with the ranks' own tracebacks; or it left processes behind.
+    """
+    job = run(script, *arguments, **options)
+    assert job.code == 0, f"{script.name} {' '.join(arguments)}\n{job.why}"
+    assert not job.left, job.left
+    return job.output
 
 
 def refused(script: Path, *arguments: str) -> str:

@@ -1,0 +1,232 @@
+"""Trainings that differ in their layout, a launch for each number of processes, and what they got.
+
+A launch starts for 10 s and trains 20 iterations in 1 to 5, so all trainings of as many processes
+share one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron_runs import COMMON, LLAMA, NO_DROPOUT, PION, ROOT, launch
+
+from pion_dist import PionConfig
+from pion_dist.classify import ParamInfo, Rotated, classify
+from pion_dist.spectrum import drift, singular_values
+
+HEADS, GROUPS, HEAD_DIM = 8, 4, 8  # of COMMON and LLAMA
+MODELS = {
+    "llama": LLAMA,
+    "plain": [],  # multi-head attention, plain MLP, LayerNorm, biases
+    "moe": [
+        *(*LLAMA, "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"),
+        *("--moe-shared-expert-intermediate-size", "96"),
+        *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"),
+    ],
+    "mla": [
+        *("--multi-latent-attention", "--q-lora-rank", "32", "--kv-lora-rank", "16"),
+        *("--qk-head-dim", "4", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "8"),
+        *("--rope-type", "rope", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
+    ],
+    "mtp": [*LLAMA, "--mtp-num-layers", "1"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of 20 iterations from its model's start, or of the last 10 of them.
+
+    Attributes:
+        name: in the table.
+        processes: that it takes.
+        layout: Megatron's flags that must not change the result.
+        model: one of MODELS.
+        options: flags that do change it.
+        against: what it has to equal; one process, if None.
+        source: the run whose checkpoint of iteration 10 it goes on from, if any.
+    """
+
+    name: str
+    processes: int = 1
+    layout: tuple[str, ...] = ()
+    model: str = "llama"
+    options: tuple[str, ...] = ()
+    against: Run | None = None
+    source: Run | None = None
+
+    @property
+    def reference(self) -> Run:
+        return self.against or self.one_process
+
+    @property
+    def one_process(self) -> Run:
+        return Run("one process", model=self.model, options=self.options)
+
+    @property
+    def start(self) -> Run:
+        """The run whose first step made the weights that all runs of the model start from."""
+        precision = ("--bf16",) if "--bf16" in self.options else ()
+        return Run("start", model=self.model, options=precision)
+
+    def moved_to(self, run: Run) -> Run:
+        """``run``'s last 10 iterations, from this run's checkpoint."""
+        return replace(run, name=f"{self.name} to {run.name}", source=self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has left behind."""
+
+    run: Run
+    folder: Path
+
+    @cached_property
+    def steps(self) -> dict[int, tuple[float, float]]:
+        """Loss and grad norm of each iteration."""
+        steps = json.loads((self.folder / "steps.json").read_text())
+        return {s["iteration"]: (s["losses"]["lm loss"], s["grad_norm"]) for s in steps}
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's last weights, whole, by their names in the checkpoint."""
+        (*_, last) = sorted((self.folder / "checkpoint").glob("iter_*"))
+        reader = dcp.FileSystemReader(last)
+        found = {
+            name: torch.empty(stored.size, dtype=stored.properties.dtype)
+            for name, stored in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(stored, "size") and not name.startswith("optimizer.")
+        }
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        return found
+
+    @cached_property
+    def spectra(self) -> list[torch.Tensor]:
+        """Singular values of all that Pion rotates."""
+        return [
+            singular_values(part)
+            for name, weight in self.weights.items()
+            for matrix in weight.reshape(-1, *weight.shape[-2:])
+            for part in split(name, matrix, self.run).values()
+        ]
+
+    def drift_since(self, start: Result) -> float:
+        pairs = zip(start.spectra, self.spectra, strict=True)
+        return max(drift(before, now).max().item() for before, now in pairs)
+
+
+def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
+    """The matrices that Pion makes of a whole weight of a checkpoint."""
+    flags = MODELS[run.model]
+    groups = GROUPS if "--group-query-attention" in flags else HEADS
+    query_group = (("q", HEADS // groups * HEAD_DIM), ("k", HEAD_DIM), ("v", HEAD_DIM))
+    vector = name.endswith(("norm.weight", "norm_weight", "bias"))
+    info = ParamInfo(
+        name=name,
+        shape=tuple(weight.shape[1:] if vector else weight.shape),
+        embedding_or_output="embedding" in name or "output_layer" in name,
+        qkv=query_group if "linear_qkv" in name else (),
+        head_dim=HEAD_DIM,
+        gated="linear_fc1" in name and "--swiglu" in flags,
+    )
+    config = PionConfig(qkv="head") if "head" in run.options else PionConfig()
+    decision = classify(info, config)
+    return decision.view.split(weight) if isinstance(decision, Rotated) else {}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Worst relative differences to another run."""
+
+    loss: float
+    grad_norm: float
+    weights: float
+
+    @classmethod
+    def between(cls, found: Result, expected: Result) -> Difference:
+        """Over the iterations and weights of ``found``, which ``expected`` has too."""
+        pairs = [(step, expected.steps[i]) for i, step in found.steps.items()]
+        loss, norm = (max(abs(a[k] / b[k] - 1) for a, b in pairs) for k in (0, 1))
+        assert set(found.weights) == set(expected.weights)
+        weights = max(
+            ((a.double() - b.double()).abs().amax((-2, -1)) / b.double().abs().amax((-2, -1)))
+            .max()
+            .item()
+            for a, b in (
+                (x.reshape(-1, *x.shape[-2:]), expected.weights[name].reshape(-1, *x.shape[-2:]))
+                for name, x in ((n, torch.atleast_2d(w)) for n, w in found.weights.items())
+            )
+        )
+        return cls(loss, norm, weights)
+
+
+class Table:
+    """Trains what is asked for, once, and keeps the results."""
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+        self.common = [*data, *PION, *NO_DROPOUT, "--ckpt-format", "torch_dist"]
+        self.folder = folder
+        self.results: dict[Run, Result] = {}
+        self.repeated: list[tuple[Result, Result]] = []
+        self.failures: dict[Run, str] = {}
+
+    def __getitem__(self, run: Run) -> Result:
+        if run in self.failures:
+            raise AssertionError(self.failures[run])
+        return self.results[run]
+
+    def train(self, runs: Iterable[Run]) -> None:
+        """Train runs and what they are compared to, each launch being of as many processes."""
+        wanted: dict[Run, None] = {}
+        for run in runs:
+            if run.source is not None:
+                wanted |= dict.fromkeys([run.source.start, run.source])
+            needed = [run.one_process, run.reference, run]
+            wanted |= dict.fromkeys([*(r.start for r in needed), *needed])
+        late = [r for r in wanted if r.source is not None and r.source.processes > r.processes]
+        early = [r for r in wanted if r not in late]
+        for group in (early, late):
+            for processes in (1, 2, 4, 8):
+                some = [run for run in group if run.processes == processes]
+                some.sort(key=lambda run: (run.name != "start", run.source is not None))
+                if some:
+                    self._launch(processes, some)
+
+    def _launch(self, processes: int, runs: list[Run]) -> None:
+        """Train runs one after the other, and the first of them once more at the end."""
+        names = [f"{run.name}, {run.model} {' '.join(run.options)}" for run in runs]
+        first = next(run for run in runs if run.name != "start")
+        jobs = []
+        for name, run in zip([*names, "again"], [*runs, first], strict=True):
+            folder = self.folder / f"{processes}-{len(self.results)}-{len(jobs)}"
+            folder.mkdir(parents=True)
+            if name == "again":
+                self.repeated.append((self.results[first], Result(first, folder)))
+            else:
+                self.results[run] = Result(run, folder)
+            jobs.append({"name": name, "flags": self._flags(run, folder), "steps": str(folder)})
+            jobs[-1]["steps"] = str(folder / "steps.json")
+        file = self.folder / "jobs.json"
+        file.write_text(json.dumps(jobs))
+        try:
+            launch(ROOT / "tests" / "many_runs.py", str(file), processes=processes, timeout=600)
+        except AssertionError as error:
+            for run in runs:
+                if not (self.results[run].folder / "steps.json").exists():
+                    self.failures[run] = str(error)
+
+    def _flags(self, run: Run, folder: Path) -> list[Any]:
+        flags = [*COMMON, *MODELS[run.model], *self.common, *run.options, *run.layout]
+        flags += ["--save", str(folder / "checkpoint"), "--save-interval", "10"]
+        if run.name == "start":
+            return [*flags, "--exit-interval", "1"]
+        source = run.source or run.start
+        flags += ["--load", str(self.results[source].folder / "checkpoint")]
+        return [*flags, *(["--ckpt-step", "10"] if run.source else ["--finetune"])]

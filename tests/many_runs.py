@@ -1,0 +1,153 @@
+"""Run through the launcher: one training after the other, since starting up takes longer than they.
+
+    python -m megatron_patches --cpu tests/many_runs.py jobs.json
+
+Each is what examples/pretrain_bytes.py does. Megatron is imported inside functions: a checkpoint's
+writer starts a process that imports this file anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    """Train every job, and write its steps beside what Megatron prints.
+
+    Args:
+        jobs: each with ``name``, ``flags`` (Megatron's) and ``steps``, the file to write.
+    """
+    import torch
+
+    steps = watch_steps()
+    sum_norms_exactly()
+    build_what_the_example_does_not()
+    for job in jobs:
+        steps.clear()
+        sys.argv = [sys.argv[0], *job["flags"]]
+        try:
+            train(job["name"])
+        except SystemExit as stop:  # --exit-interval
+            if stop.code:
+                raise
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            Path(job["steps"]).write_text(json.dumps(steps))
+        tear_down()
+    torch.distributed.destroy_process_group()
+
+
+def train(name: str) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from pretrain_bytes import add_arguments, datasets_provider, forward_step, model_provider
+
+    cfg = pretrain_cfg_container_from_args(parse_and_validate_args(add_arguments))
+    datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+    print(f"job: {name}", flush=True)
+    pretrain(
+        cfg,
+        train_valid_test_dataset_provider=datasets_provider,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+        model_provider=model_provider,
+    )
+
+
+def watch_steps() -> list[dict[str, Any]]:
+    """A list that gets every iteration's loss and grad norm in full, of what Megatron logs.
+
+    Printed are 7 digits of the one and 3 decimals of the other.
+    """
+    from megatron.training import training
+
+    steps: list[dict[str, Any]] = []
+    original, signature = training.training_log, inspect.signature(training.training_log)
+
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        losses = {name: float(value) for name, value in given["loss_dict"].items()}  # last stage's
+        steps.append(
+            {
+                "iteration": given["iteration"],
+                "losses": losses,
+                "grad_norm": float(given["grad_norm"]),
+            }
+        )
+        return original(*args, **kwargs)
+
+    training.training_log = training_log
+    return steps
+
+
+def sum_norms_exactly() -> None:
+    """Let Megatron sum gradients' squares in float64.
+
+    Without its CUDA kernel it takes torch.norm, whose float32 sum on a CPU is 2e-6 too small for
+    256x64 elements and 1e-6 for half of them (measured): as much as layouts may differ by.
+    """
+    import torch
+    from megatron.core.optimizer import clip_grads
+
+    def l2_norm(_chunk: int, _overflow: Any, lists: Any, _per_tensor: bool) -> tuple[Any, None]:
+        norms = [tensor.double().norm() for tensors in lists for tensor in tensors]
+        return torch.stack(norms).norm().float().view(1), None
+
+    clip_grads.l2_norm_impl = l2_norm
+
+
+def build_what_the_example_does_not() -> None:
+    """Let the model have MTP layers, and MLA an attention that is not Transformer Engine's.
+
+    Megatron's own DotProductAttention does MLA's arithmetic where all of its heads' sizes are
+    kv_channels, but does not take the arguments that say so.
+    """
+    import pretrain_bytes
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    make_model, make_attention = pretrain_bytes.GPTModel, DotProductAttention.__init__
+
+    def model(config: Any, spec: Any, *, vp_stage: int | None, **options: Any) -> Any:
+        mtp = None
+        if config.mtp_num_layers:
+            mtp = get_gpt_mtp_block_spec(config, spec, False, vp_stage=vp_stage)
+        return make_model(config, spec, vp_stage=vp_stage, mtp_block_spec=mtp, **options)
+
+    def attention(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        sizes = {options.pop("k_channels", None), options.pop("v_channels", None)}
+        assert sizes <= {None, config.kv_channels}, f"heads of {sizes}"
+        make_attention(self, config, *args, **options)
+
+    pretrain_bytes.GPTModel = model
+    DotProductAttention.__init__ = attention
+
+
+def tear_down() -> None:
+    """Take Megatron's global state down, but for the process group of all ranks."""
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from megatron.training.training import destroy_global_state
+    from pretrain_bytes import CHUNKS
+
+    destroy_global_state()
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
+    CHUNKS.clear()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+
+
+if __name__ == "__main__":
+    ROOT = Path(__file__).parent.parent
+    sys.path.insert(0, str(ROOT / "examples"))
+    main(json.loads(Path(sys.argv[1]).read_text()))
