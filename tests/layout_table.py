@@ -1,7 +1,7 @@
 """Trainings that differ in their layout, a launch for each number of processes, and what they got.
 
-A launch starts for 10 s and trains 20 iterations in 1 to 5, so all trainings of as many processes
-share one.
+A launch starts up for 10 s and more and trains 20 iterations in 1 to 5, so all trainings of as many
+processes share one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_runs import COMMON, LLAMA, NO_DROPOUT, PION, ROOT, launch
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Rotated, classify
-from pion_dist.spectrum import drift, singular_values
+from pion_dist.spectrum import singular_values
 
 HEADS, GROUPS, HEAD_DIM = 8, 4, 8  # of COMMON and LLAMA
 MODELS = {
@@ -67,7 +67,8 @@ class Run:
 
     @property
     def one_process(self) -> Run:
-        return Run("one process", model=self.model, options=self.options)
+        name = "one process" if self.model == "llama" else f"{self.model} one process"
+        return Run(name, model=self.model, options=self.options)
 
     @property
     def start(self) -> Run:
@@ -87,10 +88,14 @@ class Result:
     run: Run
     folder: Path
 
+    @property
+    def file(self) -> Path:
+        return self.folder / "steps.json"
+
     @cached_property
     def steps(self) -> dict[int, tuple[float, float]]:
         """Loss and grad norm of each iteration."""
-        steps = json.loads((self.folder / "steps.json").read_text())
+        steps = json.loads(self.file.read_text())
         return {s["iteration"]: (s["losses"]["lm loss"], s["grad_norm"]) for s in steps}
 
     @cached_property
@@ -106,30 +111,37 @@ class Result:
         dcp.load(found, storage_reader=reader, no_dist=True)
         return found
 
-    @cached_property
-    def spectra(self) -> list[torch.Tensor]:
-        """Singular values of all that Pion rotates."""
-        return [
-            singular_values(part)
-            for name, weight in self.weights.items()
-            for matrix in weight.reshape(-1, *weight.shape[-2:])
-            for part in split(name, matrix, self.run).values()
-        ]
+    def matrices(self, run: Run) -> dict[str, torch.Tensor]:
+        """What ``run``'s Pion rotates of the weights: a part's matrices [..., m, n] by name."""
+        return {
+            f"{name}:{part}": torch.stack([split(name, w, run)[part] for w in layers])
+            for name, layers in (
+                (name, list(weight.reshape(-1, *weight.shape[-2:])))
+                for name, weight in self.weights.items()
+            )
+            for part in split(name, layers[0], run)
+        }
 
     def drift_since(self, start: Result) -> float:
-        pairs = zip(start.spectra, self.spectra, strict=True)
-        return max(drift(before, now).max().item() for before, now in pairs)
+        """The largest change of a singular value, to the largest of its matrix.
+
+        So rounding weighs the same for all of them.
+        """
+        before, now = start.matrices(self.run), self.matrices(self.run)
+        pairs = [(singular_values(before[name]), singular_values(now[name])) for name in now]
+        return max(((b - a).abs() / a.amax(-1, keepdim=True)).max().item() for a, b in pairs)
 
 
 def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
     """The matrices that Pion makes of a whole weight of a checkpoint."""
+    if name.endswith(("norm.weight", "norm_weight", "bias")):
+        return {}  # vectors of all layers
     flags = MODELS[run.model]
     groups = GROUPS if "--group-query-attention" in flags else HEADS
     query_group = (("q", HEADS // groups * HEAD_DIM), ("k", HEAD_DIM), ("v", HEAD_DIM))
-    vector = name.endswith(("norm.weight", "norm_weight", "bias"))
     info = ParamInfo(
         name=name,
-        shape=tuple(weight.shape[1:] if vector else weight.shape),
+        shape=tuple(weight.shape),
         embedding_or_output="embedding" in name or "output_layer" in name,
         qkv=query_group if "linear_qkv" in name else (),
         head_dim=HEAD_DIM,
@@ -142,28 +154,39 @@ def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Worst relative differences to another run."""
+    """Worst relative differences to another run.
+
+    Attributes:
+        loss: of an iteration.
+        grad_norm: of an iteration.
+        weights: of an element of Pion's matrices, to the matrix's largest.
+        others: of the other parameters, as vectors. Adam moves an element whose gradient is
+            rounding noise by as much as any other, so single elements of these can differ by more.
+    """
 
     loss: float
     grad_norm: float
     weights: float
+    others: float
 
     @classmethod
     def between(cls, found: Result, expected: Result) -> Difference:
         """Over the iterations and weights of ``found``, which ``expected`` has too."""
         pairs = [(step, expected.steps[i]) for i, step in found.steps.items()]
         loss, norm = (max(abs(a[k] / b[k] - 1) for a, b in pairs) for k in (0, 1))
-        assert set(found.weights) == set(expected.weights)
+        assert found.weights.keys() == expected.weights.keys()
+        mine, theirs = found.matrices(found.run), expected.matrices(found.run)
         weights = max(
-            ((a.double() - b.double()).abs().amax((-2, -1)) / b.double().abs().amax((-2, -1)))
-            .max()
-            .item()
-            for a, b in (
-                (x.reshape(-1, *x.shape[-2:]), expected.weights[name].reshape(-1, *x.shape[-2:]))
-                for name, x in ((n, torch.atleast_2d(w)) for n, w in found.weights.items())
-            )
+            ((mine[name].double() - x).abs().amax((-2, -1)) / x.abs().amax((-2, -1))).max().item()
+            for name, x in ((name, x.double()) for name, x in theirs.items())
         )
-        return cls(loss, norm, weights)
+        rotated = {name.partition(":")[0] for name in theirs}
+        others = max(
+            ((found.weights[name].double() - x).norm() / x.norm()).item()
+            for name, x in ((n, x.double()) for n, x in expected.weights.items())
+            if name not in rotated
+        )
+        return cls(loss, norm, weights, others)
 
 
 class Table:
@@ -174,6 +197,7 @@ class Table:
         self.common = [*data, *PION, *NO_DROPOUT, "--ckpt-format", "torch_dist"]
         self.folder = folder
         self.results: dict[Run, Result] = {}
+        self.count = 0
         self.repeated: list[tuple[Result, Result]] = []
         self.failures: dict[Run, str] = {}
 
@@ -200,27 +224,36 @@ class Table:
                     self._launch(processes, some)
 
     def _launch(self, processes: int, runs: list[Run]) -> None:
-        """Train runs one after the other, and the first of them once more at the end."""
-        names = [f"{run.name}, {run.model} {' '.join(run.options)}" for run in runs]
-        first = next(run for run in runs if run.name != "start")
-        jobs = []
-        for name, run in zip([*names, "again"], [*runs, first], strict=True):
-            folder = self.folder / f"{processes}-{len(self.results)}-{len(jobs)}"
-            folder.mkdir(parents=True)
-            if name == "again":
-                self.repeated.append((self.results[first], Result(first, folder)))
-            else:
-                self.results[run] = Result(run, folder)
-            jobs.append({"name": name, "flags": self._flags(run, folder), "steps": str(folder)})
-            jobs[-1]["steps"] = str(folder / "steps.json")
+        """Train runs one after the other, and the first of them once more at the end.
+
+        One that fails takes its launch down; those behind it get another.
+        """
+        first = next((run for run in runs if run.name != "start"), runs[0])
+        repeated = self._result(first)
+        todo = [(run, self._result(run)) for run in runs]
+        self.results |= dict(todo)
+        self.repeated.append((self.results[first], repeated))
+        todo.append((first, repeated))
         file = self.folder / "jobs.json"
-        file.write_text(json.dumps(jobs))
-        try:
-            launch(ROOT / "tests" / "many_runs.py", str(file), processes=processes, timeout=600)
-        except AssertionError as error:
-            for run in runs:
-                if not (self.results[run].folder / "steps.json").exists():
-                    self.failures[run] = str(error)
+        while todo:
+            file.write_text(json.dumps([self._job(*job) for job in todo]))
+            try:
+                launch(ROOT / "tests" / "many_runs.py", str(file), processes=processes, timeout=600)
+                return
+            except AssertionError as error:
+                todo = [(run, result) for run, result in todo if not result.file.exists()]
+                if not todo:
+                    raise
+                self.failures[todo.pop(0)[0]] = str(error)
+
+    def _result(self, run: Run) -> Result:
+        self.count += 1
+        return Result(run, self.folder / str(self.count))
+
+    def _job(self, run: Run, result: Result) -> dict[str, Any]:
+        result.folder.mkdir(exist_ok=True)
+        name = f"{run.name}, {run.model} {' '.join(run.options)}"
+        return {"name": name, "flags": self._flags(run, result.folder), "steps": str(result.file)}
 
     def _flags(self, run: Run, folder: Path) -> list[Any]:
         flags = [*COMMON, *MODELS[run.model], *self.common, *run.options, *run.layout]
