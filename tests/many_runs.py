@@ -1,4 +1,4 @@
-"""Run through the launcher: one training after the other, since starting up takes longer than they.
+"""Run through the launcher: trainings one after the other, since starting up takes longer than one.
 
     python -m megatron_patches --cpu tests/many_runs.py jobs.json
 
@@ -14,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
@@ -148,6 +150,4 @@ def tear_down() -> None:
 
 
 if __name__ == "__main__":
-    ROOT = Path(__file__).parent.parent
-    sys.path.insert(0, str(ROOT / "examples"))
     main(json.loads(Path(sys.argv[1]).read_text()))

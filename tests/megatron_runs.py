@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,7 @@ ROOT = Path(__file__).parent.parent
 MEGATRON_018 = ROOT / ".venv" / "megatron-0.18.2"  # `make test` puts it there
 SCRIPT = ROOT / "examples" / "pretrain_bytes.py"
 
-# Of every model: 4 layers, so that 2 stages of 2 chunks fill; 8 heads, so that TP 4 has a query group
-# a rank; everything else follows.
+# 4 layers fill 2 pipeline stages of 2 chunks; of 8 heads TP 4 has whole query groups.
 COMMON = [
     *("--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "96"),
     *("--num-attention-heads", "8", "--position-embedding-type", "rope"),
@@ -84,7 +84,7 @@ class Launched:
         for line in self.output.splitlines():
             if found := re.match(r"\[rank(\d+)\]: ", line):
                 ranks.setdefault(found[1], []).append(line)
-        return "\n".join("\n".join(lines[-40:]) for lines in ranks.values()) or self.output[-4000:]
+        return "\n".join("\n".join(lines[-40:]) for lines in ranks.values()) or self.output[-8000:]
 
 
 def run(
@@ -106,21 +106,20 @@ def run(
     command = [*python, "-m", "megatron_patches", "--cpu", str(script), *arguments]
     mark = uuid.uuid4().hex
     env = {**environment(*before), "PION_TEST_LAUNCH": mark}
-    with subprocess.Popen(
-        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as job:
+    # Files, because a pipe stays open as long as an orphan has it.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        job = subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=err)
         try:
-            output = "".join(job.communicate(timeout=timeout))
+            code: int | None = job.wait(timeout)
         except subprocess.TimeoutExpired:
-            job.terminate()  # the launcher ends its ranks
-            try:
-                output = "".join(job.communicate(timeout=40))
-            finally:
-                end_marked(mark)
-            raise AssertionError(f"not done in {timeout} s: {output[-4000:]}") from None
+            code = None
         finally:
             left = end_marked(mark)
-    return Launched(job.returncode, output, left)
+            job.wait()
+        output = "".join(file.seek(0) or file.read() for file in (out, err))
+    if code is None:
+        raise AssertionError(f"not done in {timeout} s: {output[-8000:]}")
+    return Launched(code, output, left)
 
 
 def end_marked(mark: str) -> list[str]:

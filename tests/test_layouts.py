@@ -6,6 +6,9 @@ Context parallelism is not here: Megatron's own attention refuses it without Tra
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from math import inf
+from pathlib import Path
 
 import pytest
 from layout_table import Difference, Run, Table
@@ -74,68 +77,112 @@ FLOAT32 = [
     Run("mtp pp2", 2, PP2, "mtp"),
     Run("mla tp2, owner to duplicated", 2, tp(2), "mla", against=MLA_DUPLICATED),
 ]
-BFLOAT16 = [
+BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2", 2, options=BF16),
+    BF16_TP2,
     Run("bf16 pp2", 2, PP2, options=BF16),
     Run("bf16 dp2 dist-opt", 2, DIST_OPT, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
-    Run("bf16 dp2 dist-opt legacy", 2, (*DIST_OPT, LEGACY), options=BF16),
-    Run("bf16 dp2 dist-opt legacy overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
+    Run("bf16 dp2 dist-opt old", 2, (*DIST_OPT, LEGACY), options=BF16),
+    Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
-    Run("bf16 tp2 dp2 dist-opt legacy", 4, tp(2, *DIST_OPT, LEGACY), options=BF16, against=BF16_TP2),
+    Run("bf16 tp2 dp2 dist-opt old", 4, tp(2, *DIST_OPT, LEGACY), options=BF16, against=BF16_TP2),
 ]
 PLACES = [TP2.one_process, TP2, TP2_DUPLICATED, PP2_RUN]
 MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
+# At another EP, Megatron does not load the optimizer of a model with routed experts, nor AdamW
+# (tried): with EP, expert and dense weights are two groups of parameters, and without it one.
 MOVES = [
     *(saved.moved_to(loaded) for saved in PLACES for loaded in PLACES),
     *(place.moved_to(place) for place in MOE_PLACES),
 ]
 
 
-def named(runs: list[Run]) -> Callable[..., None]:
-    return pytest.mark.parametrize("run", runs, ids=[r.name.replace(" ", "-") for r in runs])
+@dataclass(frozen=True)
+class Limits:
+    """What a row may differ by; see Difference. ``drift``: beyond one process's."""
+
+    loss: float
+    grad_norm: float
+    weights: float
+    others: float
+    drift: float
+
+
+# Float32 sums in another order differ by 2**-24 a sum, some hundred in a row, and the run passes
+# that on with a factor of ten or less: 2e-6 (measured: losses 2e-7, norms 2e-6). A weight is a sum
+# of 20 steps that Pion and Adam divide by their own size, so that small elements keep a larger
+# relative difference: 2e-5. Rounding turns singular values by 2**-24 of the largest a step, at
+# random; layouts' shares differ by 2e-8 and may by 2**-23.
+EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=2e-5, drift=2**-23)
+# The same bits are summed by all ranks, and stored weights round alike but where a sum lies at an
+# edge. A run's drift is its last rounding's: 2**-9 of an element, 4e-4 of the singular values.
+BF16_EXACT = replace(EXACT, drift=2**-12)
+# Under TP, partial sums round to bf16 before they are added: activations and gradients differ by
+# 2**-9, and elements whose gradient is smaller than that go elsewhere, so that weights can differ
+# by as much as they move. The loss is a mean over 512 tokens and differs by less than 2**-8.
+BF16_TP = Limits(loss=2**-8, grad_norm=inf, weights=inf, others=inf, drift=2**-12)
+
+
+def named(runs: list[Run]) -> pytest.MarkDecorator:
+    ids = [run.name.replace(",", "").replace(" ", "-") for run in runs]
+    return pytest.mark.parametrize("run", runs, ids=ids)
 
 
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest, corpus, tmp_path_factory) -> Table:
+def table(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Table:
+    """The results of all runs that the chosen tests need."""
     table = Table(corpus, tmp_path_factory.mktemp("runs"))
-    items = (getattr(item, "callspec", None) for item in request.session.items)
-    table.train([spec.params["run"] for spec in items if spec and "run" in spec.params])
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    chosen = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    table.train(params["run"] for params in chosen if isinstance(params.get("run"), Run))
     return table
 
 
-def check(table, run, record_property, limits):
-    found, expected = table[run], table[run.reference]
-    difference = Difference.between(found, expected)
-    start = table[run.start]
-    alone = table[run.one_process].drift_since(start)
-    drift = found.drift_since(start)
-    record_property(
-        "table",
-        f"{run.name:36} {run.processes:2} {difference.loss:9.1e} {difference.grad_norm:9.1e} "
-        f"{difference.weights:9.1e} {difference.others:9.1e} {drift:9.2e} {alone:9.2e}",
-    )
+@pytest.fixture
+def check(table: Table, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Compare a run with what it has to equal, and put it into the printed table."""
+
+    def compare(title: str, run: Run, limits: Limits) -> None:
+        found, start = table[run], table[run.start]
+        difference = Difference.between(found, table[run.reference])
+        drift, alone = found.drift_since(start), table[run.one_process].drift_since(start)
+        values = (*astuple(difference), drift, alone)
+        record_property(
+            f"{title:36} ranks     loss grad norm  weights   Adam's    drift drift of one",
+            f"{run.name:36} {run.processes:5}" + "".join(f" {value:8.1e}" for value in values),
+        )
+        assert difference.loss <= limits.loss
+        assert difference.grad_norm <= limits.grad_norm
+        assert difference.weights <= limits.weights
+        assert difference.others <= limits.others
+        assert drift <= alone + limits.drift
+
+    return compare
 
 
 @named(FLOAT32)
-def test_float32(table: Table, run: Run, record_property) -> None:
-    check(table, run, record_property, 0)
+def test_float32(check: Callable[..., None], run: Run) -> None:
+    check("float32, to one process", run, EXACT)
 
 
 @named(BFLOAT16)
-def test_bfloat16(table: Table, run: Run, record_property) -> None:
-    check(table, run, record_property, 0)
-
-
-def test_bfloat16_tensor_parallel(table: Table, record_property) -> None:
-    check(table, BF16_TP2, record_property, 0)
+def test_bfloat16(check: Callable[..., None], run: Run) -> None:
+    check("bf16", run, BF16_TP if run is BF16_TP2 else BF16_EXACT)
 
 
 @named(MOVES)
-def test_checkpoints_move(table: Table, run: Run, record_property) -> None:
-    check(table, run, record_property, 0)
+def test_checkpoints_move(check: Callable[..., None], run: Run) -> None:
+    check("iterations 11 to 20, moved", run, EXACT)
 
 
-def test_trainings_of_one_launch_do_not_change_each_other(table: Table) -> None:
-    for first, again in table.repeated:
-        assert first.steps == again.steps
+@named([TP2, TP2.one_process])
+def test_trainings_of_one_launch_do_not_change_each_other(table: Table, run: Run) -> None:
+    ((first, last),) = (pair for pair in table.repeated if pair[0].run == run)
+    assert first.folder != last.folder
+    assert first.steps == last.steps and len(first.steps) == 20
+    assert first.weights.keys() == last.weights.keys()
+    for name, weight in first.weights.items():
+        assert weight.equal(last.weights[name]), name

@@ -1,0 +1,72 @@
+"""Run through the launcher: as many_runs.py, but one rank fails.
+
+torchrun ... -m megatron_patches --cpu tests/failing_run.py jobs.json RANK MOMENT COUNT
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from many_runs import main
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def complain() -> None:
+    raise ArithmeticError(f"rank {os.environ['RANK']} cannot go on")
+
+
+def fail(moment: str, count: int) -> None:
+    """Let this rank fail in its ``count``-th step or save."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import training
+
+    import pion_dist.optimizer
+    from pion_dist import Pion
+
+    def die_between_matrices() -> None:
+        before(pion_dist.optimizer, "update", 2, die)
+
+    def die_between_tensors() -> None:
+        before(filesystem_async, "_write_item", 3, die)
+
+    match moment:
+        case "raise-in-step":
+            before(Pion, "step", count, complain)
+        case "kill-in-step":
+            before(Pion, "step", count, die_between_matrices)
+        case "kill-in-save":
+            before(training, "save_checkpoint", count, die_between_tensors)
+        case _:
+            raise ValueError(moment)
+
+
+def before(owner: Any, name: str, count: int, act: Callable[[], None]) -> None:
+    """Do something before the ``count``-th call of a function from now."""
+    original, calls = getattr(owner, name), 0
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    file, rank, moment, count = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        fail(moment, int(count))
+    main(json.loads(Path(file).read_text()))
