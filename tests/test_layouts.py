@@ -23,6 +23,8 @@ def tp(size: int, *more: str) -> tuple[str, ...]:
 
 SP = "--sequence-parallel"
 DUPLICATED = ("--pion-tp-mode", "duplicated")
+DISTRIBUTED = ("--pion-tp-mode", "distributed")
+BLOCKS = ("--pion-tp-mode", "blockwise", "--pion-blocks", "4")
 PP2 = ("--pipeline-model-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
@@ -32,16 +34,19 @@ DIST_OPT = ("--use-distributed-optimizer", RESHARDABLE)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 LEGACY = "--no-use-layer-wise-param-layout"
 # Momentum, matrices and sides that differ in what is exchanged and in what state there is.
-MSIGN = (
+MSIGN_WHOLE = (
     *("--pion-momentum", "transported", "--pion-direction", "msign", "--pion-nesterov"),
-    *("--pion-side", "alternate", "--pion-qkv", "head"),
+    *("--pion-side", "alternate"),
 )
+MSIGN = (*MSIGN_WHOLE, "--pion-qkv", "head")
 # A clip factor differs in its last bit from layout to layout, and bf16 weights then round
 # differently here and there (AdamW's losses by 1e-4 too). Without clipping, data parallelism's
 # sums are the same bits.
 BF16 = ("--bf16", "--clip-grad", "0")
 
 TP2 = Run("tp2 owner", 2, tp(2))
+TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
+TP2_BLOCKS = Run("tp2 blockwise", 2, tp(2), options=BLOCKS)
 TP2_DUPLICATED = Run("tp2 duplicated", 2, tp(2, *DUPLICATED))
 PP2_RUN = Run("pp2", 2, PP2)
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
@@ -54,10 +59,16 @@ MLA_DUPLICATED = Run("mla tp2 duplicated", 2, tp(2, *DUPLICATED), "mla")
 FLOAT32 = [
     TP2,
     TP2_DUPLICATED,
+    TP2_DISTRIBUTED,
     Run("tp2 sp", 2, tp(2, SP)),
     Run("tp2 sp, msign, heads", 2, tp(2, SP), options=MSIGN),
     Run("tp4 owner", 4, tp(4)),
     Run("tp4 duplicated", 4, tp(4, *DUPLICATED)),
+    Run("tp4 distributed", 4, tp(4, *DISTRIBUTED)),
+    TP2_BLOCKS,
+    Run("tp4 blockwise", 4, tp(4), options=BLOCKS),
+    Run("tp2 sp distributed, msign", 2, tp(2, SP, *DISTRIBUTED), options=MSIGN_WHOLE),
+    Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN_WHOLE, *BLOCKS)),
     PP2_RUN,
     Run("pp2 vpp2", 2, (*PP2, *VPP2)),
     Run("dp2", 2),
@@ -95,6 +106,10 @@ MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
 MOVES = [
     *(saved.moved_to(loaded) for saved in PLACES for loaded in PLACES),
     *(place.moved_to(place) for place in MOE_PLACES),
+    TP2_BLOCKS.one_process.moved_to(TP2_BLOCKS),
+    TP2_BLOCKS.moved_to(TP2_BLOCKS.one_process),
+    TP2.moved_to(TP2_DISTRIBUTED),
+    TP2_DISTRIBUTED.moved_to(TP2.one_process),
 ]
 
 
