@@ -104,17 +104,14 @@ def weight_flop(param: torch.Tensor, config: PionConfig) -> float:
     """FLOP of a step of a weight or shard, on average over the ranks that share its matrices."""
     _, decision = decided(param)
     assert isinstance(decision, Rotated)
-    ranks, axis, mode = decision.ranks, decision.view.axis, config.tp_mode
-    total = 0.0
-    for batch, m, n in decision.view.shapes.values():
-        if ranks == 1 or axis is None:
-            total += batch * cost.step_flop(m, n, config, axis)
-            continue
-        m, n = (m * ranks, n) if axis == "rows" else (m, n * ranks)
-        split = ranks if mode in ("distributed", "blockwise") else 1
-        flop = batch * cost.step_flop(m, n, config, axis, ranks=split)
-        total += flop / ranks if mode == "owner" else flop
-    return total
+    ranks, axis = decision.ranks, decision.view.axis
+    cut = ranks > 1 and axis is not None
+    split = ranks if cut and config.tp_mode in ("distributed", "blockwise") else 1
+    flop = sum(
+        batch * cost.step_flop(m, n, config, axis, ranks=split)
+        for batch, m, n in decision.view.joined(ranks).values()
+    )
+    return flop / ranks if cut and config.tp_mode == "owner" else flop
 
 
 def _shards_by_cost(original: Any) -> Any:

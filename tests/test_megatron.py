@@ -86,14 +86,9 @@ def test_resume_prints_the_same_losses(
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
-        (["--use-distributed-optimizer"], ["--bf16"]),
         (
-            ["--use-distributed-optimizer", "--bf16", "--save", "nowhere"],
-            ["--dist-ckpt-optim-fully-reshardable"],
-        ),
-        (
-            ["--use-distributed-optimizer", "--bf16", "--pion-exclude", "router"],
-            ["--no-use-layer-wise-param-layout"],
+            ["--use-distributed-optimizer", "--save", "nowhere", "--ckpt-format", "torch"],
+            ["--ckpt-format torch_dist"],
         ),
     ],
     ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
