@@ -123,14 +123,18 @@ def run(
 
 
 def end_marked(mark: str) -> list[str]:
-    """Kill the processes of a launch that are still there, orphans too; return what they were."""
+    """Kill a launch's processes that do not end by themselves, orphans too; return what they were."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("PION_TEST_LAUNCH") == mark:
-                found.append(" ".join(process.cmdline()))
-                process.kill()
-    return found
+                found.append(process)
+    left = []
+    for process in psutil.wait_procs(found, timeout=3)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(" ".join(process.cmdline()))
+            process.kill()
+    return left
 
 
 def launch(script: Path, *arguments: str, **options: Any) -> str:
