@@ -22,12 +22,15 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
+from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
 
 from .parameters import pieces
 
 _MARK = "pion"  # in the optimizer's state: identity() of the Pion that saved it
 _MASTER = "fp32_param"
+# A group of routed experts' parameters of its own: where there is expert parallelism, alone.
+_EXPERTS = "is_expert_parallel"
+_IDENTIFIERS = tuple(key for key in _KEYS if key != _EXPERTS)
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
@@ -99,7 +102,7 @@ def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
 
 def _name(group: dict[str, Any]) -> str:
     """What tells a group from the others, as Megatron pairs groups with saved ones."""
-    return repr(["pion" in group, *(group.get(key) for key in param_group_identifier_keys)])
+    return repr(["pion" in group, *(group.get(key) for key in _IDENTIFIERS)])
 
 
 def _of_all_ranks(groups: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +187,10 @@ def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
     for index, (leaf, _) in enumerate(leaves(optimizer)):
         state = state_dict["state"].get(index, {})
-        groups = [dict(state_dict["param_groups"][_name(group)]) for group in leaf.param_groups]
+        groups = [
+            {**state_dict["param_groups"][_name(group)], _EXPERTS: group[_EXPERTS]}
+            for group in leaf.param_groups
+        ]
         if isinstance(leaf, DistributedOptimizer):
             _load_flat(leaf, state, groups)
         else:
@@ -241,7 +247,7 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
             )
     if missing := [name for name in wanted["param_groups"] if name not in saved["param_groups"]]:
         raise ValueError(
-            f"{where} has no parameter group with pion, {', '.join(param_group_identifier_keys)} = "
+            f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = "
             f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
         )
     have = dist_checkpointing.load_tensors_metadata(checkpoint)

@@ -128,6 +128,7 @@ def _with_pion(original: Any) -> Any:
         from .parameters import decide
 
         options = pion_config(config)
+        _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
         if config.pion_init == "fan_in":
             weights = [p for _, p, decision in decisions if isinstance(decision, Rotated)]
@@ -142,6 +143,16 @@ def _with_pion(original: Any) -> Any:
         return optimizer
 
     return get_megatron_optimizer
+
+
+def _compare_options(options: Any, config: Any) -> None:
+    """Stop every rank if one was started with other options (pipeline stages share no plan)."""
+    from pion_dist.exchange import compare
+
+    if not torch.distributed.is_initialized():
+        return
+    lines = [repr(options), f"--pion-exclude {config.pion_exclude}", f"init {config.pion_init}"]
+    compare("\n".join(lines), lines, group=torch.distributed.group.WORLD, what="Pion's options")
 
 
 def _adopt_masters(optimizer: Any) -> None:

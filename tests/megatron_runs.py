@@ -123,7 +123,7 @@ def run(
 
 
 def end_marked(mark: str) -> list[str]:
-    """Kill a launch's processes that do not end by themselves, orphans too; return what they were."""
+    """Kill a launch's processes that do not end by themselves; return what they were."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

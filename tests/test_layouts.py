@@ -29,8 +29,7 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
 WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
-RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
-DIST_OPT = ("--use-distributed-optimizer", RESHARDABLE)
+DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 LEGACY = "--no-use-layer-wise-param-layout"
 # Momentum, matrices and sides that differ in what is exchanged and in what state there is.
@@ -49,6 +48,9 @@ TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
 TP2_BLOCKS = Run("tp2 blockwise", 2, tp(2), options=BLOCKS)
 TP2_DUPLICATED = Run("tp2 duplicated", 2, tp(2, *DUPLICATED))
 PP2_RUN = Run("pp2", 2, PP2)
+DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
+OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
+TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
 BF16_TP2 = Run("bf16 tp2", 2, tp(2), options=BF16)
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
@@ -73,6 +75,11 @@ FLOAT32 = [
     Run("pp2 vpp2", 2, (*PP2, *VPP2)),
     Run("dp2", 2),
     Run("dp4", 4),
+    DIST_OPT_RUN,
+    Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP)),
+    OLD_DIST_OPT,
+    Run("dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP)),
+    TP2_DIST_OPT,
     Run("tp2 dp2", 4, tp(2)),
     Run("tp2 pp2", 4, tp(2, *PP2)),
     Run("tp2 pp2, msign, heads", 4, tp(2, *PP2), options=MSIGN),
@@ -92,24 +99,22 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2", 2, options=BF16),
     BF16_TP2,
     Run("bf16 pp2", 2, PP2, options=BF16),
-    Run("bf16 dp2 dist-opt", 2, DIST_OPT, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
-    Run("bf16 dp2 dist-opt old", 2, (*DIST_OPT, LEGACY), options=BF16),
     Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
     Run("bf16 tp2 dp2 dist-opt old", 4, tp(2, *DIST_OPT, LEGACY), options=BF16, against=BF16_TP2),
 ]
-PLACES = [TP2.one_process, TP2, TP2_DUPLICATED, PP2_RUN]
+PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
-# At another EP, Megatron does not load the optimizer of a model with routed experts, nor AdamW
-# (tried): with EP, expert and dense weights are two groups of parameters, and without it one.
 MOVES = [
     *(saved.moved_to(loaded) for saved in PLACES for loaded in PLACES),
-    *(place.moved_to(place) for place in MOE_PLACES),
+    *(saved.moved_to(loaded) for saved in MOE_PLACES for loaded in MOE_PLACES),
+    *(OLD_DIST_OPT.moved_to(loaded) for loaded in (DIST_OPT_RUN, PP2_RUN)),
+    *(saved.moved_to(OLD_DIST_OPT) for saved in (DIST_OPT_RUN, TP2_DIST_OPT)),
+    *(TP2.moved_to(loaded) for loaded in (TP2_DUPLICATED, TP2_DISTRIBUTED)),
+    *(saved.moved_to(TP2.one_process) for saved in (TP2_DUPLICATED, TP2_DISTRIBUTED)),
     TP2_BLOCKS.one_process.moved_to(TP2_BLOCKS),
     TP2_BLOCKS.moved_to(TP2_BLOCKS.one_process),
-    TP2.moved_to(TP2_DISTRIBUTED),
-    TP2_DISTRIBUTED.moved_to(TP2.one_process),
 ]
 
 
