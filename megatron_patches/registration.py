@@ -149,10 +149,11 @@ def _compare_options(options: Any, config: Any) -> None:
     """Stop every rank if one was started with other options (pipeline stages share no plan)."""
     from pion_dist.exchange import compare
 
-    if not torch.distributed.is_initialized():
+    world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    if world is None:
         return
     lines = [repr(options), f"--pion-exclude {config.pion_exclude}", f"init {config.pion_init}"]
-    compare("\n".join(lines), lines, group=torch.distributed.group.WORLD, what="Pion's options")
+    compare("\n".join(lines), lines, group=world, what="Pion's options")
 
 
 def _adopt_masters(optimizer: Any) -> None:
