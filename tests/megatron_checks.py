@@ -86,7 +86,7 @@ def check_plan() -> None:
     held = {slot.name for slot in inner(optimizer)._slots.values()}
     assert held == pion and len(held) == 12
     elements = sum(t.numel() for state in inner(optimizer).state.values() for t in state.values())
-    assert f"{elements * 4:,} bytes of state on a rank" in printed
+    assert f"{elements * 4:,} bytes of state on this rank" in printed
 
 
 def check_fan_in() -> None:
