@@ -235,10 +235,16 @@ def check(args: argparse.Namespace) -> None:
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
         "--use-mup": getattr(args, "use_mup", False),
         "--fp8-param-gather": getattr(args, "fp8_param_gather", False),
+        "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
     }
     for flag, given in refused.items():
         if given:
             raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
+    if args.pion_tp_mode == "blockwise" and args.pion_blocks % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--pion-blocks {args.pion_blocks} must be a multiple of "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
+        )
     if getattr(args, "use_distributed_optimizer", False):
         _check_distributed_optimizer(args)
 

@@ -152,7 +152,7 @@ def _compare_options(options: Any, config: Any) -> None:
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:
         return
-    lines = [repr(options), f"--pion-exclude {config.pion_exclude}", f"init {config.pion_init}"]
+    lines = [*options.lines(), f"exclude={config.pion_exclude}", f"init={config.pion_init}"]
     compare("\n".join(lines), lines, group=world, what="Pion's options")
 
 

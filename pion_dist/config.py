@@ -121,6 +121,10 @@ class PionConfig:
                 "leave it out"
             )
 
+    def lines(self) -> list[str]:
+        """An option a line, to compare with other ranks'."""
+        return [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+
     def blocks_of(self, axis: Axis | None) -> dict[Side, int]:
         """Number of blocks of the factor on the side whose dimension ``axis`` is; empty if one."""
         return {} if axis is None or self.blocks == 1 else {SIDE_OF[axis]: self.blocks}

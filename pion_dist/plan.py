@@ -188,7 +188,7 @@ class StepPlan:
 
     def lines(self, group: int) -> list[str]:
         """What the ranks of a group have to have alike, a line for each matrix."""
-        return [repr(self.config), *(repr(x) for x in self.matrices if x.group == group)]
+        return [*self.config.lines(), *(repr(x) for x in self.matrices if x.group == group)]
 
     def digest(self, group: int) -> str:
         """SHA-256 of ``lines``."""

@@ -22,6 +22,8 @@ from megatron_runs import (
 
 from megatron_patches.arguments import FLAGS
 
+TP2 = ["--tensor-model-parallel-size", "2"]
+
 pytestmark = pytest.mark.slow
 
 
@@ -86,6 +88,11 @@ def test_resume_prints_the_same_losses(
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
+        (["--pion-blocks", "4"], ["--pion-blocks", "blockwise"]),
+        (
+            ["--pion-tp-mode", "blockwise", "--pion-blocks", "3", *TP2],
+            ["--pion-blocks 3", "--tensor-model-parallel-size 2"],
+        ),
         (
             ["--use-distributed-optimizer", "--save", "nowhere", "--ckpt-format", "torch"],
             ["--ckpt-format torch_dist"],
