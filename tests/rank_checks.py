@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -39,6 +40,7 @@ from test_reference import (
 from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from pion_dist import Pion, PionConfig
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
@@ -419,6 +421,20 @@ def check_collectives(place: Place, config: PionConfig) -> None:
         assert seen == planned, f"step {step}: counted {seen}, planned {planned}"
 
 
+def check_work(place: Place, config: PionConfig) -> None:
+    """Over an odd and an even step, a rank's products and state are what the plan counts."""
+    run = Run(place, config, weights_for(config), reference=False)
+    executed = 0.0
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            run.step()
+        executed += counter.get_total_flops() / 2
+    planned = run.optimizer.plan.flop([place.rank])
+    assert math.isclose(executed, planned, rel_tol=1e-9), f"{executed} FLOP, planned {planned}"
+    held = sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
+    assert held == run.optimizer.plan.state_bytes([place.rank])
+
+
 def check_exact_volume(place: Place, config: PionConfig) -> None:
     """What "owner" and "duplicated" exchange follows from their definition.
 
@@ -557,6 +573,13 @@ ORTHOGONAL: tuple[dict[str, object], ...] = (
     {"momentum": "transported", "direction": "adaptive", "retraction": "exp"},
 )
 
+# Whose work is products alone.
+PRODUCTS: tuple[dict[str, object], ...] = (
+    {"direction": "momentum"},
+    {"direction": "msign", "side": "alternate", "retraction": "cubic"},
+    {"momentum": "transported", "direction": "momentum", "side": "out"},
+)
+
 
 def mode_options(mode: str, ranks: int) -> dict[str, object]:
     return {"tp_mode": mode, "blocks": 2 * ranks} if mode == "blockwise" else {"tp_mode": mode}
@@ -582,6 +605,7 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
         (check_nan, FEW),
         (check_resume, FEW[:3]),
         (check_collectives, FEW),
+        (check_work, PRODUCTS),
         (check_nothing_shared, FEW[:2]),
         (check_part_of_the_ranks, FEW[:2]),
         (check_two_groups, FEW[:2]),
