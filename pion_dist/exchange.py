@@ -233,5 +233,4 @@ def compare(digest: str, lines: Sequence[str], *, group: ProcessGroup, what: str
         return
     everyone: list[Sequence[str]] = [()] * group.size()
     dist.all_gather_object(everyone, list(lines), group=group)
-    # A rank that agrees with the first has to name one that does not.
     raise RuntimeError(f"{what} differ between ranks: {differences(lines, everyone)}")

@@ -199,6 +199,9 @@ class Pion(torch.optim.Optimizer):
                     )
         self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
         self._planned = dict(zip(self._places, self.plan.matrices, strict=True))
+        joins = self.config.tp_mode in ("owner", "duplicated")
+        together = self.plan.waves if joins else self.plan.batches
+        self._together = [together(index) for index in range(len(self.groups))]
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -295,7 +298,7 @@ class Pion(torch.optim.Optimizer):
         for p in due:
             self._step_local(p, ok)
         for index in range(len(self.groups)):
-            if self.plan.of_group(index):
+            if self._together[index]:
                 self._step_shared(index, ok)
         return loss
 
@@ -310,12 +313,11 @@ class Pion(torch.optim.Optimizer):
     def _step_local(self, p: Tensor, ok: Tensor) -> None:
         """Step a parameter's matrices, if this rank has them whole."""
         slot, dtype = self._slots[p], compute_dtype(p)
-        parts = [part for part in slot.view.shapes if not self._planned[p, part].shared]
-        if not parts:
+        if slot.group is not None and slot.view.axis is not None:
             return
         assert p.grad is not None
         weights, grads = slot.view.split(p.to(dtype)), slot.view.split(p.grad.to(dtype))
-        for part in parts:
+        for part in slot.view.shapes:
             batch, m, n = weights[part].shape
             moments = self._held(p, part)
             stride = _batch_size(m, n, p)
@@ -338,7 +340,7 @@ class Pion(torch.optim.Optimizer):
                 name = self._slots[places[i][0]].name
                 raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
         if self.config.tp_mode in ("distributed", "blockwise"):
-            for batch in self.plan.batches(index):
+            for batch in self._together[index]:
                 self._step_shards(batch, ok)
             return
         pieces = {}
@@ -351,7 +353,7 @@ class Pion(torch.optim.Optimizer):
             self._update(self.plan.matrices[i], weight, grad, self._held(*places[i]), ok)
 
         exchange.run(
-            [{i: pieces[i] for i in wave} for wave in self.plan.waves(index)],
+            [{i: pieces[i] for i in wave} for wave in self._together[index]],
             self._shard,
             compute,
             self._store,
