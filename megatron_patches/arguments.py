@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,14 @@ FLAGS = (
         _DEFAULT.nesterov,
         "Use the look-ahead average beta1*m + (1-beta1)*g in place of m.",
         {"action": "store_true"},
+    ),
+    Flag(
+        "lr-mult",
+        1.0,
+        "Pion's learning rate is so many times Adam's: --lr and --min-lr times it, on the same "
+        "schedule. Warm-up starts from --lr-warmup-init for both. The learning rate that Megatron "
+        "logs is Adam's where they differ.",
+        {"type": float},
     ),
     _choice(
         "scaling",
@@ -240,6 +249,7 @@ def check(args: argparse.Namespace) -> None:
     for flag, given in refused.items():
         if given:
             raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
+    _check_lr_mult(args)
     if args.pion_tp_mode == "blockwise" and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
             f"--pion-blocks {args.pion_blocks} must be a multiple of "
@@ -247,6 +257,26 @@ def check(args: argparse.Namespace) -> None:
         )
     if getattr(args, "use_distributed_optimizer", False):
         _check_distributed_optimizer(args)
+
+
+def _check_lr_mult(args: argparse.Namespace) -> None:
+    """Demand a factor that leaves Pion's warm-up a rise, as Megatron demands it of ``--lr``.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    _check_positive(args, "lr-mult")
+    if args.lr is not None and args.lr_warmup_init > args.lr * args.pion_lr_mult:
+        raise ValueError(
+            f"--pion-lr-mult {args.pion_lr_mult} puts Pion's learning rate, "
+            f"{args.lr * args.pion_lr_mult}, below --lr-warmup-init {args.lr_warmup_init}: lower it"
+        )
+
+
+def _check_positive(args: argparse.Namespace, name: str) -> None:
+    value = getattr(args, "pion_" + name.replace("-", "_"))
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"--pion-{name} {value}: must be a positive number")
 
 
 def _check_distributed_optimizer(args: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ def apply() -> None:
     _use_compiled_helpers()
     core = importlib.import_module("megatron.core.optimizer")
     core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
+    core._get_param_groups = _with_lr_mult(core._get_param_groups)  # type: ignore[attr-defined]
     if seams.has_training():
         training = importlib.import_module("megatron.training.training")
         training.get_megatron_optimizer = core.get_megatron_optimizer  # type: ignore[attr-defined]
@@ -103,7 +104,7 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
         if decision.ranks > 1:
             shards[p] = pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp
     return {
-        "lr": config.lr,
+        "lr": config.lr * config.pion_lr_mult,
         "config": pion_config(config),
         "views": views,
         "names": names,
@@ -145,6 +146,25 @@ def _with_pion(original: Any) -> Any:
     return get_megatron_optimizer
 
 
+def _with_lr_mult(original: Any) -> Any:
+    """_get_param_groups with --pion-lr-mult, on top of what overrides say of a group."""
+
+    @functools.wraps(original)
+    def get_param_groups(model_chunks: Any, config: Any, config_overrides: Any) -> Any:
+        groups = original(model_chunks, config, config_overrides)
+        if config.optimizer != "pion" or config.pion_lr_mult == 1.0:
+            return groups
+        for group in groups:
+            if group.get("optimizer", "pion") == "pion":
+                group["default_config"] = False  # Megatron logs the first default group's rate
+                for key in ("max_lr", "min_lr"):
+                    if group[key] is not None:
+                        group[key] *= config.pion_lr_mult
+        return groups
+
+    return get_param_groups
+
+
 def _compare_options(options: Any, config: Any) -> None:
     """Stop every rank if one was started with other options (pipeline stages share no plan)."""
     from pion_dist.exchange import compare
@@ -152,7 +172,8 @@ def _compare_options(options: Any, config: Any) -> None:
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:
         return
-    lines = [*options.lines(), f"exclude={config.pion_exclude}", f"init={config.pion_init}"]
+    others = ("exclude", "init", "lr_mult")
+    lines = [*options.lines(), *(f"{name}={getattr(config, f'pion_{name}')}" for name in others)]
     compare("\n".join(lines), lines, group=world, what="Pion's options")
 
 

@@ -94,6 +94,12 @@ CORE = (
         parameters=("config", "model_chunks"),
     ),
     Seam(
+        "megatron.core.optimizer",
+        "_get_param_groups",
+        "multiplies Pion's learning rates",
+        parameters=("model_chunks", "config", "config_overrides"),
+    ),
+    Seam(
         "megatron.core.optimizer.optimizer",
         "Float16OptimizerWithFloat16Params",
         "tells Pion of the float32 masters",

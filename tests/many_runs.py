@@ -65,11 +65,20 @@ def train(name: str) -> None:
 def watch_steps() -> list[dict[str, Any]]:
     """A list that gets every iteration's loss and grad norm in full, of what Megatron logs.
 
-    Printed are 7 digits of the one and 3 decimals of the other.
+    Printed are 7 digits of the one and 3 decimals of the other. And the learning rates that the
+    next iteration has: the one that is logged, and each group's, by whether it is Pion's.
     """
     from megatron.training import training
 
     steps: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
+    canonical = training.get_canonical_lr_for_logging
+
+    def get_canonical_lr_for_logging(param_groups: list[dict[str, Any]]) -> Any:
+        groups[:] = param_groups
+        return canonical(param_groups)
+
+    training.get_canonical_lr_for_logging = get_canonical_lr_for_logging
     original, signature = training.training_log, inspect.signature(training.training_log)
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
@@ -80,6 +89,8 @@ def watch_steps() -> list[dict[str, Any]]:
                 "iteration": given["iteration"],
                 "losses": losses,
                 "grad_norm": float(given["grad_norm"]),
+                "lr": given["learning_rate"],
+                "lrs": [("pion" in group, group["max_lr"], group["lr"]) for group in groups],
             }
         )
         return original(*args, **kwargs)

@@ -17,7 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from megatron.core.enums import ModelType
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
-from megatron.training.training import get_megatron_optimizer_config, get_model
+from megatron.training.training import (
+    get_megatron_optimizer_config,
+    get_model,
+    get_optimizer_param_scheduler,
+)
 from pretrain_bytes import model_provider
 
 import megatron_patches
@@ -102,6 +106,23 @@ def check_fan_in() -> None:
             assert abs(p.float().std() / expected - 1) < 5 / (2 * p.numel()) ** 0.5, name
     distinct = {p.float().sum().item() for name, p in first.items() if "linear" in name}
     assert len(distinct) == 16, "every weight has a draw of its own"
+
+
+def check_lr_mult_is_pion_s() -> None:
+    def step(**changes: object) -> dict[str, torch.nn.Parameter]:
+        model, optimizer, _ = setup(**changes)
+        get_optimizer_param_scheduler(optimizer)
+        set_grads(model, 0)
+        optimizer.step()
+        return parameters(model)
+
+    found, plain = step(lr=1e-3, min_lr=1e-4, pion_lr_mult=10.0), step(lr=1e-2, min_lr=1e-3)
+    rotated = [n for n, p in plain.items() if n.startswith("decoder") and p.dim() == 2]
+    assert len(rotated) == 16 and all(torch.equal(found[n], plain[n]) for n in rotated)
+    for norm in (n for n, p in plain.items() if p.dim() == 1):
+        # Adam's first step from 1 is lr; half a unit of the weight's last place may be lost.
+        moved = (found[norm].float() - 1).abs().max().item()
+        assert abs(moved - 1e-3) < torch.finfo(plain[norm].dtype).eps, (norm, moved)
 
 
 def check_only_pion_rotates() -> None:
