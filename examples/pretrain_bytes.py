@@ -3,7 +3,8 @@
     python -m megatron_patches [--cpu] examples/pretrain_bytes.py \\
         --num-layers 4 --hidden-size 128 ... --data-path PREFIX  # PREFIX.bin from prepare_corpus.py
 
-The one flag of its own, --save-initial, writes the weights that training starts from.
+Two flags are its own: --save-initial writes the weights that training starts from, --norm-free
+leaves all normalisation layers out.
 """
 
 from argparse import ArgumentParser
@@ -18,6 +19,8 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
@@ -33,7 +36,20 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="FILE",
         help="torch.save the weights before the first step (one process)",
     )
+    group.add_argument(
+        "--norm-free",
+        action="store_true",
+        help="no normalisation layers (--transformer-impl local)",
+    )
     return parser
+
+
+def without_norms(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The block's spec with nothing in place of its normalisation layers (modified in place)."""
+    spec.layer_norm = None
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+    return spec
 
 
 def model_provider(
@@ -51,6 +67,10 @@ def model_provider(
         normalization=args.normalization,
         vp_stage=vp_stage,
     )
+    if args.norm_free:
+        if args.transformer_impl != "local":
+            raise SystemExit("--norm-free needs --transformer-impl local: others fuse the norms")
+        spec = without_norms(spec)
     model = GPTModel(
         config,
         spec,
@@ -111,7 +131,7 @@ def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: GPTModel) ->
     return losses, partial(masked_loss, batch["loss_mask"])
 
 
-if __name__ == "__main__":
+def main() -> None:
     cfg = pretrain_cfg_container_from_args(parse_and_validate_args(add_arguments))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain(  # by keyword: 0.18 has model_provider third, 0.19 fifth
@@ -121,3 +141,7 @@ if __name__ == "__main__":
         forward_step_func=forward_step,
         model_provider=model_provider,
     )
+
+
+if __name__ == "__main__":
+    main()

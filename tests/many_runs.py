@@ -25,6 +25,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
         jobs: each with ``name``, ``flags`` (Megatron's) and ``steps``, the file to write.
     """
     import torch
+    from pretrain_bytes import main as pretrain_bytes
 
     steps = watch_steps()
     sum_norms_exactly()
@@ -32,8 +33,9 @@ def main(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         steps.clear()
         sys.argv = [sys.argv[0], *job["flags"]]
+        print(f"job: {job['name']}", flush=True)
         try:
-            train(job["name"])
+            pretrain_bytes()
         except SystemExit as stop:  # --exit-interval
             if stop.code:
                 raise
@@ -41,25 +43,6 @@ def main(jobs: list[dict[str, Any]]) -> None:
             Path(job["steps"]).write_text(json.dumps(steps))
         tear_down()
     torch.distributed.destroy_process_group()
-
-
-def train(name: str) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from pretrain_bytes import add_arguments, datasets_provider, forward_step, model_provider
-
-    cfg = pretrain_cfg_container_from_args(parse_and_validate_args(add_arguments))
-    datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-    print(f"job: {name}", flush=True)
-    pretrain(
-        cfg,
-        train_valid_test_dataset_provider=datasets_provider,
-        model_type=ModelType.encoder_or_decoder,
-        forward_step_func=forward_step,
-        model_provider=model_provider,
-    )
 
 
 def watch_steps() -> list[dict[str, Any]]:

