@@ -72,8 +72,10 @@ FLAGS = (
     ),
     _choice(
         "scaling",
-        "rms: the first-order change of a weight has root mean square lr * --pion-rms. none: the "
-        "generator is scaled by lr alone (with msign, lr is the angle).",
+        "rms: the first-order change of a weight has root mean square lr * --pion-rms. spectral: "
+        "each side's generator is divided by its spectral norm, so that lr is the largest angle by "
+        "which each factor turns, in radians. none: the generator is scaled by lr alone (with "
+        "msign, lr is the angle).",
     ),
     Flag("beta1", _DEFAULT.betas[0], "Decay of the first moment.", {"type": float}),
     Flag("beta2", _DEFAULT.betas[1], "Decay of the second moment.", {"type": float}),

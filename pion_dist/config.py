@@ -10,7 +10,7 @@ Momentum = Literal["lie", "transported", "ambient"]
 Direction = Literal["adaptive", "momentum", "msign"]
 Side = Literal["in", "out"]
 ActiveSides = Literal["both", "alternate", "in", "out"]
-Scaling = Literal["rms", "none"]
+Scaling = Literal["rms", "spectral", "none"]
 Retraction = Literal["taylor", "cubic", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
@@ -37,6 +37,9 @@ class PionConfig:
         side: which factors a step applies. ``alternate``: in on odd steps (the first is 1), out
             on even ones.
         scaling: ``rms`` makes the root mean square of the first-order change ``lr * rms``;
+            ``spectral`` divides each side's generator by its spectral norm, so that lr is the
+            largest angle by which each factor turns, in radians, whatever the matrix's size
+            (the norm is a few products' estimate from below: see update/scaling.py);
             ``none`` leaves the angle at ``lr`` times the generator.
         rms: the root mean square that ``scaling="rms"`` aims at, per unit of lr; > 0.
         retraction: from a skew generator to an orthogonal factor. ``taylor``: exp cut at

@@ -11,6 +11,7 @@ from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
 from .update.direction import NEWTON_SCHULZ
+from .update.scaling import PRODUCTS
 
 Form = Literal["dense", "factors"]
 
@@ -88,6 +89,8 @@ def step_flop(
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
         alike += _sign_flop(size, config) if blocks and not cut else 0.0
+        if config.scaling == "spectral" and (blocks or divided) and not cut:
+            alike += PRODUCTS * 2.0 * size * size
         once = (once * count - alike) / ranks + alike
         if config.side == "alternate":
             # Both sides' Lie moments are updated every step, so their generators are formed then.
@@ -131,9 +134,11 @@ def traffic(
     for side in config.sides if config.momentum == "lie" else active:
         d = n if side == "in" else m
         cut = side == SIDE_OF[axis]
-        if config.tp_mode == "blockwise" and not cut:
-            found.add("all_reduce", batch * d * d)
         if config.tp_mode == "blockwise":
+            if not cut:
+                found.add("all_reduce", batch * d * d)
+            elif config.scaling == "spectral" and side in active:
+                found.add("all_reduce", batch)
             continue
         if cut:
             found.add("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
@@ -166,6 +171,8 @@ def _divided(
     if not cut:
         found.add("all_gather", rows)
         return
+    if config.scaling == "spectral":
+        found.add("all_gather", batch * d // ranks, PRODUCTS)
     # The first-order term's W is at hand, and so is what a first orthogonal factor multiplies.
     products = _products(config, first=first) - 1
     if config.retraction in ("cayley", "exp"):
@@ -188,15 +195,16 @@ def _side_flop(
     d: int, other: int, config: PionConfig, *, form: Form, products: int
 ) -> tuple[float, float]:
     """FLOP of one side's generator [d, d], and of all else with ``products`` products with it."""
+    rows = products * other + (PRODUCTS if config.scaling == "spectral" else 0)
     if form == "dense":
-        flop = products * 2.0 * other * d * d
+        flop = rows * 2.0 * d * d
         return 2.0 * other * d * d, flop + _sign_flop(d, config) + _factor_flop(d, config)
     if config.direction != "msign":
-        return 0.0, products * 8.0 * other * other * d
+        return 0.0, rows * 8.0 * other * d
     k = 2 * other
     qr = 4.0 * d * k * k - 4.0 / 3.0 * k**3
     core = 2.0 * k * k * other + _sign_flop(k, config)
-    return qr, core + products * (4.0 * other * d * k + 2.0 * other * k * k)
+    return qr, core + rows * (4.0 * d * k + 2.0 * k * k)
 
 
 def _sign_flop(d: int, config: PionConfig) -> float:

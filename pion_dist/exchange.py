@@ -201,6 +201,11 @@ class GroupPeers:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The ranks' largest, element by element (modified in place)."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, joined along ``dim``."""
         parts = x.new_empty(self.size, *x.shape)

@@ -3,7 +3,8 @@
 A moment belongs to a part's matrices, not to the rank or the weight: ``m_in.<part>`` [B, n, n] and
 ``m_out.<part>`` [B, m, m] for Lie momentum, with the sign of descent, or [B, N, d/N, d/N] on a side
 of N blocks; ``m.<part>`` [B, m, n] for averages of the gradient; ``v`` likewise, where the
-direction is adaptive.
+direction is adaptive. With spectral scaling also the vectors that its norms come from:
+``u_in.<part>`` [B, 1, n] and ``u_out.<part>`` [B, m, 1], or [B, N, 1, n/N] and [B, N, m/N, 1].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from .config import Axis, PionConfig
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
+_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out")
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,22 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
     """Every moment of a batch of matrices [B, m, n] cut along ``axis``, by name."""
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
     divided = axis is not None and config.tp_mode in ("distributed", "blockwise")
+    found: dict[str, Moment] = {}
     if config.momentum != "lie":
         dim = _DIM[axis] if axis is not None and divided else None
-        return {name: Moment((batch, m, n), dim) for name in names}
-    found: dict[str, Moment] = {}
+        found = {name: Moment((batch, m, n), dim) for name in names}
     blocks = config.blocks_of(axis)
     for side in config.sides:
-        d = n if side == "in" else m
-        if side in blocks:
-            count = blocks[side]
-            moment = Moment((batch, count, d // count, d // count), 1)
-        else:  # blockwise repeats what all blocks share, distributed divides its rows
-            moment = Moment((batch, d, d), 1 if divided and not blocks else None)
-        found |= {f"{name}_{side}": moment for name in names}
+        count = blocks.get(side, 1)
+        d = (n if side == "in" else m) // count
+        start, of_blocks = ((batch, count), 1) if side in blocks else ((batch,), None)
+        if config.momentum == "lie":
+            # Blockwise repeats what all blocks share, distributed divides its rows.
+            dim = 1 if divided and not blocks else of_blocks
+            found |= {f"{name}_{side}": Moment((*start, d, d), dim) for name in names}
+        if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
+            vector = (1, d) if side == "in" else (d, 1)
+            found[f"u_{side}"] = Moment((*start, *vector), of_blocks)
     return found
 
 
@@ -88,15 +93,17 @@ def key(moment: str, part: str) -> str:
 def is_key(name: str) -> bool:
     """Whether a state key is of one of Pion's moments."""
     moment, dot, _ = name.partition(".")
-    return bool(dot) and moment in ("m", "v", "m_in", "m_out", "v_in", "v_out")
+    return bool(dot) and moment in _NAMES
 
 
 def identity(config: PionConfig) -> dict[str, Any]:
     """The options that decide what the state is: a checkpoint with others is another state."""
+    spectral = config.scaling == "spectral"
     return {
         "momentum": config.momentum,
         "second_moment": config.direction == "adaptive",
-        "sides": list(config.sides) if config.momentum == "lie" else [],
+        "scaling": "spectral" if spectral else "rms or none",
+        "sides": list(config.sides) if config.momentum == "lie" or spectral else [],
         "qkv": config.qkv,
         "split_gate": config.split_gate,
         "blocks": config.blocks,

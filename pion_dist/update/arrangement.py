@@ -11,6 +11,7 @@ the same for all. With W cut along its rows (the columns are the mirror image), 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from torch import Tensor
 from ..config import Side
 from .direction import NEWTON_SCHULZ, frobenius, msign
 from .generators import Dense, Generator, Matmul, factors, generator, skew
+from .precision import exact
+from .scaling import power_iteration
 
 _DIM: dict[Side, int] = {"out": 1, "in": 2}  # of X [B, m, n], as long as the side's generator
 
@@ -38,6 +41,9 @@ class Peers(Protocol):
 
     def total(self, x: Tensor) -> Tensor:
         """The ranks' sum (modified in place)."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The ranks' largest, element by element (modified in place)."""
 
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, joined along ``dim``."""
@@ -69,6 +75,9 @@ class Arrangement(Protocol):
     def norm(self, x: Tensor) -> Tensor:
         """Frobenius norm of each whole matrix, [B, 1, 1]."""
 
+    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Spectral norm of each whole A, [B, 1, 1], and the next vectors: ``power_iteration``."""
+
 
 class Whole:
     """Each matrix lies on one rank and has one factor a side."""
@@ -91,6 +100,10 @@ class Whole:
     def norm(self, x: Tensor) -> Tensor:
         """Of [B, m, n]."""
         return frobenius(x)
+
+    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
+        """With vectors [B, 1, n] or [B, m, 1]."""
+        return power_iteration(functools.partial(a.apply, matmul=exact), x)
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,15 @@ class Blocks:
     def norm(self, x: Tensor) -> Tensor:
         """Over all blocks, other ranks' too."""
         return frobenius(x) if self.peers is None else _norm(x, self.peers)
+
+    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of the blocks', each of which has a vector, other ranks' too."""
+        if not isinstance(a, Blocked):
+            return power_iteration(functools.partial(a.apply, matmul=exact), x)
+        blocks = Dense(a.side, a.matrix.flatten(0, 1))
+        each, new = power_iteration(functools.partial(blocks.apply, matmul=exact), x.flatten(0, 1))
+        norm = torch.unflatten(each, 0, (-1, self.count)).amax(1)
+        return self.peers.largest(norm) if self.peers is not None else norm, new.view_as(x)
 
 
 class Divided:
@@ -188,6 +210,13 @@ class Divided:
     def norm(self, x: Tensor) -> Tensor:
         """Over all shards."""
         return _norm(x, self.peers)
+
+    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
+        """With whole vectors on every rank, which are joined after each product."""
+        if not isinstance(a, Shard):
+            return power_iteration(functools.partial(a.apply, matmul=exact), x)
+        mine, dim = Dense(a.side, a.matrix), _DIM[a.side]
+        return power_iteration(lambda y: self.peers.gathered(mine.apply(y, matmul=exact), dim), x)
 
 
 @dataclass(frozen=True)

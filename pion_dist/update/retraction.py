@@ -55,7 +55,7 @@ def change(
 def rotate(
     x: Tensor,
     generators: Sequence[Generator],
-    angle: Tensor,
+    angles: Sequence[Tensor],
     first_order: Sequence[Tensor | None],
     *,
     poly: Polynomial,
@@ -64,12 +64,12 @@ def rotate(
     """The product of the factors E(aA) of up to two sides with X, minus X.
 
     With Y the first side's change and T = A₂X + A₂Y the second's first-order term, the change is
-    Y + (E(aA₂) − 1)(X + Y): a side whose first-order term on X is known costs one product less.
+    Y + (E(a₂A₂) − 1)(X + Y): a side whose first-order term on X is known costs one product less.
 
     Args:
         x: [B, m, n].
         generators: of different sides, in the order in which they are applied.
-        angle: a, [B, 1, 1].
+        angles: a for each generator, [B, 1, 1].
         first_order: A X for each generator, or None where it is not known (a moment, on which
             the spectrum does not depend).
         poly: coefficients of E.
@@ -79,7 +79,7 @@ def rotate(
         The change of X, [B, m, n].
     """
     total: Tensor | None = None
-    for generator, known in zip(generators, first_order, strict=True):
+    for generator, angle, known in zip(generators, angles, first_order, strict=True):
         if known is None:
             term = generator.apply(x if total is None else x + total, matmul=matmul)
         else:

@@ -36,7 +36,8 @@ def step(
         g_Bmn: gradients, as the weights.
         moments: as ``state.moments`` says: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``,
             ``v_out`` [B, m, m]; else ``m``, ``v`` [B, m, n]; the ``v`` for the adaptive direction
-            only. (modified in place)
+            only; ``u_in`` [B, 1, n] and ``u_out`` [B, m, 1] for spectral scaling. (modified in
+            place)
         config: the run's options.
         lr: η.
         active: the sides this step applies, in order of application.
@@ -63,14 +64,15 @@ def step(
             matmul=fast,
         )
     first_order = [a.apply(w_Bmn, matmul=exact) for a in generators]
-    angle = _angle(first_order, lies, config=config) * lr
+    angles = _angles(generators, first_order, moments, lies, config=config, active=active, ok=ok)
+    angles = [angle * lr for angle in angles]
     old: list[Tensor] = [w_Bmn]
     known: list[Sequence[Tensor | None]] = [first_order]
     if config.momentum == "transported":
         old.append(moments["m"])
         known.append([None] * len(generators))
     # All new values before the first is written: a generator in factors has views of W and m.
-    new = _rotated(old, generators, angle, known, config=config, matmul=fast)
+    new = _rotated(old, generators, angles, known, config=config, matmul=fast)
     for x, y in zip(old, new, strict=True):
         torch.where(ok, y, x, out=x)
 
@@ -143,20 +145,40 @@ def _from_average(
     return found
 
 
-def _angle(first_order: Sequence[Tensor], lies: Arrangement, *, config: PionConfig) -> Tensor:
-    """α [B, 1, 1]: c √(mn) / (‖A_out W + W A_in‖_F + ε) over the active sides, or 1."""
+def _angles(
+    generators: Sequence[Generator],
+    first_order: Sequence[Tensor],
+    moments: Mapping[str, Tensor],
+    lies: Arrangement,
+    *,
+    config: PionConfig,
+    active: Sequence[Side],
+    ok: Tensor,
+) -> list[Tensor]:
+    """α [B, 1, 1] of each active side: one for all, c √(mn) / (‖A_out W + W A_in‖_F + ε) or 1.
+
+    With spectral scaling each its own, 1 / (‖A‖₂ + ε); the vectors behind the norms move on.
+    """
     batch, m, n = first_order[0].shape
+    if config.scaling == "spectral":
+        found: list[Tensor] = []
+        for side, a in zip(active, generators, strict=True):
+            u = moments[f"u_{side}"]
+            norm, new = lies.spectral_norm(a, u)
+            torch.where(ok, new, u, out=u)
+            found.append(1.0 / (norm + config.eps))
+        return found
     if config.scaling == "none":
-        return first_order[0].new_ones(batch, 1, 1)
+        return [first_order[0].new_ones(batch, 1, 1)] * len(generators)
     total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
-    return scale / (lies.norm(total) + config.eps)
+    return [scale / (lies.norm(total) + config.eps)] * len(generators)
 
 
 def _rotated(
     batches: Sequence[Tensor],
     generators: Sequence[Generator],
-    angle: Tensor,
+    angles: Sequence[Tensor],
     first_order: Sequence[Sequence[Tensor | None]],
     *,
     config: PionConfig,
@@ -166,11 +188,11 @@ def _rotated(
     if config.retraction == "taylor" or config.retraction == "cubic":
         poly = coefficients(config.retraction, degree=config.degree)
         return [
-            rotate(x, generators, angle, known, poly=poly, matmul=matmul).add_(x)
+            rotate(x, generators, angles, known, poly=poly, matmul=matmul).add_(x)
             for x, known in zip(batches, first_order, strict=True)
         ]
     new, turn = list(batches), functools.partial(factor, retraction=config.retraction)
-    for a in generators:
+    for a, angle in zip(generators, angles, strict=True):
         assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
         e = a.mapped(turn, angle)
         new = [e.apply(x, matmul=exact) for x in new]
