@@ -242,17 +242,19 @@ def check_weights(run: Run, tolerance: float) -> None:
     run.place.all_fail(wrong)
 
 
-def moment_share(run: Run, weight: Weight, moment: Array, part: int) -> Array:
+def moment_share(run: Run, weight: Weight, key: str, moment: Array, part: int) -> Array:
     """What a rank that holds a moment [B, ...] has of it: a share where its matrices are shared.
 
-    Lie moments are divided by generators' rows where they are distributed, and by blocks.
+    Lie moments are divided by generators' rows where they are distributed, and by blocks; vectors
+    of spectral scaling by blocks alone.
     """
     axis, mode, lie = weight.whole.axis, run.config.tp_mode, run.config.momentum == "lie"
     if not weight.shared or (axis is not None and mode in ("owner", "duplicated")):
         return moment
-    if axis is not None and lie and mode == "blockwise" and moment.ndim == 3:
-        return moment  # of the side that all blocks share
-    dim = 1 if axis is not None and lie else DIM[axis]
+    vector = key.startswith("u_")
+    if axis is not None and (vector or (lie and mode == "blockwise")) and moment.ndim == 3:
+        return moment  # of the side that all blocks share, or a whole matrix's vector
+    dim = 1 if axis is not None and (lie or vector) else DIM[axis]
     return np.split(moment, run.place.ranks, dim)[part]
 
 
@@ -268,7 +270,7 @@ def check_moments(run: Run) -> None:
             count = 1 if owned else run.place.ranks
             assert len(holders) == count, f"{key} of {w.name} is held by ranks {holders}"
             if run.place.rank in holders:
-                share = moment_share(run, w, moment, run.place.rank)
+                share = moment_share(run, w, key, moment, run.place.rank)
                 found = state[key].numpy()
                 assert found.shape == share.shape, f"{key} of {w.name}: {found.shape}"
                 error = np.abs(found - share).max() / (np.abs(moment).max() or 1.0)
@@ -562,8 +564,9 @@ def named(config: PionConfig) -> str:
 FEW: tuple[dict[str, object], ...] = (
     {},
     {"momentum": "transported", "direction": "msign", "nesterov": True, "side": "alternate"},
-    {"momentum": "ambient", "direction": "adaptive", "retraction": "exp", "side": "out"},
+    {"momentum": "ambient", "scaling": "spectral", "retraction": "exp", "side": "out"},
     {"direction": "momentum", "side": "in", "retraction": "cayley", "scaling": "none"},
+    {"momentum": "transported", "direction": "momentum", "scaling": "spectral"},
     {"direction": "msign", "side": "alternate", "retraction": "cubic"},
 )
 ORTHOGONAL: tuple[dict[str, object], ...] = (
@@ -576,7 +579,8 @@ ORTHOGONAL: tuple[dict[str, object], ...] = (
 # Whose work is products alone.
 PRODUCTS: tuple[dict[str, object], ...] = (
     {"direction": "momentum"},
-    {"direction": "msign", "side": "alternate", "retraction": "cubic"},
+    {"direction": "momentum", "scaling": "spectral"},
+    {"direction": "msign", "side": "alternate", "retraction": "cubic", "scaling": "spectral"},
     {"momentum": "transported", "direction": "momentum", "side": "out"},
 )
 

@@ -98,6 +98,22 @@ def retract(a: Array, retraction: str, degree: int = 2) -> Array:
             raise ValueError(f"retraction={retraction!r}")
 
 
+def power_iteration(a: Array, u: Array, side: str) -> tuple[float, Array]:
+    """An estimate of ‖A‖₂ of a skew A by four products, and the unit vector that they end with.
+
+    From u and a tenth of the vector cos(√2 i²), i = 0, 1, ..., made a unit one.
+    """
+    fixed = np.cos(math.sqrt(2) * np.arange(len(a)) ** 2)
+    x = u + 0.1 * fixed / np.linalg.norm(fixed)
+    for _ in range(4):
+        y = x / np.linalg.norm(x)
+        x = y @ a if side == "in" else a @ y
+        if not x.any():
+            return 0.0, x
+    norm = float(np.linalg.norm(x))
+    return norm, x / norm
+
+
 def rotate(x: Array, factors: dict[str, Array]) -> Array:
     """E_out X E_in; a side without a factor rests."""
     for side, factor in factors.items():
@@ -117,6 +133,7 @@ class ReferencePion:
     Attributes:
         w: the weight.
         m, v: the moments, by side for ``momentum="lie"``, else by the one key "ambient".
+        u: where scaling is spectral, by side, the vector that each block's norm comes from.
         blocks: number of blocks, by side.
         t: steps taken.
         turns: by active side, lr alpha A of the last step: what E was taken of. The spectral norm
@@ -135,8 +152,14 @@ class ReferencePion:
         kept = config.sides if config.momentum == "lie" else ("ambient",)
         self.m = {key: np.zeros(shapes[key]) for key in kept}
         self.v = {key: np.zeros(shapes[key]) for key in kept}
+        vectors = config.sides if config.scaling == "spectral" else ()
+        self.u = {side: np.zeros((self.blocks[side], self._block(side))) for side in vectors}
         self.t = 0
         self.turns: dict[str, Array] = {}
+
+    def _block(self, side: str) -> int:
+        """Rows of a block."""
+        return self.w.shape[1 if side == "in" else 0] // self.blocks[side]
 
     def step(self, g: npt.ArrayLike, lr: float) -> None:
         """Move the weight by one step with the gradient ``g`` at the learning rate ``lr``."""
@@ -144,7 +167,7 @@ class ReferencePion:
         g = np.array(g, dtype=np.float64)
         generators = self._lie(g) if self.config.momentum == "lie" else self._ambient(g)
         alpha = self._alpha(generators)
-        self.turns = {side: lr * alpha * a for side, a in generators.items()}
+        self.turns = {side: lr * alpha[side] * a for side, a in generators.items()}
         factors = {
             side: retract(turn, self.config.retraction, self.config.degree)
             for side, turn in self.turns.items()
@@ -194,21 +217,37 @@ class ReferencePion:
         blocks = diagonal_blocks(k, self.blocks[side])
         return block_diagonal([newton_schulz(block, self.config.eps) for block in blocks])
 
-    def _alpha(self, generators: dict[str, Array]) -> float:
-        """c√(mn) over the norm of the first-order change, or 1."""
+    def _alpha(self, generators: dict[str, Array]) -> dict[str, float]:
+        """By side: c√(mn) over the norm of the first-order change, 1 over A's largest angle, or 1.
+
+        The largest angle of a block-diagonal A is its largest block's.
+        """
         if self.config.scaling == "none":
-            return 1.0
+            return dict.fromkeys(generators, 1.0)
+        if self.config.scaling == "spectral":
+            norms = dict.fromkeys(generators, 0.0)
+            for side, a in generators.items():
+                for i, block in enumerate(diagonal_blocks(a, self.blocks[side])):
+                    norm, self.u[side][i] = power_iteration(block, self.u[side][i], side)
+                    norms[side] = max(norms[side], norm)
+            return {side: 1 / (norm + self.config.eps) for side, norm in norms.items()}
         change = np.zeros_like(self.w)
         for side, a in generators.items():
             change += self.w @ a if side == "in" else a @ self.w
-        return self.config.rms * math.sqrt(self.w.size) / (np.linalg.norm(change) + self.config.eps)
+        norm = np.linalg.norm(change)
+        alpha = self.config.rms * math.sqrt(self.w.size) / (norm + self.config.eps)
+        return dict.fromkeys(generators, float(alpha))
 
     def state(self) -> dict[str, Array]:
         """The moments as the optimizer keeps them, of this one matrix (without its dimension B).
 
-        Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N].
+        Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N]. Vectors
+        are rows for the side "in" and columns for the side "out".
         """
         found = {}
+        for side, u in self.u.items():
+            vectors = np.expand_dims(u, {"in": 1, "out": 2}[side])
+            found[f"u_{side}"] = vectors if self.blocks[side] > 1 else vectors[0]
         for moment, values, sign in (("m", self.m, -1.0), ("v", self.v, 1.0)):
             if moment == "v" and self.config.direction != "adaptive":
                 continue

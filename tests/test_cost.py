@@ -23,18 +23,27 @@ def executed(m: int, n: int, config: PionConfig, *, steps: int = 2) -> float:
 @pytest.mark.parametrize("side", ["both", "alternate", "in", "out"])
 @pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 64), (64, 8), (24, 32)], ids=str)
-@pytest.mark.parametrize("retraction", ["taylor", "cubic"])
+@pytest.mark.parametrize(("retraction", "scaling"), [("taylor", "rms"), ("cubic", "spectral")])
 def test_products_are_counted_exactly(
-    shape: tuple[int, int], momentum: str, side: str, retraction: str
+    shape: tuple[int, int], momentum: str, side: str, retraction: str, scaling: str
 ) -> None:
-    config = PionConfig(momentum=momentum, direction="momentum", side=side, retraction=retraction)
+    config = PionConfig(
+        momentum=momentum,
+        direction="momentum",
+        side=side,
+        retraction=retraction,
+        scaling=scaling,
+    )
     assert step_flop(*shape, config) == executed(*shape, config)
 
 
 @pytest.mark.parametrize("momentum", ["lie", "transported"])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 64), (64, 8)], ids=str)
-def test_matrix_sign_is_counted_but_for_the_qr(shape: tuple[int, int], momentum: str) -> None:
-    config = PionConfig(momentum=momentum, direction="msign")
+@pytest.mark.parametrize("scaling", ["rms", "spectral"])
+def test_matrix_sign_is_counted_but_for_the_qr(
+    scaling: str, shape: tuple[int, int], momentum: str
+) -> None:
+    config = PionConfig(momentum=momentum, direction="msign", scaling=scaling)
     m, n = min(shape), max(shape)
     k = 2 * m
     in_factors = "factors" in forms(*shape, config).values()

@@ -26,7 +26,7 @@ CONFIGS = [
     PionConfig(),
     PionConfig(momentum="transported", direction="msign", nesterov=True, side="alternate"),
     PionConfig(momentum="ambient", direction="adaptive", retraction="cayley"),
-    PionConfig(direction="momentum", side="out", retraction="cubic"),
+    PionConfig(direction="momentum", side="out", retraction="cubic", scaling="spectral"),
 ]
 
 
@@ -147,6 +147,7 @@ def test_sparse_gradients_are_refused() -> None:
         (PionConfig(momentum="ambient"), "momentum='ambient'"),
         (PionConfig(direction="momentum"), "second_moment"),
         (PionConfig(side="in"), "sides"),
+        (PionConfig(scaling="spectral"), "scaling='spectral'"),
         (PionConfig(qkv="head"), "qkv='head'"),
         (PionConfig(split_gate=False), "split_gate"),
     ],

@@ -65,6 +65,15 @@ def test_blocks_shrink_one_side() -> None:
     assert moments(1, 16, 8, config, None)["m_out"].shape == (1, 16, 16)
 
 
+def test_vectors_of_spectral_norms_are_divided_by_blocks_alone() -> None:
+    for options, u_out in (
+        ({"tp_mode": "blockwise", "blocks": 4}, (3, 2, 4, 1)),
+        ({"tp_mode": "distributed", "momentum": "transported"}, (3, 16, 1)),
+    ):
+        found = moments(3, 16, 8, PionConfig(scaling="spectral", **options), "rows")
+        assert found["u_out"].local(2) == u_out and found["u_in"].local(2) == (3, 1, 8)
+
+
 def test_the_collectives_do_not_grow_with_the_matrices() -> None:
     for mode in ("owner", "duplicated"):
         counts = []

@@ -25,7 +25,7 @@ VALUES = (
     ("lie", "transported", "ambient"),
     ("adaptive", "momentum", "msign"),
     (False, True),
-    ("rms", "none"),
+    ("rms", "spectral", "none"),
     ("both", "alternate", "in", "out"),
     RETRACTIONS,
 )
@@ -71,7 +71,7 @@ def readable(option: object) -> str | None:
             return "nesterov" if option else "plain"
         case (str(name), int(degree)):
             return f"{name}{degree}" if name == "taylor" else name
-        case "rms" | "none":
+        case "rms" | "spectral" | "none":
             return f"scaling_{option}"
     return None
 
@@ -81,7 +81,7 @@ def moderate_lr(config: PionConfig) -> float:
 
     Smaller angles would hide an error of second order, larger ones make degree 2 blow up.
     """
-    if config.scaling == "rms":
+    if config.scaling in ("rms", "spectral"):
         return 0.2
     match config.direction, config.momentum:
         case "adaptive", "lie":

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from .direction import frobenius
 
-# With a vector, of a step. How far the estimate is below the norm, in steps 31 to 120 of a byte-level
-# GPT (width 96, weights 288 x 96, 96 x 96, 384 x 96, 96 x 384; both sides and alternate alike):
+# Of a step. How far below the norm the estimate is, in steps 31 to 120 of a byte-level GPT of width
+# 96 (weights 288 x 96, 96 x 96, 384 x 96, 96 x 384; both sides and alternate):
 #
-#   products                                   1            2            4
-#   lie adaptive, transported momentum,        19 to 31%    2 to 3%      0.3 to 0.6%     median
-#     of which 1% of the estimates             46 to 64%    22 to 28%    13 to 16%       or more
-#   transported msign (values in 0.7 to 1.2)   25%          15%          9%              median
-#   the first step, adaptive and momentum      83 to 90%    17 to 65%    0 to 7%
+#   products                                       1           2           4
+#   lie adaptive, transported momentum: median     19 to 31%   2 to 3%     0.3 to 0.6%
+#     in 1% of the estimates at least              46 to 64%   22 to 28%   13 to 16%
+#     in the first step at most                    83 to 90%   17 to 65%   0 to 7%
+#   transported msign, of values in [0.7, 1.2]     25%         15%         9%
 #
-# With random gradients of beta 0.9, which share no plane, 4 are 2 to 6% below (median), at the first
-# step 12 to 19%. A product costs as much as one row of W in a product with A.
+# With random gradients, whose largest pair is close to the next, 4 are 2 to 6% below, and 12 to 19%
+# in the first step. A product with a vector costs what one row of W adds to a product with W.
 PRODUCTS = 4
 
 # How much of the fixed vector a step begins with, besides the last step's. A vector of zeros, as
