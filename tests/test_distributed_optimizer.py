@@ -158,6 +158,7 @@ def refused_load(folder: Path, corpus: Path, *flags: str) -> str:
     [
         (["--pion-qkv", "head"], ["--pion-qkv", "'qkv'", "'head'"]),
         (["--pion-direction", "msign"], ["--pion-direction", "True", "False"]),
+        (["--pion-scaling", "spectral"], ["--pion-scaling", "'rms or none'", "'spectral'"]),
         (["--pion-exclude", "linear_proj"], ["--pion-exclude", "linear_proj.weight"]),
     ],
     ids=lambda value: value[0],

@@ -25,6 +25,7 @@ SP = "--sequence-parallel"
 DUPLICATED = ("--pion-tp-mode", "duplicated")
 DISTRIBUTED = ("--pion-tp-mode", "distributed")
 BLOCKS = ("--pion-tp-mode", "blockwise", "--pion-blocks", "4")
+SPECTRAL = ("--pion-scaling", "spectral")
 PP2 = ("--pipeline-model-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
@@ -47,6 +48,8 @@ TP2 = Run("tp2 owner", 2, tp(2))
 TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
 TP2_BLOCKS = Run("tp2 blockwise", 2, tp(2), options=BLOCKS)
 TP2_DUPLICATED = Run("tp2 duplicated", 2, tp(2, *DUPLICATED))
+TP2_SPECTRAL = Run("tp2 distributed, spectral", 2, tp(2, *DISTRIBUTED), options=SPECTRAL)
+TP2_SPECTRAL_BLOCKS = Run("tp2 blockwise, spectral", 2, tp(2), options=(*SPECTRAL, *BLOCKS))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
@@ -71,6 +74,8 @@ FLOAT32 = [
     Run("tp4 blockwise", 4, tp(4), options=BLOCKS),
     Run("tp2 sp distributed, msign", 2, tp(2, SP, *DISTRIBUTED), options=MSIGN_WHOLE),
     Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN_WHOLE, *BLOCKS)),
+    TP2_SPECTRAL,
+    TP2_SPECTRAL_BLOCKS,
     PP2_RUN,
     Run("pp2 vpp2", 2, (*PP2, *VPP2)),
     Run("dp2", 2),
@@ -115,6 +120,9 @@ MOVES = [
     *(saved.moved_to(TP2.one_process) for saved in (TP2_DUPLICATED, TP2_DISTRIBUTED)),
     TP2_BLOCKS.one_process.moved_to(TP2_BLOCKS),
     TP2_BLOCKS.moved_to(TP2_BLOCKS.one_process),
+    TP2_SPECTRAL.moved_to(TP2_SPECTRAL.one_process),
+    TP2_SPECTRAL_BLOCKS.moved_to(TP2_SPECTRAL_BLOCKS.one_process),
+    TP2_SPECTRAL_BLOCKS.one_process.moved_to(TP2_SPECTRAL_BLOCKS),
 ]
 
 
