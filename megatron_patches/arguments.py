@@ -14,6 +14,7 @@ from pion_dist.config import choices
 
 _CHOICES = choices()
 _DEFAULT = PionConfig()
+INITS = ("keep", "fan_in", "orthogonal", "spectral")
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,20 @@ FLAGS = (
     Flag(
         "init",
         "keep",
-        "keep: the model's own initial weights. fan_in: redraw every matrix of Pion's as N(0, "
-        "1/fan-in), the same weights in every layout; a loaded checkpoint wins over it. Works with "
-        "any --optimizer, for comparisons. Pion never changes a weight's spectrum, so the initial "
-        "one decides the run.",
-        {"choices": ("keep", "fan_in"), "type": str},
+        "Pion never changes a weight's spectrum, so the initial one decides the run. keep: the "
+        "model's own initial weights. Or redraw every matrix of Pion's, of m rows and n columns. "
+        "fan_in: N(0, 1/n), a Gaussian's spread of singular values. orthogonal: all singular "
+        "values are max(1, sqrt(m/n)), for the norm that fan_in has. spectral: Gaussian, the "
+        "largest singular value being sqrt(m/n). These weights are the same in every layout, and "
+        "a loaded checkpoint wins over them. Works with any --optimizer, for comparisons, on the "
+        "matrices that the --pion flags say.",
+        {"choices": INITS, "type": str},
+    ),
+    Flag(
+        "init-scale",
+        1.0,
+        "What the weights of --pion-init are multiplied by, and so their singular values.",
+        {"type": float},
     ),
     Flag(
         "print-plan",
@@ -238,6 +248,12 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--pion-exclude {pattern!r} is no regular expression: {error}"
             ) from None
+    _check_positive(args, "init-scale")
+    if args.pion_init == "keep" and args.pion_init_scale != 1.0:
+        raise ValueError(
+            f"--pion-init-scale {args.pion_init_scale} has nothing to scale with --pion-init keep: "
+            "leave it out or set --pion-init"
+        )
     if args.optimizer != "pion":
         return
     pion_config(args)

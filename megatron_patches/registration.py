@@ -121,19 +121,23 @@ def _with_pion(original: Any) -> Any:
     ) -> Any:
         if config.optimizer != "pion" and config.pion_init == "keep":
             return original(config, model_chunks, *args, **kwargs)
-        from pion_dist.classify import Rotated
-
         from . import optimizer_state
         from .arguments import pion_config
-        from .initialization import fan_in
+        from .initialization import draw
         from .parameters import decide
 
         options = pion_config(config)
         _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
-        if config.pion_init == "fan_in":
-            weights = [p for _, p, decision in decisions if isinstance(decision, Rotated)]
-            fan_in(model_chunks, weights, seed=config.pion_seed)
+        if config.pion_init != "keep":
+            draw(
+                model_chunks,
+                decisions,
+                options,
+                kind=config.pion_init,
+                scale=config.pion_init_scale,
+                seed=config.pion_seed,
+            )
         if config.optimizer != "pion":
             return original(config, model_chunks, *args, **kwargs)
         optimizer = original(config, model_chunks, *args, **kwargs)
@@ -172,7 +176,7 @@ def _compare_options(options: Any, config: Any) -> None:
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:
         return
-    others = ("exclude", "init", "lr_mult")
+    others = ("exclude", "init", "init_scale", "lr_mult")
     lines = [*options.lines(), *(f"{name}={getattr(config, f'pion_{name}')}" for name in others)]
     compare("\n".join(lines), lines, group=world, what="Pion's options")
 
