@@ -260,7 +260,6 @@ def check(args: argparse.Namespace) -> None:
     refused = {
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
-        "--use-mup": getattr(args, "use_mup", False),
         "--fp8-param-gather": getattr(args, "fp8_param_gather", False),
         "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
     }
@@ -268,6 +267,11 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
     _check_lr_mult(args)
+    if getattr(args, "use_mup", False) and args.pion_scaling != "spectral":
+        raise ValueError(
+            "--optimizer pion with --use-mup needs --pion-scaling spectral, whose steps do not "
+            "depend on the width"
+        )
     if args.pion_tp_mode == "blockwise" and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
             f"--pion-blocks {args.pion_blocks} must be a multiple of "

@@ -41,9 +41,11 @@ def apply() -> None:
     core = importlib.import_module("megatron.core.optimizer")
     core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
     core._get_param_groups = _with_lr_mult(core._get_param_groups)  # type: ignore[attr-defined]
+    core.get_mup_config_overrides = _mup_of_adam(core.get_mup_config_overrides)  # type: ignore[attr-defined]
     if seams.has_training():
         training = importlib.import_module("megatron.training.training")
         training.get_megatron_optimizer = core.get_megatron_optimizer  # type: ignore[attr-defined]
+        training.get_mup_config_overrides = core.get_mup_config_overrides  # type: ignore[attr-defined]
         arguments = importlib.import_module("megatron.training.arguments")
         add_megatron_arguments = arguments.add_megatron_arguments
 
@@ -167,6 +169,32 @@ def _with_lr_mult(original: Any) -> Any:
         return groups
 
     return get_param_groups
+
+
+def _mup_of_adam(original: Any) -> Any:
+    """get_mup_config_overrides: Adam's under ``--optimizer adam``, for what is not Pion's."""
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    from .parameters import is_scalar
+
+    def of_adam(key: ParamKey) -> ParamKey:
+        # Evaluated in get_megatron_optimizer, when it is decided.
+        predicate = ParamWithNamePredicate(
+            name=f"{key.with_name_predicate.name}_not_pion",  # its hash
+            fn=lambda p, name: is_scalar(p) and key.matches(p, name),
+        )
+        return ParamKey(with_name_predicate=predicate)
+
+    @functools.wraps(original)
+    def get_mup_config_overrides(
+        config: Any, mup_width_mult: float, optimizer_type: str = "adam"
+    ) -> Any:
+        if optimizer_type != "pion":
+            return original(config, mup_width_mult, optimizer_type)
+        overrides = original(config, mup_width_mult, "adam")
+        return {of_adam(key): override for key, override in overrides.items()}
+
+    return get_mup_config_overrides
 
 
 def _compare_options(options: Any, config: Any) -> None:

@@ -100,6 +100,18 @@ CORE = (
         parameters=("model_chunks", "config", "config_overrides"),
     ),
     Seam(
+        "megatron.core.optimizer",
+        "get_mup_config_overrides",
+        "leaves Pion's learning rates alone",
+        parameters=("config", "mup_width_mult", "optimizer_type"),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer_config",
+        "ParamWithNamePredicate",
+        "leaves Pion's learning rates alone",
+        parameters=("name", "fn"),
+    ),
+    Seam(
         "megatron.core.optimizer.optimizer",
         "Float16OptimizerWithFloat16Params",
         "tells Pion of the float32 masters",
@@ -176,6 +188,12 @@ TRAINING = (
         "get_megatron_optimizer",
         "the name by which pretrain() makes its optimizer",
         parameters=("config", "model_chunks"),
+    ),
+    Seam(
+        "megatron.training.training",
+        "get_mup_config_overrides",
+        "the name by which pretrain() asks for muP's learning rates",
+        parameters=("config", "mup_width_mult", "optimizer_type"),
     ),
     Seam(
         "megatron.training.training",

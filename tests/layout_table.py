@@ -147,7 +147,10 @@ def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
         head_dim=HEAD_DIM,
         gated="linear_fc1" in name and "--swiglu" in flags,
     )
-    config = PionConfig(qkv="head") if "head" in run.options else PionConfig()
+    config = PionConfig(
+        qkv="head" if "head" in run.options else "qkv",
+        split_gate="--pion-no-split-gate" not in run.options,
+    )
     decision = classify(info, config)
     return decision.view.split(weight) if isinstance(decision, Rotated) else {}
 

@@ -48,8 +48,8 @@ def main(jobs: list[dict[str, Any]]) -> None:
 def watch_steps() -> list[dict[str, Any]]:
     """A list that gets every iteration's loss and grad norm in full, of what Megatron logs.
 
-    Printed are 7 digits of the one and 3 decimals of the other. And the learning rates that the
-    next iteration has: the one that is logged, and each group's, by whether it is Pion's.
+    Printed are 7 digits of the one and 3 decimals of the other. And what the next iteration has:
+    the learning rate that is logged, and each group's rates and elements on this rank.
     """
     from megatron.training import training
 
@@ -73,7 +73,14 @@ def watch_steps() -> list[dict[str, Any]]:
                 "losses": losses,
                 "grad_norm": float(given["grad_norm"]),
                 "lr": given["learning_rate"],
-                "lrs": [("pion" in group, group["max_lr"], group["lr"]) for group in groups],
+                "groups": [
+                    {
+                        "pion": "pion" in group,
+                        "elements": sum(p.numel() for p in group["params"]),
+                        **{key: group.get(key) for key in ("max_lr", "min_lr", "lr", "eps")},
+                    }
+                    for group in groups
+                ],
             }
         )
         return original(*args, **kwargs)

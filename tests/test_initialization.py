@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layout_table import MODELS, Result, Run
-from megatron_runs import COMMON, MODEL, NO_DROPOUT, ROOT, SCRIPT, launch, refused
+from megatron_runs import COMMON, MODEL, NO_DROPOUT, ROOT, SCRIPT, launch, refused, run
 
 from megatron_patches.arguments import INITS
 
@@ -117,6 +117,7 @@ CASES = {
     "orthogonal": Case("llama", "orthogonal", (), (TP2, PP2, ("--use-distributed-optimizer",))),
     "spectral": Case("llama", "spectral", (), (TP2, PP2)),
     "heads": Case("llama", "orthogonal", ("--pion-qkv", "head"), (TP2,)),
+    "gate and up as one": Case("llama", "orthogonal", ("--pion-no-split-gate",), (PP2,)),
     "adam": Case("llama", "orthogonal", ("--optimizer", "adam"), (TP2,)),
     "bf16": Case("llama", "spectral", ("--bf16",), (TP2,)),
     "experts": Case("moe", "orthogonal", (), (EP2, (*TP2, SP))),
@@ -154,8 +155,8 @@ class Runs:
         return {"name": name, "flags": flags, "steps": str(folder / "steps.json")}
 
     def matrices(self, name: str, number: int) -> dict[str, torch.Tensor]:
-        run = Run(name, model=CASES[name].model, options=CASES[name].options)
-        return Result(run, self.folder / f"{name}-{number}").matrices(run)
+        of = Run(name, model=CASES[name].model, options=CASES[name].options)
+        return Result(of, self.folder / f"{name}-{number}").matrices(of)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,15 @@ def test_the_drawing_is_of_the_seed_and_the_place(runs: Runs) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         expected = torch.randn(64, 64, generator=generator) * (SCALE / 8)
         assert torch.equal(found[0], expected)
+
+
+@slow
+def test_interleaved_gates_that_are_cut_are_refused() -> None:
+    interleaved = ["--moe-mlp-glu-interleave-size", "8", "--pion-init", "orthogonal"]
+    flags = [*COMMON, *MODELS["moe"], *TP2, SP, "--mock-data", "--optimizer", "pion", *interleaved]
+    ended = run(SCRIPT, *flags, processes=2)
+    assert ended.code != 0
+    assert "--expert-tensor-parallel-size 1" in ended.why, ended.why
 
 
 @slow

@@ -1,15 +1,14 @@
-"""Learning rates of Pion's groups and Adam's in real Megatron: --pion-lr-mult."""
+"""Learning rates of Pion's groups and Adam's in real Megatron: --pion-lr-mult and --use-mup."""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, launch, refused
+from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, launch, refused, run
 
 pytestmark = pytest.mark.slow
 
@@ -17,9 +16,10 @@ LR, MIN_LR, DECOUPLED, TIMES = 1e-3, 1e-4, 5e-3, 8.0
 ITERATIONS, WARMUP, SAVED = 6, 2, 3
 FLAGS = [
     *(*PION, *NO_DROPOUT, "--lr", str(LR), "--min-lr", str(MIN_LR)),
-    *("--decoupled-lr", str(DECOUPLED), "--pion-lr-mult", str(TIMES)),
+    *("--pion-lr-mult", str(TIMES)),
     *("--train-iters", str(ITERATIONS), "--lr-warmup-iters", str(WARMUP)),
 ]
+APART = ["--decoupled-lr", str(DECOUPLED)]
 DIST_OPT = ["--use-distributed-optimizer"]
 WAYS = {
     "torch_dist": [],
@@ -27,17 +27,34 @@ WAYS = {
     "layout": DIST_OPT,
     "legacy": [*DIST_OPT, "--no-use-layer-wise-param-layout"],
 }
+RUNS = [(way, name) for way in WAYS for name in (way, f"{way}-resumed")]
+# Four times the base's width, and 2-D weights that are Adam's.
+WIDTH = 4
+MUP = [
+    *("--use-mup", "--mup-base-hidden-size", str(64 // WIDTH)),
+    *("--pion-scaling", "spectral", "--pion-exclude", "linear_fc2"),
+]
+MUPS = {"mup": MUP, "mup-decoupled": [*MUP, *APART]}
+ADAM = ["--optimizer", "adam", "--pion-init", "keep"]
 
 
 class Runs:
-    """Every way trained on two data-parallel ranks, straight and resumed, in one launch."""
+    """Every way trained on two data-parallel ranks, straight and resumed, in one launch.
+
+    And with muP, Pion beside Adam.
+    """
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.folder = folder
-        self.data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
-        jobs = chain(*((self.job(way), self.job(way, resumed=True)) for way in WAYS))
+        data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+        self.common = [*MODEL, *FLAGS, *data]
+        jobs = [
+            *(self.job(name, self.flags(way, resumed=name != way)) for way, name in RUNS),
+            *(self.job(name, [*self.common, *flags]) for name, flags in MUPS.items()),
+            *(self.job(f"{name}-adam", [*self.common, *f, *ADAM]) for name, f in MUPS.items()),
+        ]
         file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs)))
+        file.write_text(json.dumps(jobs))
         launch(ROOT / "tests" / "many_runs.py", str(file), processes=2)
 
     def flags(self, way: str, *, resumed: bool) -> list[str]:
@@ -45,12 +62,10 @@ class Runs:
         save = ["--save", checkpoint, "--save-interval", str(SAVED)]
         load = ["--load", checkpoint, "--ckpt-step", str(SAVED)]
         where = load if resumed else save
-        return [*MODEL, *FLAGS, "--ckpt-format", "torch_dist", *WAYS[way], *self.data, *where]
+        return [*self.common, *APART, "--ckpt-format", "torch_dist", *WAYS[way], *where]
 
-    def job(self, way: str, *, resumed: bool = False) -> dict[str, Any]:
-        name = f"{way}{'-resumed' if resumed else ''}"
-        file = str(self.folder / f"{name}.json")
-        return {"name": name, "flags": self.flags(way, resumed=resumed), "steps": file}
+    def job(self, name: str, flags: list[str]) -> dict[str, Any]:
+        return {"name": name, "flags": flags, "steps": str(self.folder / f"{name}.json")}
 
     def steps(self, name: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads((self.folder / f"{name}.json").read_text())
@@ -73,17 +88,43 @@ def schedule(iteration: int, largest: float, smallest: float) -> float:
 def test_every_group_follows_its_schedule(runs: Runs, way: str) -> None:
     straight, resumed = runs.steps(way), runs.steps(f"{way}-resumed")
     assert [step["iteration"] for step in straight] == list(range(1, ITERATIONS + 1))
-    assert [step["lrs"] for step in resumed] == [step["lrs"] for step in straight[SAVED:]]
+    assert [step["groups"] for step in resumed] == [step["groups"] for step in straight[SAVED:]]
     for step in (*straight, *resumed):
         rates = {
             (True, LR * TIMES): schedule(step["iteration"], LR * TIMES, MIN_LR * TIMES),
             (False, LR): schedule(step["iteration"], LR, MIN_LR),
             (False, DECOUPLED): schedule(step["iteration"], DECOUPLED, MIN_LR),
         }
-        found = {(pion, largest): lr for pion, largest, lr in step["lrs"]}
+        found = {(group["pion"], group["max_lr"]): group["lr"] for group in step["groups"]}
         # The same few operations in another order: some units in the last place of a double.
         assert found == pytest.approx(rates, rel=1e-14)
         assert step["lr"] == pytest.approx(rates[False, LR], rel=1e-14)  # Megatron's log
+
+
+def by_rates(step: dict[str, Any], *, pion: bool) -> dict[tuple[float, ...], int]:
+    """Elements of Pion's groups or Adam's by their rates and eps."""
+    found: dict[tuple[float, ...], int] = {}
+    for group in (group for group in step["groups"] if group["pion"] == pion):
+        rates = tuple(group[key] for key in ("max_lr", "min_lr", "lr", "eps"))
+        found[rates] = found.get(rates, 0) + group["elements"]
+    return found
+
+
+@pytest.mark.parametrize("name", MUPS)
+def test_mup_s_rates_are_adam_s_alone(runs: Runs, name: str) -> None:
+    for step, of_adam in zip(runs.steps(name), runs.steps(f"{name}-adam"), strict=True):
+        ((largest, smallest, lr, _), rotated), *others = by_rates(step, pion=True).items()
+        assert not others and rotated == 4 * 64 * (128 + 64 + 192)
+        expected = schedule(step["iteration"], LR * TIMES, MIN_LR * TIMES)
+        assert (largest, smallest) == (LR * TIMES, MIN_LR * TIMES)
+        assert lr == pytest.approx(expected, rel=1e-14)
+        # Of --optimizer adam's groups, that of hidden matrices has lost Pion's.
+        groups = by_rates(of_adam, pion=False)
+        (hidden,) = (rates for rates in groups if rates[0] == LR / WIDTH)
+        assert hidden[-1] == 1e-8 / WIDTH and len(groups) == 2 + ("decoupled" in name)
+        groups[hidden] -= rotated
+        assert groups[hidden] == 4 * 64 * 96
+        assert by_rates(step, pion=False) == groups
 
 
 @pytest.mark.parametrize("way", ["torch_dist", "torch"])
@@ -99,8 +140,22 @@ def test_another_factor_is_refused_at_resume_as_another_lr_is(runs: Runs, way: s
     [
         (["--pion-lr-mult", "0"], "--pion-lr-mult 0.0: must be a positive number"),
         (["--pion-lr-mult", "nan"], "--pion-lr-mult nan: must be a positive number"),
+        (["--use-mup"], "--optimizer pion with --use-mup needs --pion-scaling spectral"),
         (["--pion-lr-mult", "0.1", "--lr-warmup-init", "2e-3"], "below --lr-warmup-init 0.002"),
     ],
 )
-def test_bad_factors_are_refused(flags: list[str], says: str) -> None:
+def test_bad_flags_are_refused(flags: list[str], says: str) -> None:
     assert says in refused(SCRIPT, *MODEL, *PION, *flags).splitlines()[-1]
+
+
+def test_ranks_with_another_factor_are_stopped_at_the_start(tmp_path: Path) -> None:
+    script = tmp_path / "another.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if __name__ == '__main__':\n"
+        "    sys.argv += ['--pion-lr-mult', os.environ['RANK'] + '.5']\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    ended = run(script, *MODEL, *PION, "--mock-data", processes=2)
+    assert ended.code != 0
+    assert "Pion's options differ" in ended.why and "lr_mult=1.5" in ended.why, ended.why
