@@ -47,29 +47,30 @@ def draw(
     """
     rotated = [(info, p) for info, p, decision in decisions if isinstance(decision, Rotated)]
     found = places(model_chunks, [p for _, p in rotated])
-    for (info, p), pieces in zip(rotated, found, strict=True):
-        if info.gate_interleave and info.tp_size > 1 and kind != "fan_in":
-            raise ValueError(
-                f"{info.name}: --pion-init {kind} of interleaved gates needs "
-                "--expert-tensor-parallel-size 1, since checkpoints have each rank's rows in two "
-                "halves; or use --pion-init fan_in"
-            )
-        # Pieces are of one drawing or, such as gate and up under some keys, of one each.
-        sources = {_source(piece): piece for piece in pieces}
-        parts = {source: _gaussian(piece, source, seed) for source, piece in sources.items()}
-        whole = torch.cat(list(parts.values())).to(p.device)
-        view = _whole_view(info, config, tuple(whole.shape))
+    views = [
+        _whole_view(info, pieces, config, kind)
+        for (info, _), pieces in zip(rotated, found, strict=True)
+    ]
+    for (_, p), pieces, view in zip(rotated, found, views, strict=True):
+        sources = _sources(pieces)
+        drawn = [_gaussian(piece, source, seed) for source, piece in sources.items()]
+        whole = torch.cat(drawn).to(p.device)
         matrices = view.split(whole)
         for batch in matrices.values():
             for matrix in batch:
                 matrix.copy_(KINDS[kind](matrix, scale))
         view.merge(matrices, whole)
-        shaped = dict(zip(parts, torch.split(whole, [len(x) for x in parts.values()]), strict=True))
+        shaped = dict(zip(sources, torch.split(whole, [len(x) for x in drawn]), strict=True))
         for piece in pieces:
             row, col = piece.global_offset[piece.prepend_axis_num :]
             height, width = piece.local_shape
             assert piece.data is not None
             piece.data.copy_(shaped[_source(piece)][row : row + height, col : col + width])
+
+
+def _sources(pieces: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """A piece of each drawing: gate and up are of one or, under keys of their own, of one each."""
+    return {_source(piece): piece for piece in pieces}
 
 
 def _source(piece: ShardedTensor) -> str:
@@ -80,12 +81,26 @@ def _source(piece: ShardedTensor) -> str:
 def _gaussian(piece: ShardedTensor, source: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed} {source}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:7]))
+    return torch.randn(*_whole_shape(piece), generator=generator, device="cpu")
+
+
+def _whole_shape(piece: ShardedTensor) -> tuple[int, int]:
     rows, cols = piece.global_shape[piece.prepend_axis_num :]
-    return torch.randn(rows, cols, generator=generator, device="cpu")
+    return rows, cols
 
 
-def _whole_view(info: ParamInfo, config: PionConfig, shape: tuple[int, ...]) -> MatrixView:
-    """The matrices of a whole weight of which ``info`` has a rank's shard."""
+def _whole_view(
+    info: ParamInfo, pieces: Sequence[ShardedTensor], config: PionConfig, kind: str
+) -> MatrixView:
+    """The matrices of a whole weight, in a checkpoint's order of rows; ``info`` has a shard."""
+    if info.gate_interleave and info.tp_size > 1 and kind != "fan_in":
+        raise ValueError(
+            f"{info.name}: --pion-init {kind} of interleaved gates needs "
+            "--expert-tensor-parallel-size 1, since checkpoints have each rank's rows in two "
+            "halves; or use --pion-init fan_in"
+        )
+    shapes = [_whole_shape(piece) for piece in _sources(pieces).values()]
+    shape = (sum(rows for rows, _ in shapes), shapes[0][1])
     rows, cols = info.shape
     of_all = {"rows": (info.tp_size * rows, cols), "cols": (rows, info.tp_size * cols)}
     expected = of_all[info.tp_axis] if info.tp_axis else info.shape
