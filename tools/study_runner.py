@@ -93,24 +93,24 @@ class Method:
         name: in tables.
         flags: Megatron's.
         lr: of the matrices, where a search starts.
-        rest: Adam's for all other parameters, likewise; None where it is the matrices' (AdamW).
+        rest: Adam's for the embedding and the output layer; also for norms with Pion and Muon.
     """
 
     name: str
     flags: tuple[str, ...]
     lr: float
-    rest: float | None = 5e-3
+    rest: float
 
     def arguments(self) -> list[str]:
         """Megatron's, learning rates among them."""
-        rest = self.lr if self.rest is None else self.rest
+        rest = self.rest
         lrs = ["--lr", f"{rest:.6g}", "--min-lr", f"{rest * FINAL:.6g}"]
         kind = self.flags[self.flags.index("--optimizer") + 1]
         if kind == "pion":
             lrs += ["--pion-lr-mult", f"{self.lr / rest:.6g}"]
         elif kind == "muon":  # 0.2: the root mean square of AdamW's changes, as Moonlight has it
             lrs += ["--muon-extra-scale-factor", f"{0.2 * self.lr / rest:.6g}"]
-        elif kind == "adam" and self.rest is not None:
+        else:
             lrs = ["--lr", f"{self.lr:.6g}", "--min-lr", f"{self.lr * FINAL:.6g}"]
             lrs += ["--decoupled-lr", f"{rest:.6g}", "--decoupled-min-lr", f"{rest * FINAL:.6g}"]
         return [*self.flags, *lrs]
@@ -290,10 +290,9 @@ class Runner:
         minutes = (time.monotonic() - self._start) / 60
         print(
             f"[{minutes:5.1f} min, {self.trained} trained, {self.asked - self.trained} under way] "
-            f"{run.method.name}, width {run.model.width}, lr {run.method.lr:.3g}"
-            + (f", rest {run.method.rest:.3g}" if run.method.rest is not None else "")
-            + f", {run.iterations} iterations, seed {run.seed}: {result.loss:.4f} "
-            f"({time.monotonic() - begun:.0f} s)",
+            f"{run.method.name}, width {run.model.width}, lr {run.method.lr:.3g}, rest "
+            f"{run.method.rest:.3g}, {run.iterations} iterations, seed {run.seed}: "
+            f"{result.loss:.4f} ({time.monotonic() - begun:.0f} s)",
             flush=True,
         )
 

@@ -33,11 +33,11 @@ megatron_patches.apply()
 # Megatron, once it is patched.
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
-from megatron.training import training  # noqa: E402
+from megatron.training import get_args, training  # noqa: E402
 from pretrain_bytes import main as pretrain_bytes  # noqa: E402
 
+from megatron_patches.arguments import pion_config  # noqa: E402
 from megatron_patches.parameters import named_parameters  # noqa: E402
-from pion_dist import PionConfig  # noqa: E402
 from pion_dist.classify import Rotated, classify  # noqa: E402
 from pion_dist.spectrum import drift, singular_values  # noqa: E402
 
@@ -119,10 +119,10 @@ def _listen(found: dict[str, Any], *, watch: bool) -> None:
 
 
 def _spectra(model: list[torch.nn.Module]) -> Spectra:
-    """Singular values of all that Pion rotates by default, of the float32 masters."""
-    found = {}
+    """Singular values of the matrices that the run's --pion flags say, of the float32 masters."""
+    found, config = {}, pion_config(get_args())
     for info, p in named_parameters(model):
-        decision = classify(info, PionConfig())
+        decision = classify(info, config)
         if isinstance(decision, Rotated):
             master = getattr(p, "main_param", None)
             weight = (p if master is None else master).detach().float().view(p.shape)
