@@ -9,12 +9,20 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pion_dist import PionConfig
+from pion_dist import RECIPES, PionConfig
 from pion_dist.config import choices
 
 _CHOICES = choices()
-_DEFAULT = PionConfig()
+DEFAULT_RECIPE = "pretrain"
+_DEFAULT = RECIPES[DEFAULT_RECIPE]
 INITS = ("keep", "fan_in", "orthogonal", "spectral")
+INIT_OF_RECIPE = {
+    "pretrain": "keep",
+    "finetune": "keep",
+    "paper-60m": "keep",
+    "paper-1.3b": "keep",
+    "paper-rl": "keep",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Flag:
 
     Attributes:
         name: as it is on the command line, without ``--pion-``.
-        default: also of the config's field.
+        default: also of the config's field; for an option of a recipe, the default recipe's.
         help: for ``--help``.
         options: further arguments of ``add_argument``.
         dest: if not ``name``.
@@ -47,6 +55,14 @@ def _choice(name: str, help_: str) -> Flag:
 
 
 FLAGS = (
+    Flag(
+        "recipe",
+        DEFAULT_RECIPE,
+        "Sets the defaults of the other --pion flags; a flag that is given wins. pretrain: from "
+        "scratch. finetune: from trained weights. paper-60m, paper-1.3b, paper-rl: the options of "
+        "the runs in arXiv 2605.12492; pion_dist/recipes.py says what else those runs had.",
+        {"choices": tuple(RECIPES), "type": str},
+    ),
     _choice(
         "momentum",
         "What the first moment averages: the generators (lie), the gradient, rotated along with "
@@ -61,7 +77,7 @@ FLAGS = (
         "nesterov",
         _DEFAULT.nesterov,
         "Use the look-ahead average beta1*m + (1-beta1)*g in place of m.",
-        {"action": "store_true"},
+        {"action": argparse.BooleanOptionalAction},
     ),
     Flag(
         "lr-mult",
@@ -133,7 +149,7 @@ FLAGS = (
     ),
     Flag(
         "init",
-        "keep",
+        INIT_OF_RECIPE[DEFAULT_RECIPE],
         "Pion never changes a weight's spectrum, so the initial one decides the run. keep: the "
         "model's own initial weights. Or redraw every matrix of Pion's, of m rows and n columns. "
         "fan_in: N(0, 1/n), a Gaussian's spread of singular values. orthogonal: all singular "
@@ -152,8 +168,8 @@ FLAGS = (
     Flag(
         "print-plan",
         False,
-        "Print for every parameter whether it is Pion's, and as which matrices, or why it is "
-        "Adam's; then what a step costs.",
+        "Print the run's options; for every parameter whether it is Pion's, and as which "
+        "matrices, or why it is Adam's; then what a step costs.",
         {"action": "store_true"},
     ),
 )
@@ -180,12 +196,14 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "its schedule; --weight-decay does not touch Pion's matrices (it would change their "
         "spectrum), only Adam's parameters.",
     )
+    from_recipe = recipe_values(DEFAULT_RECIPE)
     for flag in FLAGS:
+        # What is not given is not set, so that parsing can tell it from what is.
         group.add_argument(
             f"--pion-{flag.name}",
             dest=flag.field,
-            default=flag.default,
-            help=flag.help.replace("%", "%%") + (" Default: %(default)s." if flag.default else ""),
+            default=argparse.SUPPRESS if flag.field in from_recipe else flag.default,
+            help=(flag.help + _default_of(flag)).replace("%", "%%"),
             **flag.options,
         )
     _mend_help(parser)
@@ -193,6 +211,9 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
     def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = parse_known_args(*args, **kwargs)
+        for field, value in recipe_values(namespace.pion_recipe).items():
+            if not hasattr(namespace, field):
+                setattr(namespace, field, value)
         setattr(namespace, SEED_FIELD, getattr(namespace, "seed", SEED_DEFAULT))
         try:
             check(namespace)
@@ -202,6 +223,22 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
     return parser
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """The defaults that a recipe gives to flags, by their field."""
+    values = dataclasses.asdict(RECIPES[name])
+    beta1, beta2 = values.pop("betas")
+    values |= {"beta1": beta1, "beta2": beta2, "init": INIT_OF_RECIPE[name]}
+    return {f"pion_{option}": value for option, value in values.items()}
+
+
+def _default_of(flag: Flag) -> str:
+    if flag.options.get("action") in ("store_true", "store_false", "append"):
+        return ""
+    if flag.field in recipe_values(DEFAULT_RECIPE):
+        return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {flag.default}."
+    return f" Default: {flag.default}."
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:

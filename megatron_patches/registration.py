@@ -146,7 +146,8 @@ def _with_pion(original: Any) -> Any:
         _adopt_masters(optimizer)
         optimizer_state.attach(optimizer)
         if config.pion_print_plan:
-            _print_plan(decisions, optimizer)
+            lines = _option_lines(options, config)
+            _print_plan(decisions, optimizer, f"recipe {config.pion_recipe}: {', '.join(lines)}")
         return optimizer
 
     return get_megatron_optimizer
@@ -204,9 +205,14 @@ def _compare_options(options: Any, config: Any) -> None:
     world = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     if world is None:
         return
-    others = ("exclude", "init", "init_scale", "lr_mult")
-    lines = [*options.lines(), *(f"{name}={getattr(config, f'pion_{name}')}" for name in others)]
+    lines = _option_lines(options, config)
     compare("\n".join(lines), lines, group=world, what="Pion's options")
+
+
+def _option_lines(options: Any, config: Any) -> list[str]:
+    """Everything that a run was told, an option a line."""
+    others = ("exclude", "init", "init_scale", "lr_mult")
+    return [*options.lines(), *(f"{name}={getattr(config, f'pion_{name}')!r}" for name in others)]
 
 
 def _adopt_masters(optimizer: Any) -> None:
@@ -237,7 +243,7 @@ def _pions(optimizer: Any) -> list[Any]:
     return [leaf.optimizer for leaf, _ in leaves if isinstance(leaf.optimizer, Pion)]
 
 
-def _print_plan(decisions: Sequence[Any], optimizer: Any) -> None:
+def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:
     """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
     from pion_dist.classify import Scalar, table
 
@@ -252,6 +258,7 @@ def _print_plan(decisions: Sequence[Any], optimizer: Any) -> None:
         if torch.distributed.get_rank() != 0:
             return
     print("Pion's plan", flush=True)
+    print("  " + options)
     for row in dict.fromkeys(row for rows, _ in everyone for row in rows):
         print("  " + row)
     for line, ranks in _ranks_by(line for _, line in everyone).items():

@@ -2,5 +2,6 @@
 
 from .config import PionConfig
 from .optimizer import Pion
+from .recipes import RECIPES
 
-__all__ = ["Pion", "PionConfig"]
+__all__ = ["RECIPES", "Pion", "PionConfig"]

@@ -5,6 +5,7 @@ The model is built from Megatron's own arguments, as training scripts do.
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import sys
@@ -15,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from megatron.core.enums import ModelType
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import (
     get_megatron_optimizer_config,
@@ -26,7 +27,7 @@ from pretrain_bytes import model_provider
 
 import megatron_patches
 from megatron_patches.seams import megatron_version
-from pion_dist import Pion
+from pion_dist import RECIPES, Pion
 
 
 def setup(**changes: object) -> tuple[list, object, str]:
@@ -91,6 +92,29 @@ def check_plan() -> None:
     assert held == pion and len(held) == 12
     elements = sum(t.numel() for state in inner(optimizer).state.values() for t in state.values())
     assert f"{elements * 4:,} bytes of state on this rank" in printed
+
+
+def check_recipe() -> None:
+    def parsed(*flags: str) -> dict[str, object]:
+        sys.argv += flags
+        try:
+            args = parse_args()
+        finally:
+            del sys.argv[len(sys.argv) - len(flags) :]
+        return {name: value for name, value in vars(args).items() if name.startswith("pion_")}
+
+    plain = parsed()
+    given = parsed("--pion-recipe", "paper-60m", "--pion-side", "both", "--pion-print-plan")
+    assert parsed() == plain, "a recipe of one parse is another's"
+    model, optimizer, printed = setup(**given)
+    expected = dataclasses.replace(RECIPES["paper-60m"], side="both")
+    assert inner(optimizer).config == expected
+    (line,) = (line for line in printed.splitlines() if "recipe paper-60m: " in line)
+    # The --pion-init that this launch is given wins over the recipe's.
+    assert all(option in line for option in [*expected.lines(), "init='fan_in'"]), line
+    for seed in range(3):
+        set_grads(model, seed)
+        assert optimizer.step()[0]
 
 
 def check_fan_in() -> None:

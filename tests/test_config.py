@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pion_dist import PionConfig
+from pion_dist import RECIPES, PionConfig
 from pion_dist.config import choices
 
 
@@ -61,6 +61,40 @@ def test_defaults_are_the_published_algorithm() -> None:
         "tp_mode": "owner",
         "blocks": 1,
     }
+
+
+PUBLISHED = {
+    "momentum": "lie",
+    "direction": "momentum",
+    "nesterov": False,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "side": "both",
+    "scaling": "rms",
+    "rms": 0.2,
+    "retraction": "taylor",
+    "degree": 2,
+    "qkv": "qkv",
+    "split_gate": True,
+    "matmul_precision": "highest",
+    "tp_mode": "owner",
+    "blocks": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [
+        ("paper-1.3b", {}),
+        ("paper-rl", {"side": "alternate"}),
+        (
+            "paper-60m",
+            {"momentum": "transported", "betas": (0.9, 0.95), "side": "alternate", "qkv": "head"},
+        ),
+    ],
+)
+def test_the_published_recipes_never_change(recipe: str, own: dict) -> None:
+    assert dataclasses.asdict(RECIPES[recipe]) == PUBLISHED | own
 
 
 def test_alternate_begins_with_the_in_side() -> None:

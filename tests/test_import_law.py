@@ -35,7 +35,7 @@ def test_import_law(path: Path) -> None:
     assert not reaches(path, "megatron", "megatron_patches")
     if room != "exchange":
         assert not reaches(path, "torch.distributed"), "only the exchange knows process groups"
-    if room in ("plan", "cost", "config", "classify", "state", "checkpoint"):
+    if room in ("plan", "cost", "config", "recipes", "classify", "state", "checkpoint"):
         assert not reaches(path, "torch"), "plans hold no tensors"
 
 

@@ -51,9 +51,9 @@ def test_checks_in_megatron_018() -> None:
     [
         ("torch_dist", ["--bf16"]),
         ("torch", ["--bf16"]),
-        ("torch", ["--pion-momentum", "transported", "--pion-side", "alternate"]),
+        ("torch", ["--pion-recipe", "paper-60m", "--pion-direction", "adaptive"]),
     ],
-    ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-fp32-transported"],
+    ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-fp32-recipe"],
 )
 def test_resume_prints_the_same_losses(
     corpus: Path, tmp_path: Path, ckpt_format: str, flags: list[str]
@@ -83,6 +83,7 @@ def test_resume_prints_the_same_losses(
     ("flags", "says"),
     [
         (["--pion-momentum", "heavy"], ["--pion-momentum", "lie", "transported", "ambient"]),
+        (["--pion-recipe", "paper"], ["--pion-recipe", "pretrain", "finetune", "paper-60m"]),
         (["--pion-degree", "1"], ["--pion-degree", "2 to 8"]),
         (["--pion-retraction", "cubic", "--pion-degree", "3"], ["--pion-degree"]),
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),

@@ -1,0 +1,102 @@
+"""--pion-recipe: what each sets, and what wins over it."""
+
+import argparse
+
+import pytest
+
+from megatron_patches.arguments import (
+    INIT_OF_RECIPE,
+    add_pion_arguments,
+    pion_config,
+    recipe_values,
+)
+from pion_dist import RECIPES, PionConfig
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    """With the flags of Megatron's that Pion's are checked against.
+
+    Megatron's own parser is used in tests/megatron_checks.py.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--optimizer", choices=["adam"], default="pion")
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr-warmup-init", type=float, default=0.0)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    return add_pion_arguments(parser)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_gives_its_options(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parser.parse_args(["--pion-recipe", name])
+    assert pion_config(args) == RECIPES[name]
+    assert args.pion_init == INIT_OF_RECIPE[name]
+
+
+# Flags that set what no recipe has; together every field that a recipe gives a default.
+GIVEN = {
+    "--pion-momentum ambient": {"pion_momentum": "ambient"},
+    "--pion-direction msign": {"pion_direction": "msign"},
+    "--pion-nesterov": {"pion_nesterov": True},
+    "--pion-beta1 0.5": {"pion_beta1": 0.5},
+    "--pion-beta2 0.5": {"pion_beta2": 0.5},
+    "--pion-eps 1e-3": {"pion_eps": 1e-3},
+    "--pion-side out": {"pion_side": "out"},
+    "--pion-scaling none": {"pion_scaling": "none"},
+    "--pion-rms 0.5": {"pion_rms": 0.5},
+    "--pion-retraction cubic": {"pion_retraction": "cubic"},
+    "--pion-degree 4": {"pion_degree": 4},
+    "--pion-qkv whole": {"pion_qkv": "whole"},
+    "--pion-no-split-gate": {"pion_split_gate": False},
+    "--pion-matmul-precision bf16": {"pion_matmul_precision": "bf16"},
+    "--pion-tp-mode blockwise --pion-blocks 2": {"pion_tp_mode": "blockwise", "pion_blocks": 2},
+    "--pion-init spectral": {"pion_init": "spectral"},
+}
+
+
+@pytest.mark.parametrize("flags", GIVEN)
+def test_a_given_flag_wins_before_the_recipe_and_after_it(
+    parser: argparse.ArgumentParser, flags: str
+) -> None:
+    recipe = ["--pion-recipe", "paper-60m"]
+    plain = vars(parser.parse_args(recipe))
+    assert plain != plain | GIVEN[flags]
+    assert vars(parser.parse_args([*flags.split(), *recipe])) == plain | GIVEN[flags]
+    assert vars(parser.parse_args([*recipe, *flags.split()])) == plain | GIVEN[flags]
+
+
+def test_every_field_of_a_recipe_is_tried() -> None:
+    assert {field for fields in GIVEN.values() for field in fields} == set(
+        recipe_values("paper-rl")
+    )
+
+
+def test_nesterov_can_be_taken_off(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "finetune", PionConfig(nesterov=True))
+    recipe = ["--pion-recipe", "finetune"]
+    assert parser.parse_args(recipe).pion_nesterov is True
+    assert parser.parse_args([*recipe, "--no-pion-nesterov"]).pion_nesterov is False
+
+
+def test_one_parse_leaves_nothing_to_the_next(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--pion-recipe", "paper-60m", "--pion-rms", "0.5"]
+    monkeypatch.setattr("sys.argv", ["script", *flags])  # Megatron parses sys.argv
+    from_argv = parser.parse_args()
+    assert vars(from_argv) == vars(parser.parse_args(flags))
+    assert pion_config(from_argv) != RECIPES["paper-60m"]
+    assert pion_config(parser.parse_args(flags[:2])) == RECIPES["paper-60m"]
+    assert pion_config(parser.parse_args([])) == RECIPES["pretrain"]
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--pion-recipe", "paper"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--pion-recipe" in said and all(name in said for name in RECIPES)
