@@ -23,7 +23,7 @@ from megatron.training.training import (
     get_model,
     get_optimizer_param_scheduler,
 )
-from pretrain_bytes import model_provider
+from pretrain_bytes import add_arguments, model_provider
 
 import megatron_patches
 from megatron_patches.seams import megatron_version
@@ -98,7 +98,7 @@ def check_recipe() -> None:
     def parsed(*flags: str) -> dict[str, object]:
         sys.argv += flags
         try:
-            args = parse_args()
+            args = parse_args(add_arguments)
         finally:
             del sys.argv[len(sys.argv) - len(flags) :]
         return {name: value for name, value in vars(args).items() if name.startswith("pion_")}
@@ -229,7 +229,7 @@ def check_late_apply_is_refused() -> None:
 
 
 if __name__ == "__main__":
-    ARGS = parse_and_validate_args()
+    ARGS = parse_and_validate_args(add_arguments)
     initialize_megatron()
     for name, check in list(globals().items()):
         if name.startswith("check_"):
