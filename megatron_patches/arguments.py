@@ -17,7 +17,7 @@ DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
 INITS = ("keep", "fan_in", "orthogonal", "spectral")
 INIT_OF_RECIPE = {
-    "pretrain": "keep",
+    "pretrain": "orthogonal",
     "finetune": "keep",
     "paper-60m": "keep",
     "paper-1.3b": "keep",
@@ -31,7 +31,7 @@ class Flag:
 
     Attributes:
         name: as it is on the command line, without ``--pion-``.
-        default: also of the config's field; for an option of a recipe, the default recipe's.
+        default: also of the config's field; a recipe's comes before it on the command line.
         help: for ``--help``.
         options: further arguments of ``add_argument``.
         dest: if not ``name``.
@@ -149,14 +149,15 @@ FLAGS = (
     ),
     Flag(
         "init",
-        INIT_OF_RECIPE[DEFAULT_RECIPE],
+        "keep",
         "Pion never changes a weight's spectrum, so the initial one decides the run. keep: the "
         "model's own initial weights. Or redraw every matrix of Pion's, of m rows and n columns. "
         "fan_in: N(0, 1/n), a Gaussian's spread of singular values. orthogonal: all singular "
         "values are max(1, sqrt(m/n)), for the norm that fan_in has. spectral: Gaussian, the "
         "largest singular value being sqrt(m/n). These weights are the same in every layout, and "
-        "a loaded checkpoint wins over them. Works with any --optimizer, for comparisons, on the "
-        "matrices that the --pion flags say.",
+        "a checkpoint that Megatron loads wins over them; where a script puts trained weights into "
+        "the model itself, say keep, or --pion-recipe finetune. Works with any --optimizer, for "
+        "comparisons, on the matrices that the --pion flags say.",
         {"choices": INITS, "type": str},
     ),
     Flag(
@@ -211,7 +212,10 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
     def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = parse_known_args(*args, **kwargs)
-        for field, value in recipe_values(namespace.pion_recipe).items():
+        values = recipe_values(namespace.pion_recipe)
+        if namespace.optimizer != "pion":
+            values["pion_init"] = "keep"  # an init is for all optimizers, a recipe for Pion
+        for field, value in values.items():
             if not hasattr(namespace, field):
                 setattr(namespace, field, value)
         setattr(namespace, SEED_FIELD, getattr(namespace, "seed", SEED_DEFAULT))
@@ -237,7 +241,8 @@ def _default_of(flag: Flag) -> str:
     if flag.options.get("action") in ("store_true", "store_false", "append"):
         return ""
     if flag.field in recipe_values(DEFAULT_RECIPE):
-        return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {flag.default}."
+        value = recipe_values(DEFAULT_RECIPE)[flag.field]
+        return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {value}."
     return f" Default: {flag.default}."
 
 

@@ -23,7 +23,9 @@ SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
 
 @dataclass(frozen=True, kw_only=True)
 class PionConfig:
-    """The options of a Pion run; the defaults are the published algorithm (arXiv 2605.12492).
+    """The options of a Pion run; the defaults are what trains best in docs/TRAINING.md.
+
+    ``recipes.RECIPES`` has those of the published runs (arXiv 2605.12492).
 
     Attributes:
         momentum: what the first moment averages. ``lie``: the generators; ``transported``: the
@@ -65,15 +67,15 @@ class PionConfig:
         ValueError: a value is not allowed, or two values contradict each other.
     """
 
-    momentum: Momentum = "lie"
-    direction: Direction = "adaptive"
-    nesterov: bool = False
+    momentum: Momentum = "transported"
+    direction: Direction = "msign"
+    nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    side: ActiveSides = "both"
+    side: ActiveSides = "alternate"
     scaling: Scaling = "rms"
     rms: float = 0.2
-    retraction: Retraction = "taylor"
+    retraction: Retraction = "cubic"
     degree: int = 2
     qkv: QkvGranularity = "qkv"
     split_gate: bool = True
