@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 Axis = Literal["rows", "cols"] | None
+
+# What the published algorithm (arXiv 2605.12492) has that PionConfig's defaults do not.
+PUBLISHED: dict[str, Any] = {
+    "momentum": "lie",
+    "direction": "adaptive",
+    "nesterov": False,
+    "side": "both",
+    "retraction": "taylor",
+}
 
 # Muon's quintic, https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_runs import MODEL, NO_DROPOUT, PION, SCRIPT, Step, refused, train
+from reference import PUBLISHED
 
 slow = pytest.mark.slow
 
@@ -184,7 +185,8 @@ def test_state_of_another_optimizer_is_refused_and_its_weights_load(
         assert float(step.loss) < float(adam[4].loss), flag
 
 
-def test_shards_of_all_buckets_are_balanced_by_cost() -> None:
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+def test_shards_of_all_buckets_are_balanced_by_cost(options: dict[str, object]) -> None:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
@@ -192,9 +194,10 @@ def test_shards_of_all_buckets_are_balanced_by_cost() -> None:
     from pion_dist import PionConfig
     from pion_dist.cost import step_flop
 
-    shapes = [(1536, 1024), (1024, 1024), (7168, 1024), (1024, 3584)] * 16
+    # Of one smaller dimension, weights would cost the default as much as they have elements.
+    shapes = [(1536, 1024), (1024, 1024), (7168, 256), (256, 3584)] * 16
     params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in shapes]
-    flop = {p: step_flop(*p.shape, PionConfig()) for p in params}
+    flop = {p: step_flop(*p.shape, PionConfig(**options)) for p in params}
     ranks = 4
     layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
         params, 8_000_000, ranks, DistributedDataParallelConfig()

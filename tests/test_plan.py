@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import PUBLISHED
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Scalar, classify
@@ -32,9 +33,10 @@ def plan_of(ranks: int, **options: object) -> StepPlan:
     return build_plan([*matrices, alone], [ranks], PionConfig(**options))
 
 
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_owners_share_the_work_and_the_state(ranks: int) -> None:
-    plan, alone = plan_of(ranks), plan_of(1)
+def test_owners_share_the_work_and_the_state(ranks: int, options: dict[str, object]) -> None:
+    plan, alone = plan_of(ranks, **options), plan_of(1, **options)
     repeated = plan.matrices[-1]
     once = repeated.batch * step_flop(repeated.m, repeated.n, plan.config)
     flop = [plan.flop([rank]) - once for rank in range(ranks)]
@@ -50,15 +52,19 @@ def test_duplicated_work_is_counted_on_every_rank() -> None:
     assert plan.state_bytes([0]) == alone.state_bytes([0])
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": "transported"}], ids=str)
-def test_divided_state_is_a_share(options: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"direction": "adaptive"}, PUBLISHED],
+    ids=["default", "adaptive", "published"],
+)
+def test_divided_state_is_a_share(options: dict[str, object]) -> None:
     plan, alone = plan_of(2, tp_mode="distributed", **options), plan_of(1, **options)
     kept = 4 * sum(x.numel for x in moments(2, 4, 6, plan.config, None).values())
     assert 2 * (plan.state_bytes([0]) - kept) == alone.state_bytes([0]) - kept
 
 
 def test_blocks_shrink_one_side() -> None:
-    config = PionConfig(tp_mode="blockwise", blocks=4)
+    config = PionConfig(**PUBLISHED, tp_mode="blockwise", blocks=4)
     found = moments(1, 16, 8, config, "rows")
     assert found["m_out"].shape == (1, 4, 4, 4) and found["m_in"].shape == (1, 8, 8)
     assert found["m_out"].local(2) == (1, 2, 4, 4) and found["m_in"].local(2) == (1, 8, 8)
@@ -68,13 +74,14 @@ def test_blocks_shrink_one_side() -> None:
 def test_vectors_of_spectral_norms_are_divided_by_blocks_alone() -> None:
     for options, u_out in (
         ({"tp_mode": "blockwise", "blocks": 4}, (3, 2, 4, 1)),
-        ({"tp_mode": "distributed", "momentum": "transported"}, (3, 16, 1)),
+        ({"tp_mode": "distributed"}, (3, 16, 1)),
     ):
         found = moments(3, 16, 8, PionConfig(scaling="spectral", **options), "rows")
         assert found["u_out"].local(2) == u_out and found["u_in"].local(2) == (3, 1, 8)
 
 
-def test_the_collectives_do_not_grow_with_the_matrices() -> None:
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+def test_the_collectives_do_not_grow_with_the_matrices(options: dict[str, object]) -> None:
     for mode in ("owner", "duplicated"):
         counts = []
         for layers in (8, 80):
@@ -82,7 +89,7 @@ def test_the_collectives_do_not_grow_with_the_matrices() -> None:
                 MatrixPlan(weight=f"w{i}", part="p", batch=1, m=8, n=8, axis="rows", group=0)
                 for i in range(layers)
             ]
-            plan = build_plan(matrices, [4], PionConfig(tp_mode=mode))
+            plan = build_plan(matrices, [4], PionConfig(**options, tp_mode=mode))
             counts.append({op: x.calls for op, x in plan.collectives([1], 1).items()})
         assert counts[0] == counts[1] and sum(counts[0].values()) <= 1 + 2 * WAVES
 

@@ -10,7 +10,7 @@ from megatron_patches.arguments import (
     pion_config,
     recipe_values,
 )
-from pion_dist import RECIPES, PionConfig
+from pion_dist import RECIPES
 
 
 @pytest.fixture
@@ -72,13 +72,25 @@ def test_every_field_of_a_recipe_is_tried() -> None:
     )
 
 
-def test_nesterov_can_be_taken_off(
-    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+def test_nesterov_can_be_taken_off(parser: argparse.ArgumentParser) -> None:
+    assert parser.parse_args([]).pion_nesterov is True
+    assert parser.parse_args(["--no-pion-nesterov"]).pion_nesterov is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "init"),
+    [
+        ("", "orthogonal"),
+        ("--pion-recipe finetune", "keep"),
+        ("--optimizer adam", "keep"),
+        ("--optimizer adam --pion-recipe pretrain", "keep"),
+        ("--optimizer adam --pion-init orthogonal", "orthogonal"),
+    ],
+)
+def test_the_initial_weights_are_redrawn_for_pion_from_scratch(
+    parser: argparse.ArgumentParser, flags: str, init: str
 ) -> None:
-    monkeypatch.setitem(RECIPES, "finetune", PionConfig(nesterov=True))
-    recipe = ["--pion-recipe", "finetune"]
-    assert parser.parse_args(recipe).pion_nesterov is True
-    assert parser.parse_args([*recipe, "--no-pion-nesterov"]).pion_nesterov is False
+    assert parser.parse_args(flags.split()).pion_init == init
 
 
 def test_one_parse_leaves_nothing_to_the_next(

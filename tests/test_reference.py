@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from reference import Array, Axis, ReferencePion, ReferenceWeight, retract
+from reference import PUBLISHED, Array, Axis, ReferencePion, ReferenceWeight, retract
 
 from pion_dist import Pion, PionConfig
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
@@ -140,15 +140,19 @@ def test_every_option_is_the_reference(
             assert error <= TOLERANCE, f"step {step}, {tuple(p.shape)}: {error:.1e}"
 
 
+@pytest.mark.parametrize("others", [PUBLISHED, {}], ids=["published", "default"])
 @pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
 @pytest.mark.parametrize("direction", ["adaptive", "momentum", "msign"])
-def test_eps_of_the_size_of_the_denominators(momentum: str, direction: str) -> None:
+def test_eps_of_the_size_of_the_denominators(
+    momentum: str, direction: str, others: dict[str, object]
+) -> None:
     """Gradients of 1e-4 and eps 1e-3: each denominator is a sum of two like numbers.
 
     Where eps stands matters by a factor here, and by 1e-8 above. The learning rate and the decay
     rates are not the defaults either, and the rate changes from step to step.
     """
-    config = PionConfig(momentum=momentum, direction=direction, eps=1e-3, rms=0.3, betas=(0.7, 0.6))
+    numbers = {"eps": 1e-3, "rms": 0.3, "betas": (0.7, 0.6)}
+    config = PionConfig(**others | {"momentum": momentum, "direction": direction} | numbers)
     rng = np.random.default_rng(1)
     weights = draw(rng, SHAPES, 0.2)
     params = parameters(weights, torch.float64)
@@ -171,7 +175,7 @@ def test_the_update_is_the_product_and_not_the_printed_sum(momentum: str) -> Non
     The two differ by (e^B - I) W (e^A - I), of second order in the angle: at angles of about 0.3
     by some percent of W. A tenth of a percent is asked for.
     """
-    config = PionConfig(momentum=momentum, retraction="exp")
+    config = PionConfig(**PUBLISHED | {"momentum": momentum, "retraction": "exp"})
     rng = np.random.default_rng(2)
     (w,) = draw(rng, [(9, 12)], 0.2)
     (g,) = draw(rng, [(9, 12)], 1.0)
@@ -202,7 +206,8 @@ def test_transported_momentum_is_rotated_with_the_weight(side: str) -> None:
     (g,) = draw(rng, [(9, 12)], 1.0)
     moved = {}
     for momentum in ("transported", "ambient"):
-        config = PionConfig(momentum=momentum, direction="momentum", side=side, retraction="exp")
+        options = {"momentum": momentum, "direction": "momentum", "retraction": "exp"}
+        config = PionConfig(**PUBLISHED | options | {"side": side})
         reference = ReferencePion(w, config)
         params = parameters([w], torch.float64)
         optimizer = Pion(params, lr=0.2, config=config)
@@ -216,12 +221,16 @@ def test_transported_momentum_is_rotated_with_the_weight(side: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 12), (4, 40), (40, 4)], ids=str)
-@pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(PUBLISHED | {"momentum": m, "nesterov": True} for m in VALUES[0])],
+    ids=["default", *VALUES[0]],
+)
 def test_a_transposed_view_is_a_weight_like_any_other(
-    momentum: str, shape: tuple[int, int]
+    options: dict[str, object], shape: tuple[int, int]
 ) -> None:
     """Weight and gradient as views of other storage, which is written in place and stays."""
-    config = PionConfig(momentum=momentum, direction="adaptive", nesterov=True)
+    config = PionConfig(**options)
     rng = np.random.default_rng(4)
     (w,) = draw(rng, [shape], 0.2)
     storage = torch.tensor(w.T.copy())
@@ -345,16 +354,20 @@ def three_float32_steps(config: PionConfig, device: str) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("ieee_before_and_after")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("retraction", ["taylor", "cayley", "exp"])
-@pytest.mark.parametrize(("momentum", "direction"), [("lie", "adaptive"), ("transported", "msign")])
+@pytest.mark.parametrize("retraction", ["taylor", "cubic", "cayley", "exp"])
+@pytest.mark.parametrize(
+    "options",
+    [PUBLISHED, PUBLISHED | {"momentum": "transported", "direction": "msign"}, {}],
+    ids=["published", "transported-msign", "default"],
+)
 def test_float32_products_are_ieee_whatever_the_process_asks_for(
-    momentum: str, direction: str, retraction: str, device: str
+    options: dict[str, object], retraction: str, device: str
 ) -> None:
     """The same bits for all of ASKED, and the process finds its settings as it left them.
 
     Bits are equal because the same kernels run on the same numbers; TF32 would differ by 1e-3.
     """
-    config = PionConfig(momentum=momentum, direction=direction, retraction=retraction)
+    config = PionConfig(**options | {"retraction": retraction})
     expected = three_float32_steps(config, device)
     for name, ask in ASKED.items():
         ask()
@@ -470,7 +483,7 @@ def test_a_weight_without_a_view_is_cut_along_its_longer_dimension(shape: tuple[
     """The rows where it is square; at lr 0.2 the other cut is another update by far."""
     axis: Axis = "rows" if shape[0] >= shape[1] else "cols"
     other: Axis = "cols" if axis == "rows" else "rows"
-    config = PionConfig(blocks=4, **BLOCKWISE)
+    config = PionConfig(blocks=4, **PUBLISHED, **BLOCKWISE)
     rng = np.random.default_rng(8)
     ((w,), (g,)) = draw(rng, [shape], 0.2), draw(rng, [shape], 1.0)
     params = parameters([w], torch.float64)
@@ -492,9 +505,13 @@ def singular_values(w: torch.Tensor) -> Array:
 @pytest.mark.parametrize("axis", ["rows", "cols"])
 @pytest.mark.parametrize("shape", [(12, 16), (16, 12), (8, 40), (40, 8)], ids=str)
 @pytest.mark.parametrize("retraction", ["cayley", "exp"])
-@pytest.mark.parametrize("momentum", ["lie", "transported"])
+@pytest.mark.parametrize(
+    "options",
+    [PUBLISHED, PUBLISHED | {"momentum": "transported"}, {}],
+    ids=["published", "transported", "default"],
+)
 def test_blocks_keep_the_spectrum_and_their_own(
-    momentum: str, retraction: str, shape: tuple[int, int], axis: str, blocks: int
+    options: dict[str, object], retraction: str, shape: tuple[int, int], axis: str, blocks: int
 ) -> None:
     """diag(R_i) W P keeps W's singular values, and W_i P's are those of W_i, block by block.
 
@@ -502,7 +519,7 @@ def test_blocks_keep_the_spectrum_and_their_own(
     whole matrix's update mixes them: it keeps the first and moves the second. The 6 steps have
     about 10 products and solves of inner length ≤ 40 each: 6 · 10 · 40 u = 3e-13 of the largest.
     """
-    options = {"momentum": momentum, "retraction": retraction}
+    options = options | {"retraction": retraction}
     dim = 0 if axis == "rows" else 1
     rng = np.random.default_rng(9)
     (w,) = draw(rng, [shape], 0.2)
@@ -536,7 +553,8 @@ def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: 
     factor are its own.
     """
     side, dim = ("out", 0) if axis == "rows" else ("in", 1)
-    options = {"momentum": momentum, "direction": direction, "side": side, "scaling": "none"}
+    options = PUBLISHED | {"momentum": momentum, "direction": direction}
+    options |= {"side": side, "scaling": "none"}
     shape = (12, 8) if axis == "rows" else (8, 12)
     rng = np.random.default_rng(10)
     (w,) = draw(rng, [shape], 0.2)
