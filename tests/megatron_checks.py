@@ -23,11 +23,13 @@ from megatron.training.training import (
     get_model,
     get_optimizer_param_scheduler,
 )
+from megatron_runs import PUBLISHED_FLAGS
 from pretrain_bytes import add_arguments, model_provider
 
 import megatron_patches
+from megatron_patches.arguments import pion_config
 from megatron_patches.seams import megatron_version
-from pion_dist import RECIPES, Pion
+from pion_dist import RECIPES, Pion, PionConfig
 
 
 def setup(**changes: object) -> tuple[list, object, str]:
@@ -94,13 +96,22 @@ def check_plan() -> None:
     assert f"{elements * 4:,} bytes of state on this rank" in printed
 
 
+def check_config_s_own_defaults() -> None:
+    from megatron.core.optimizer import OptimizerConfig
+
+    own = OptimizerConfig(optimizer="pion", lr=1e-3)
+    assert pion_config(own) == PionConfig()
+    assert own.pion_init == "keep"  # a script's model may have trained weights
+
+
 def check_recipe() -> None:
     def parsed(*flags: str) -> dict[str, object]:
-        sys.argv += flags
+        given = sys.argv
+        sys.argv = [word for word in given if word not in PUBLISHED_FLAGS] + list(flags)
         try:
             args = parse_args(add_arguments)
         finally:
-            del sys.argv[len(sys.argv) - len(flags) :]
+            sys.argv = given
         return {name: value for name, value in vars(args).items() if name.startswith("pion_")}
 
     plain = parsed()
@@ -161,7 +172,8 @@ def check_only_pion_rotates() -> None:
     for name, x in pion.matrices():
         now = torch.linalg.svdvals(x.double())
         # lr .01 * rms .2 / (1/sqrt(64)) = .016 is the relative change; angles of a few times it,
-        # .1: 3 steps of theta^4/8 = 4e-5 at the very most; unrotated AdamW moves by 1e-2.
+        # .1: 3 steps of theta^4/8 = 4e-5 at the very most with taylor, of theta^6/128 with cubic;
+        # unrotated AdamW moves by 1e-2.
         assert ((now - before[name]).abs().max() / before[name].max()) < 4e-5, name
     moved = {name: not torch.equal(p, weights[name]) for name, p in parameters(model).items()}
     assert all(moved.values()), moved

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from reference import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_018 = ROOT / ".venv" / "megatron-0.18.2"  # `make test` puts it there
@@ -42,7 +43,11 @@ LLAMA = [
 ]
 MODEL = [*COMMON, *LLAMA]
 NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
-PION = ["--optimizer", "pion", "--pion-init", "fan_in"]
+PION = ["--optimizer", "pion"]
+PUBLISHED_FLAGS = (
+    *(f"--pion-{name}={value}" for name, value in PUBLISHED.items() if isinstance(value, str)),
+    "--no-pion-nesterov",
+)
 
 _STEP = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+) ")
 

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_runs import MODEL, NO_DROPOUT, PION, SCRIPT, Step, refused, train
+from megatron_runs import (
+    MODEL,
+    NO_DROPOUT,
+    PION,
+    PUBLISHED_FLAGS,
+    SCRIPT,
+    Step,
+    refused,
+    train,
+)
 from reference import PUBLISHED
 
 slow = pytest.mark.slow
@@ -29,8 +38,8 @@ MODELS: dict[str, list[str]] = {
     # differently here and there (AdamW's losses by 1e-4 too). Without clipping, data parallelism's
     # sums are the same bits.
     "bf16": ["--bf16", "--clip-grad", "0"],
-    # Two of Pion's weights, fewer than ranks; and 2-D weights that are Adam's.
-    "few": ["--num-layers", "1", "--pion-exclude", "linear_(qkv|fc1)"],
+    # Two of Pion's weights, fewer than ranks; and 2-D weights that are Adam's. With Lie moments.
+    "few": ["--num-layers", "1", "--pion-exclude", "linear_(qkv|fc1)", *PUBLISHED_FLAGS],
     "moe": [
         *("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"),
         *("--moe-shared-expert-intermediate-size", "96"),
@@ -158,7 +167,8 @@ def refused_load(folder: Path, corpus: Path, *flags: str) -> str:
     ("flags", "says"),
     [
         (["--pion-qkv", "head"], ["--pion-qkv", "'qkv'", "'head'"]),
-        (["--pion-direction", "msign"], ["--pion-direction", "True", "False"]),
+        (["--pion-momentum", "lie"], ["--pion-momentum", "'transported'", "'lie'"]),
+        (["--pion-direction", "adaptive"], ["--pion-direction", "False", "True"]),
         (["--pion-scaling", "spectral"], ["--pion-scaling", "'rms or none'", "'spectral'"]),
         (["--pion-exclude", "linear_proj"], ["--pion-exclude", "linear_proj.weight"]),
     ],

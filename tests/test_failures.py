@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, Launched, launch, run
+from megatron_runs import MODEL, NO_DROPOUT, PION, PUBLISHED_FLAGS, ROOT, Launched, launch, run
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_message(jobs: Jobs, layout: li
 
 def test_killed_runs_go_on_from_the_last_complete_checkpoint(jobs: Jobs) -> None:
     cases = {
-        "step": (TP2, dict(rank=1, moment="kill-in-step", count=12), 10),
+        "step": ([*TP2, *PUBLISHED_FLAGS], dict(rank=1, moment="kill-in-step", count=12), 10),
         "save": (DP2, dict(rank=0, moment="kill-in-save", count=2), 5),
     }
     again = []

@@ -97,7 +97,7 @@ class Case:
 
     Attributes:
         model: one of layout_table.MODELS.
-        kind: of --pion-init.
+        kind: of --pion-init, which "default" does not give.
         options: further flags, which decide the matrices.
         layouts: of two processes.
     """
@@ -114,7 +114,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 SP = "--sequence-parallel"
 CASES = {
     "fan_in": Case("llama", "fan_in", (), (TP2, PP2)),
-    "orthogonal": Case("llama", "orthogonal", (), (TP2, PP2, ("--use-distributed-optimizer",))),
+    "default": Case("llama", "orthogonal", (), (TP2, PP2, ("--use-distributed-optimizer",))),
     "spectral": Case("llama", "spectral", (), (TP2, PP2)),
     "heads": Case("llama", "orthogonal", ("--pion-qkv", "head"), (TP2,)),
     "gate and up as one": Case("llama", "orthogonal", ("--pion-no-split-gate",), (PP2,)),
@@ -146,7 +146,8 @@ class Runs:
         folder = self.folder / f"{name}-{number}"
         folder.mkdir()
         flags = [*COMMON, *MODELS[case.model], *NO_DROPOUT, *self.data, "--optimizer", "pion"]
-        flags += ["--pion-init", case.kind, "--pion-init-scale", str(SCALE), *case.options]
+        init = [] if name == "default" else ["--pion-init", case.kind]
+        flags += [*init, "--pion-init-scale", str(SCALE), *case.options]
         flags += case.layouts[number - 1] if number else ()
         # Warm-up's first learning rate is 0.
         flags += ["--lr-warmup-iters", "5", "--lr-warmup-init", "0", "--exit-interval", "1"]
@@ -207,6 +208,7 @@ def test_interleaved_gates_that_are_cut_are_refused() -> None:
     ("flags", "says"),
     [
         (["--optimizer", "adam", "--pion-init-scale", "2"], "--pion-init keep"),
+        ([*PION, "--pion-init", "keep", "--pion-init-scale", "2"], "--pion-init keep"),
         ([*PION, "--pion-init-scale", "-1"], "must be a positive number"),
     ],
 )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 
 import pytest
 from layout_table import Difference, Run, Table
+from megatron_runs import PUBLISHED_FLAGS
 
 pytestmark = pytest.mark.slow
 
@@ -33,12 +35,9 @@ WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
 DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 LEGACY = "--no-use-layer-wise-param-layout"
-# Momentum, matrices and sides that differ in what is exchanged and in what state there is.
-MSIGN_WHOLE = (
-    *("--pion-momentum", "transported", "--pion-direction", "msign", "--pion-nesterov"),
-    *("--pion-side", "alternate"),
-)
-MSIGN = (*MSIGN_WHOLE, "--pion-qkv", "head")
+HEADS = ("--pion-qkv", "head")
+# Other moments, and other things that are exchanged.
+PUBLISHED = PUBLISHED_FLAGS
 # A clip factor differs in its last bit from layout to layout, and bf16 weights then round
 # differently here and there (AdamW's losses by 1e-4 too). Without clipping, data parallelism's
 # sums are the same bits.
@@ -49,12 +48,23 @@ TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
 TP2_BLOCKS = Run("tp2 blockwise", 2, tp(2), options=BLOCKS)
 TP2_DUPLICATED = Run("tp2 duplicated", 2, tp(2, *DUPLICATED))
 TP2_SPECTRAL = Run("tp2 distributed, spectral", 2, tp(2, *DISTRIBUTED), options=SPECTRAL)
-TP2_SPECTRAL_BLOCKS = Run("tp2 blockwise, spectral", 2, tp(2), options=(*SPECTRAL, *BLOCKS))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
+P_TP2 = Run("tp2 owner, published", 2, tp(2), options=PUBLISHED)
+P_DUPLICATED = Run("tp2 duplicated, published", 2, tp(2, *DUPLICATED), options=PUBLISHED)
+P_DISTRIBUTED = Run("tp2 sp distributed, published", 2, tp(2, SP, *DISTRIBUTED), options=PUBLISHED)
+P_BLOCKS = Run("tp2 blockwise, published", 2, tp(2), options=(*PUBLISHED, *BLOCKS))
+P_SPECTRAL_BLOCKS = Run(
+    *("tp2 blockwise, spectral, published", 2, tp(2)), options=(*PUBLISHED, *SPECTRAL, *BLOCKS)
+)
+P_PP2 = Run("pp2, published", 2, PP2, options=PUBLISHED)
+P_DIST_OPT = Run("dp2 dist-opt overlap, published", 2, (*DIST_OPT, *OVERLAP), options=PUBLISHED)
+P_OLD_DIST_OPT = Run("dp2 dist-opt old, published", 2, (*DIST_OPT, LEGACY), options=PUBLISHED)
+P_TP2_DIST_OPT = Run("tp2 dp2 dist-opt, published", 4, tp(2, *DIST_OPT), options=PUBLISHED)
+P_MOE_EP2 = Run("moe ep2, published", 2, EP2, "moe", options=PUBLISHED)
 BF16_TP2 = Run("bf16 tp2", 2, tp(2), options=BF16)
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
 # first grad norm is 4.672 instead of 4.687, AdamW's too): it keeps only its own heads' part of the
@@ -66,16 +76,13 @@ FLOAT32 = [
     TP2_DUPLICATED,
     TP2_DISTRIBUTED,
     Run("tp2 sp", 2, tp(2, SP)),
-    Run("tp2 sp, msign, heads", 2, tp(2, SP), options=MSIGN),
+    Run("tp2 sp, heads", 2, tp(2, SP), options=HEADS),
     Run("tp4 owner", 4, tp(4)),
     Run("tp4 duplicated", 4, tp(4, *DUPLICATED)),
     Run("tp4 distributed", 4, tp(4, *DISTRIBUTED)),
     TP2_BLOCKS,
     Run("tp4 blockwise", 4, tp(4), options=BLOCKS),
-    Run("tp2 sp distributed, msign", 2, tp(2, SP, *DISTRIBUTED), options=MSIGN_WHOLE),
-    Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN_WHOLE, *BLOCKS)),
     TP2_SPECTRAL,
-    TP2_SPECTRAL_BLOCKS,
     PP2_RUN,
     Run("pp2 vpp2", 2, (*PP2, *VPP2)),
     Run("dp2", 2),
@@ -87,7 +94,7 @@ FLOAT32 = [
     TP2_DIST_OPT,
     Run("tp2 dp2", 4, tp(2)),
     Run("tp2 pp2", 4, tp(2, *PP2)),
-    Run("tp2 pp2, msign, heads", 4, tp(2, *PP2), options=MSIGN),
+    Run("tp2 pp2, heads", 4, tp(2, *PP2), options=HEADS),
     Run("tp2 pp2 dp2", 8, tp(2, *PP2, "--micro-batch-size", "2")),
     MOE_EP2,
     Run("moe ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe"),
@@ -99,6 +106,10 @@ FLOAT32 = [
     Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
     Run("mtp pp2", 2, PP2, "mtp"),
     Run("mla tp2, owner to duplicated", 2, tp(2), "mla", against=MLA_DUPLICATED),
+    *(P_TP2, P_DUPLICATED, P_DISTRIBUTED, P_BLOCKS, P_SPECTRAL_BLOCKS, P_PP2),
+    *(P_DIST_OPT, P_OLD_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
+    Run("tp4 distributed, published", 4, tp(4, *DISTRIBUTED), options=PUBLISHED),
+    Run("tp2 pp2, heads, published", 4, tp(2, *PP2), options=(*PUBLISHED, *HEADS)),
 ]
 BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2", 2, options=BF16),
@@ -106,11 +117,14 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 pp2", 2, PP2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
     Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
+    Run("bf16 dp2 dist-opt, published", 2, DIST_OPT, options=(*BF16, *PUBLISHED)),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
     Run("bf16 tp2 dp2 dist-opt old", 4, tp(2, *DIST_OPT, LEGACY), options=BF16, against=BF16_TP2),
 ]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
+P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2, P_OLD_DIST_OPT]
+P_MODES = [P_TP2, P_DUPLICATED, P_DISTRIBUTED]
 MOVES = [
     *(saved.moved_to(loaded) for saved in PLACES for loaded in PLACES),
     *(saved.moved_to(loaded) for saved in MOE_PLACES for loaded in MOE_PLACES),
@@ -121,8 +135,13 @@ MOVES = [
     TP2_BLOCKS.one_process.moved_to(TP2_BLOCKS),
     TP2_BLOCKS.moved_to(TP2_BLOCKS.one_process),
     TP2_SPECTRAL.moved_to(TP2_SPECTRAL.one_process),
-    TP2_SPECTRAL_BLOCKS.moved_to(TP2_SPECTRAL_BLOCKS.one_process),
-    TP2_SPECTRAL_BLOCKS.one_process.moved_to(TP2_SPECTRAL_BLOCKS),
+    # Every place of Lie moments saves and loads once.
+    *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_PLACES, P_PLACES[0]])),
+    *(saved.moved_to(loaded) for saved in P_MODES for loaded in P_MODES if saved != loaded),
+    *(P_MOE_EP2.one_process.moved_to(P_MOE_EP2), P_MOE_EP2.moved_to(P_MOE_EP2.one_process)),
+    *(P_BLOCKS.one_process.moved_to(P_BLOCKS), P_BLOCKS.moved_to(P_BLOCKS.one_process)),
+    P_SPECTRAL_BLOCKS.moved_to(P_SPECTRAL_BLOCKS.one_process),
+    P_SPECTRAL_BLOCKS.one_process.moved_to(P_SPECTRAL_BLOCKS),
 ]
 
 

@@ -35,7 +35,7 @@ MUP = [
     *("--pion-scaling", "spectral", "--pion-exclude", "linear_fc2"),
 ]
 MUPS = {"mup": MUP, "mup-decoupled": [*MUP, *APART]}
-ADAM = ["--optimizer", "adam", "--pion-init", "keep"]
+ADAM = ["--optimizer", "adam"]
 
 
 class Runs:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_runs import (
     MODEL,
     NO_DROPOUT,
     PION,
+    PUBLISHED_FLAGS,
     ROOT,
     SCRIPT,
     environment,
@@ -30,30 +32,33 @@ pytestmark = pytest.mark.slow
 def checks(*arguments: str, before: tuple[Path, ...] = ()) -> str:
     """Run megatron_checks.py, whose checks share one launch: start-up takes longer than they do."""
     output = launch(
-        ROOT / "tests" / "megatron_checks.py", *MODEL, *NO_DROPOUT, *arguments, before=before
+        ROOT / "tests" / "megatron_checks.py",
+        *(*MODEL, *NO_DROPOUT, *PION, "--pion-init", "fan_in", *arguments),
+        before=before,
     )
     assert "all checks passed" in output, output[-3000:]
     return output
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_checks_inside_one_process(precision: str) -> None:
-    checks(*PION, *(["--bf16"] if precision == "bf16" else []))
+@pytest.mark.parametrize("flags", [["--bf16"], PUBLISHED_FLAGS], ids=["bf16", "fp32-published"])
+def test_checks_inside_one_process(flags: Sequence[str]) -> None:
+    checks(*flags)
 
 
 @pytest.mark.skipif(not MEGATRON_018.is_dir(), reason="no Megatron 0.18.2: `make test` brings it")
 def test_checks_in_megatron_018() -> None:
-    assert "in megatron-core 0.18.2" in checks(*PION, "--bf16", before=(MEGATRON_018,))
+    assert "in megatron-core 0.18.2" in checks("--bf16", before=(MEGATRON_018,))
 
 
 @pytest.mark.parametrize(
     ("ckpt_format", "flags"),
     [
-        ("torch_dist", ["--bf16"]),
+        ("torch_dist", ["--bf16", *PUBLISHED_FLAGS]),
+        ("torch", ["--bf16", *PUBLISHED_FLAGS]),
         ("torch", ["--bf16"]),
         ("torch", ["--pion-recipe", "paper-60m", "--pion-direction", "adaptive"]),
     ],
-    ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-fp32-recipe"],
+    ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-bf16-default", "torch-fp32-recipe"],
 )
 def test_resume_prints_the_same_losses(
     corpus: Path, tmp_path: Path, ckpt_format: str, flags: list[str]
