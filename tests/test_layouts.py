@@ -137,7 +137,7 @@ MOVES = [
     TP2_SPECTRAL.moved_to(TP2_SPECTRAL.one_process),
     # Every place of Lie moments saves and loads once.
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_PLACES, P_PLACES[0]])),
-    *(saved.moved_to(loaded) for saved in P_MODES for loaded in P_MODES if saved != loaded),
+    *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_MODES, P_MODES[0]])),
     *(P_MOE_EP2.one_process.moved_to(P_MOE_EP2), P_MOE_EP2.moved_to(P_MOE_EP2.one_process)),
     *(P_BLOCKS.one_process.moved_to(P_BLOCKS), P_BLOCKS.moved_to(P_BLOCKS.one_process)),
     P_SPECTRAL_BLOCKS.moved_to(P_SPECTRAL_BLOCKS.one_process),
