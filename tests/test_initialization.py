@@ -208,7 +208,6 @@ def test_interleaved_gates_that_are_cut_are_refused() -> None:
     ("flags", "says"),
     [
         (["--optimizer", "adam", "--pion-init-scale", "2"], "--pion-init keep"),
-        ([*PION, "--pion-init", "keep", "--pion-init-scale", "2"], "--pion-init keep"),
         ([*PION, "--pion-init-scale", "-1"], "must be a positive number"),
     ],
 )
