@@ -53,7 +53,7 @@ MODEL_FLAGS = [
 TRAIN_FLAGS = [
     *("--micro-batch-size", "16", "--global-batch-size", "16", "--bf16"),
     *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
-    *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--pion-init", "fan_in"),
+    *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--pion-init", "orthogonal"),
     *("--split", "9,1,0", "--eval-interval", "100", "--eval-iters", "20", "--log-interval", "5"),
     *("--num-workers", "0", "--no-create-attention-mask-in-dataloader"),
     *("--ckpt-format", "torch_dist", "--save-interval", "1000000"),  # only at the end
@@ -64,16 +64,26 @@ PLAIN_FLAGS = [
     *("--no-masked-softmax-fusion", "--no-persist-layer-norm", "--no-rope-fusion"),
     *("--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
 ]
-# Validation loss, one seed: 1.80 at 2e-3, 1.77 at 3e-3, 1.74 at 4.5e-3, 1.83 at 6e-3, 1.94 at 9e-3.
-ADAMW_LR = 4.5e-3
-ADAMW_FLAGS = ["--optimizer", "adam"]
-# Likewise: 1.45 at 1.3e-2, 1.42 at 2e-2; Pion's defaults, the published algorithm: 1.65 at 1e-2.
-PION_LR = 2e-2
-PION_FLAGS = [
-    *("--optimizer", "pion", "--pion-momentum", "transported", "--pion-direction", "msign"),
-    *("--pion-nesterov", "--pion-side", "alternate", "--pion-retraction", "cubic"),
-]
 FINAL_LR = 0.1  # of the first, at the end of the cosine
+
+
+def pion_flags(lr: float, rest: float) -> list[str]:
+    """Pion's defaults; ``rest``: Adam's learning rate for all that is not Pion's."""
+    lrs = ["--lr", str(rest), "--min-lr", str(rest * FINAL_LR), "--pion-lr-mult", str(lr / rest)]
+    return ["--optimizer", "pion", *lrs]
+
+
+def adamw_flags(lr: float, rest: float) -> list[str]:
+    """``rest``: the learning rate of the embedding and the output layer."""
+    lrs = ["--lr", str(lr), "--min-lr", str(lr * FINAL_LR)]
+    lrs += ["--decoupled-lr", str(rest), "--decoupled-min-lr", str(rest * FINAL_LR)]
+    return ["--optimizer", "adam", *lrs]
+
+
+# @@
+PION_FLAGS = pion_flags(6e-2, 2e-2)
+# @@
+ADAMW_FLAGS = adamw_flags(3e-3, 2e-2)
 LAST = 25  # iterations whose mean is printed as the final train loss
 
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)")
@@ -102,7 +112,6 @@ class Run:
     name: str
     color: str
     folder: Path
-    lr: float
     flags: list[str]
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -213,8 +222,7 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
         *(*launcher, str(EXAMPLES / "pretrain_bytes.py")),
         *(*MODEL_FLAGS, *TRAIN_FLAGS, *PLAIN_FLAGS, *TOKENIZER_FLAGS, *run.flags),
         *("--distributed-backend", "nccl" if gpu else "gloo", "--seed", str(seed)),
-        *("--train-iters", str(iterations), "--lr", str(run.lr)),
-        *("--min-lr", str(run.lr * FINAL_LR), "--data-path", str(corpus)),
+        *("--train-iters", str(iterations), "--data-path", str(corpus)),
         *("--data-cache-path", str(corpus.parent / "cache"), "--save", str(run.checkpoint)),
         *("--save-initial", str(run.initial)),
     ]
@@ -351,9 +359,9 @@ def report(runs: list[Run], measured: list[Spectra]) -> None:
 def demo(args: argparse.Namespace) -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    runs = [Run("Pion", BLUE, out / "pion", PION_LR, PION_FLAGS)]
+    runs = [Run("Pion", BLUE, out / "pion", PION_FLAGS)]
     if not args.skip_adamw:
-        runs.append(Run("AdamW", VERMILION, out / "adamw", ADAMW_LR, ADAMW_FLAGS))
+        runs.append(Run("AdamW", VERMILION, out / "adamw", ADAMW_FLAGS))
     corpus = prepare(out, args.text)
     for run in runs:
         train(run, corpus, args.iterations, args.seed)

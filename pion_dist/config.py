@@ -73,7 +73,7 @@ class PionConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     side: ActiveSides = "alternate"
-    scaling: Scaling = "rms"
+    scaling: Scaling = "spectral"
     rms: float = 0.2
     retraction: Retraction = "cubic"
     degree: int = 2

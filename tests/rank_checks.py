@@ -581,7 +581,7 @@ PRODUCTS: tuple[dict[str, object], ...] = (
     {"direction": "momentum"},
     PUBLISHED | {"direction": "momentum"},
     PUBLISHED | {"direction": "momentum", "scaling": "spectral"},
-    {"momentum": "lie", "nesterov": False, "scaling": "spectral"},
+    {"momentum": "lie", "nesterov": False, "scaling": "rms"},
     PUBLISHED | {"momentum": "transported", "direction": "momentum", "side": "out"},
 )
 

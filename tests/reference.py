@@ -29,6 +29,7 @@ PUBLISHED: dict[str, Any] = {
     "direction": "adaptive",
     "nesterov": False,
     "side": "both",
+    "scaling": "rms",
     "retraction": "taylor",
 }
 

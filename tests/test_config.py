@@ -51,7 +51,7 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "side": "alternate",
-        "scaling": "rms",
+        "scaling": "spectral",
         "rms": 0.2,
         "retraction": "cubic",
         "degree": 2,

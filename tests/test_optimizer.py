@@ -166,7 +166,7 @@ LIE = PionConfig(**PUBLISHED)
         (PionConfig(), PionConfig(direction="adaptive"), "second_moment"),
         (LIE, replace(LIE, direction="momentum"), "second_moment"),
         (LIE, replace(LIE, side="in"), "sides"),
-        (PionConfig(), PionConfig(scaling="spectral"), "scaling='spectral'"),
+        (PionConfig(), PionConfig(scaling="rms"), "scaling='rms or none'"),
         (LIE, replace(LIE, scaling="spectral"), "scaling='spectral'"),
         (PionConfig(), PionConfig(qkv="head"), "qkv='head'"),
         (PionConfig(), PionConfig(split_gate=False), "split_gate"),

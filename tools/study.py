@@ -37,14 +37,14 @@ from pion_dist import RECIPES
 
 # Peers start from the same weights as Pion: it is the better start for them too, see `choices`.
 INIT = ("--pion-init", "orthogonal")
-ADAMW = Method("AdamW", ("--optimizer", "adam", *INIT), 2.5e-3, 1e-2)
+ADAMW = Method("AdamW", ("--optimizer", "adam", *INIT), 2.5e-3, 2e-2)
 MUON = Method(
     "Muon",
     ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *INIT),
     2e-2,
-    1e-2,
+    2e-2,
 )
-PION = Method("Pion", ("--optimizer", "pion"), 2e-2, 1e-2)
+PION = Method("Pion", ("--optimizer", "pion"), 4e-2, 2e-2)
 METHODS = (PION, ADAMW, MUON)
 COLOR = {method.name: color for method, color in zip(METHODS, COLORS, strict=False)}
 
@@ -65,28 +65,35 @@ class Size:
 
 
 MAX_BYTES = 8_000_000  # of a text
-LONG = 4  # times as many iterations, on the long horizon
+LONG = 3  # times as many iterations, on the long horizon
+
+
+Cell = tuple[list[Result], list[Result], list[Result]]
 
 
 def compare(runner: Runner, size: Size) -> None:
     """Pion, AdamW and Muon at every width, each tuned: short and long, several seeds."""
 
-    def one(model: Model, method: Method) -> tuple[list[Result], list[Result], list[Result]]:
-        results = tuned(runner, Run(method, model, size.iterations))
-        results += tuned(runner, best(results).run, vary="rest")
-        run = best(results).run
-        seeds = runner.all(replace(run, seed=1 + i) for i in range(size.seeds))
-        # Not for the widest: LONG times its time is most of a study's.
-        longer = replace(run, iterations=LONG * run.iterations)
-        wide = len(size.models) > 1 and model == size.models[-1]
-        return (
-            results,
-            seeds,
-            [] if wide else runner.all(replace(longer, seed=1 + i) for i in range(size.seeds)),
-        )
+    def one(method: Method) -> list[Cell]:
+        """For each width all short runs, those at the optimum, and the long ones."""
+        cells: list[Cell] = []
+        for model in size.models:
+            results = tuned(runner, Run(method, model, size.iterations))
+            results += tuned(runner, best(results).run, vary="rest")
+            run = best(results).run
+            method = run.method  # where the next width begins
+            seeds = [replace(run, seed=1 + i) for i in range(size.seeds)]
+            longs = [replace(each, iterations=LONG * each.iterations) for each in seeds]
+            trained = runner.all([*seeds, *longs])
+            cells.append((results, trained[: size.seeds], trained[size.seeds :]))
+        return cells
 
-    cases = [(model, method) for model in reversed(size.models) for method in METHODS]
-    found = dict(zip(cases, runner.each([lambda c=case: one(*c) for case in cases]), strict=True))
+    columns = runner.each([lambda m=method: one(m) for method in METHODS])
+    found = {
+        (model, method): cell
+        for method, cells in zip(METHODS, columns, strict=True)
+        for model, cell in zip(size.models, cells, strict=True)
+    }
     short, long = size.iterations, LONG * size.iterations
     tokens = size.models[0].tokens
     table = Table(
@@ -98,10 +105,10 @@ def compare(runner: Runner, size: Size) -> None:
     table.head = [*table.head, "equal time", "drift", "ms an iteration"]
     figure, axes = panels(2 * len(size.models), columns=len(size.models), share=False)
     for model in size.models:
-        pion_seconds = statistics.median(r.seconds for r in found[model, PION][1])
+        pion_seconds = min(r.seconds for r in found[model, PION][1])
         for method in METHODS:
             results, seeds, longs = found[model, method]
-            run, seconds = seeds[0].run, statistics.median(r.seconds for r in seeds)
+            run, seconds = seeds[0].run, min(r.seconds for r in seeds)
             table.rows.append(
                 [
                     str(model.width),
@@ -109,17 +116,17 @@ def compare(runner: Runner, size: Size) -> None:
                     f"{run.method.lr:.2g}",
                     f"{run.method.rest:.2g}",
                     spread(seeds),
-                    spread(longs) if longs else "",
+                    spread(longs),
                     _at_time(seeds, longs, pion_seconds / seconds),
                     f"{max(r.drift for r in seeds + longs):.1e}",
                     f"{1e3 * seconds:.0f}",
                 ]
             )
             where = axes[size.models.index(model)]
-            swept = [r for r in results if r.run.method.rest == method.rest]
+            swept = [r for r in results if r.run.method.rest == results[0].run.method.rest]
             sweep(where, swept, method.name, COLOR[method.name])
             where.set_title(f"width {model.width}, {short} iterations")
-            _curve(axes[size.models.index(model) + len(size.models)], longs or seeds, method.name)
+            _curve(axes[size.models.index(model) + len(size.models)], longs, method.name)
     axes[0].legend(frameon=False)
     write("compare", [table], figure, runner.out)
 
@@ -130,8 +137,6 @@ def _at_time(seeds: Sequence[Result], longs: Sequence[Result], factor: float) ->
     Between the two horizons a run of any length is taken to lie on a straight line over the
     logarithm of the iterations, each with a whole schedule of its own.
     """
-    if not longs:
-        return ""
     a, b = (statistics.fmean(r.loss for r in each) for each in (seeds, longs))
     return f"{a + (b - a) * math.log(factor) / math.log(LONG):.3f}"
 
@@ -148,13 +153,16 @@ def _curve(axes: Axes, results: Sequence[Result], name: str) -> None:
 
 def transfer(runner: Runner, size: Size) -> None:
     """Whether one learning rate serves all widths, under each scaling."""
+    own = RECIPES["pretrain"].scaling  # left unsaid, its trainings serve other studies too
     scalings = {
-        "rms": replace(PION, flags=(*PION.flags, "--pion-scaling", "rms")),
-        "spectral": replace(PION, flags=(*PION.flags, "--pion-scaling", "spectral"), lr=4e-2),
+        name: replace(PION, lr=lr)
+        if name == own
+        else replace(PION, lr=lr, flags=(*PION.flags, "--pion-scaling", name))
+        for name, lr in (("rms", 2e-2), ("spectral", 4e-2))
     }
     cases = [(name, model) for name in scalings for model in reversed(size.models)]
     runs = [
-        lambda n=name, m=model: tuned(runner, Run(scalings[n], m, size.iterations), points=5)
+        lambda n=name, m=model: tuned(runner, Run(scalings[n], m, size.iterations))
         for name, model in cases
     ]
     found = dict(zip(cases, runner.each(runs), strict=True))
@@ -423,14 +431,14 @@ def main() -> None:
         default=torch.cuda.device_count() or len(os.sched_getaffinity(0)),
         help="trainings at a time (default: one a GPU, or one a core)",
     )
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], metavar="W")
-    parser.add_argument("--iterations", type=int, default=240, help="default: %(default)s")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], metavar="W")
+    parser.add_argument("--iterations", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seq", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="at an optimum; default: %(default)s")
     args = parser.parse_args()
-    if wrong := [width for width in args.widths if width <= 0 or width % 64]:
-        parser.error(f"--widths {wrong[0]}: must be multiples of 64")
+    if wrong := [width for width in args.widths if width <= 0 or width % 32]:
+        parser.error(f"--widths {wrong[0]}: must be multiples of 32")
     for name in ("jobs", "iterations", "seq", "batch", "seeds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")

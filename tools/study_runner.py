@@ -22,7 +22,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import prepare_corpus  # noqa: E402
 
-HEAD = 32  # hidden size for each head
+from pion_dist import RECIPES  # noqa: E402
+
+HEAD = 16  # hidden size for each head
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Model:
     """A byte-level GPT as `examples/demo.py` trains one, of any width.
 
     Attributes:
-        width: hidden size, a multiple of 64.
+        width: hidden size, a multiple of 32.
         layers: transformer layers.
         seq: bytes of a sample.
         batch: samples of an iteration.
@@ -59,7 +61,7 @@ class Model:
         return [
             *("--num-layers", str(self.layers), "--hidden-size", str(self.width)),
             *("--ffn-hidden-size", str(self.width * 11 // 4), "--num-attention-heads", str(heads)),
-            *("--kv-channels", "48", "--group-query-attention"),
+            *("--kv-channels", str(HEAD * 3 // 2), "--group-query-attention"),
             *("--num-query-groups", str(heads // 2), "--seq-length", str(self.seq)),
             *("--max-position-embeddings", str(self.seq), "--position-embedding-type", "rope"),
             *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
@@ -165,8 +167,8 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Median time of an iteration."""
-        return statistics.median(self.record["seconds"])
+        """Of an iteration: the fastest tenth's slowest, since others may use the machine too."""
+        return statistics.quantiles(self.record["seconds"], n=10)[0]
 
 
 class StudyError(Exception):
@@ -190,6 +192,8 @@ class Runner:
         self._corpora: dict[str, tuple[Path, str]] = {}
         self._locks: dict[Run, threading.Lock] = {}
         self._lock, self._start = threading.Lock(), time.monotonic()
+        self._running: list[Any] = []
+        self._stopped = False
         self.trained = self.asked = 0
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         # Before the server starts, whose children it holds for.
@@ -222,7 +226,14 @@ class Runner:
         """Do independent parts of a study side by side: each may train."""
         with ThreadPoolExecutor(max(1, len(works))) as threads:
             done = [threads.submit(work) for work in works]
-            return [one.result() for one in done]
+            try:
+                return [one.result() for one in done]
+            except BaseException:  # a training failed, or Ctrl-C: end the others
+                with self._lock:
+                    self._stopped = True
+                for process in self._running:
+                    process.kill()
+                raise
 
     def train(self, run: Run) -> Result:
         """A run's result, from its record if there is one.
@@ -242,7 +253,10 @@ class Runner:
 
     def name(self, run: Run) -> str:
         """Of a run's files: legible, and different for whatever decides the result."""
-        key = json.dumps([self._flags(run, Path("run")), self._corpora[run.corpus][1], run.watch])
+        decides = [self._flags(run, Path("run")), self._corpora[run.corpus][1], run.watch]
+        if "pion" in run.method.flags:
+            decides.append(RECIPES["pretrain"].lines())  # what flags that are not given stand for
+        key = json.dumps(decides)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         legible = "".join(c if c.isalnum() else "-" for c in run.method.name.lower())
         return f"{legible}-{run.model.width}-{run.method.lr:.2g}-{digest}"
@@ -276,9 +290,12 @@ class Runner:
                 target=_child,
                 args=(flags, path, log),
                 kwargs={"device": device, "watch": run.watch},
-                daemon=True,
             )
-            process.start()
+            with self._lock:
+                if self._stopped:
+                    raise StudyError("stopped")
+                process.start()
+                self._running.append(process)
             process.join()
         finally:
             self._slots.put(device)

@@ -1,0 +1,72 @@
+"""A study trains in real Megatron, is found again where it was stopped, and says the same twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron_runs import ROOT, environment
+
+STUDY = ROOT / "tools" / "study.py"
+SMALL = ["--widths", "32", "--iterations", "2", "--seq", "32", "--batch", "2", "--seeds", "2"]
+
+
+def study(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(STUDY), *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.slow
+def test_a_study_resumes_and_repeats_its_table(tmp_path: Path) -> None:
+    first = study("transfer", *SMALL, "--out", str(tmp_path))
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = (tmp_path / "transfer.md").read_text()
+    assert re.search(r"\| rms +\| [\d.e-]+", table) and (tmp_path / "transfer.png").stat().st_size
+    records = sorted((tmp_path / "runs").glob("*.json"), key=os.path.getmtime)
+    assert len(records) >= 6  # three learning rates of each scaling
+    kept = {record: record.stat().st_mtime_ns for record in records[1:]}
+    lost = records[0]
+    before = lost.read_text()
+    lost.unlink()
+    again = study("transfer", *SMALL, "--out", str(tmp_path))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "transfer.md").read_text() == table
+    # Only what was lost was trained, to the same digits.
+    assert {record: record.stat().st_mtime_ns for record in kept} == kept
+    for name in ("loss", "validation"):
+        pattern = rf'"{name}": \[[^]]*\]'
+        assert re.search(pattern, before)[0] == re.search(pattern, lost.read_text())[0]  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_says_so_with_the_end_of_its_log(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "corpora").mkdir(parents=True)
+    (out / "corpora" / "code.bin").write_bytes(b"")
+    (out / "corpora" / "code.idx").write_bytes(b"not an index")
+    done = study("transfer", *SMALL, "--out", str(out))
+    assert done.returncode == 1
+    assert "a training failed. The end of its log" in done.stderr
+    assert not list((out / "runs").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--widths", "100"], "must be multiples of 32"),
+        (["--iterations", "0"], "--iterations 0: must be at least 1"),
+    ],
+)
+def test_sizes_that_make_no_study_are_refused(flags: list[str], said: str) -> None:
+    done = study("compare", *flags)
+    assert done.returncode == 2 and said in done.stderr
