@@ -140,7 +140,11 @@ def test_every_option_is_the_reference(
             assert error <= TOLERANCE, f"step {step}, {tuple(p.shape)}: {error:.1e}"
 
 
-@pytest.mark.parametrize("others", [PUBLISHED, {}], ids=["published", "default"])
+@pytest.mark.parametrize(
+    "others",
+    [PUBLISHED | {"rms": 0.3}, {"scaling": "rms", "rms": 0.3}, {}],
+    ids=["published", "rms", "default"],
+)
 @pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
 @pytest.mark.parametrize("direction", ["adaptive", "momentum", "msign"])
 def test_eps_of_the_size_of_the_denominators(
@@ -151,7 +155,7 @@ def test_eps_of_the_size_of_the_denominators(
     Where eps stands matters by a factor here, and by 1e-8 above. The learning rate and the decay
     rates are not the defaults either, and the rate changes from step to step.
     """
-    numbers = {"eps": 1e-3, "rms": 0.3, "betas": (0.7, 0.6)}
+    numbers = {"eps": 1e-3, "betas": (0.7, 0.6)}
     config = PionConfig(**others | {"momentum": momentum, "direction": direction} | numbers)
     rng = np.random.default_rng(1)
     weights = draw(rng, SHAPES, 0.2)
