@@ -6,12 +6,13 @@ Prints the median step for every budget: what pion_dist.optimizer.CPU_BATCH_BYTE
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch.utils.benchmark import Timer
 
 import pion_dist.optimizer
-from pion_dist import Pion, PionConfig
+from pion_dist import RECIPES, Pion
 from pion_dist.matrices import stacked
 
 
@@ -28,7 +29,8 @@ def main() -> None:
         weight = torch.nn.Parameter(torch.randn(heads * rows, cols) / cols**0.5)
         weight.grad = torch.randn_like(weight)
         view = stacked(heads * rows, cols, name="head", count=heads)
-        optimizer = Pion([weight], config=PionConfig(momentum=momentum), views={weight: view})
+        config = replace(RECIPES["paper-1.3b"], momentum=momentum, direction="adaptive")
+        optimizer = Pion([weight], config=config, views={weight: view})
         for budget in (1, 4, 8, 16, 64, 1024):
             pion_dist.optimizer.CPU_BATCH_BYTES = budget << 20
             timer = Timer("optimizer.step()", globals={"optimizer": optimizer})
