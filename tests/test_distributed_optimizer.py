@@ -170,7 +170,7 @@ def refused_load(folder: Path, corpus: Path, *flags: str) -> str:
         (["--pion-qkv", "head"], ["--pion-qkv", "'qkv'", "'head'"]),
         (["--pion-momentum", "lie"], ["--pion-momentum", "'transported'", "'lie'"]),
         (["--pion-direction", "adaptive"], ["--pion-direction", "False", "True"]),
-        (["--pion-scaling", "spectral"], ["--pion-scaling", "'rms or none'", "'spectral'"]),
+        (["--pion-scaling", "rms"], ["--pion-scaling", "'spectral'", "'rms or none'"]),
         (["--pion-exclude", "linear_proj"], ["--pion-exclude", "linear_proj.weight"]),
     ],
     ids=lambda value: value[0],

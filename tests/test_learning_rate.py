@@ -140,7 +140,10 @@ def test_another_factor_is_refused_at_resume_as_another_lr_is(runs: Runs, way: s
     [
         (["--pion-lr-mult", "0"], "--pion-lr-mult 0.0: must be a positive number"),
         (["--pion-lr-mult", "nan"], "--pion-lr-mult nan: must be a positive number"),
-        (["--use-mup"], "--optimizer pion with --use-mup needs --pion-scaling spectral"),
+        (
+            ["--use-mup", "--pion-scaling", "rms"],
+            "--optimizer pion with --use-mup needs --pion-scaling spectral",
+        ),
         (["--pion-lr-mult", "0.1", "--lr-warmup-init", "2e-3"], "below --lr-warmup-init 0.002"),
     ],
 )
