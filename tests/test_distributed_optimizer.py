@@ -34,11 +34,7 @@ ASYNC = ["--async-save"]
 
 MODELS: dict[str, list[str]] = {
     "float32": [],
-    # A clip factor differs in its last bit from layout to layout, and bf16 weights then round
-    # differently here and there (AdamW's losses by 1e-4 too). Without clipping, data parallelism's
-    # sums are the same bits, or so nearly that the published algorithm's weights round alike; the
-    # matrix sign enlarges what is left (losses to 6e-5): its bf16 rows are in test_layouts.
-    "bf16": ["--bf16", "--clip-grad", "0", *PUBLISHED_FLAGS],
+    "bf16": ["--bf16"],
     # Two of Pion's weights, fewer than ranks; and 2-D weights that are Adam's. With Lie moments.
     "few": ["--num-layers", "1", "--pion-exclude", "linear_(qkv|fc1)", *PUBLISHED_FLAGS],
     "moe": [
@@ -103,26 +99,29 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(corpus, tmp_path_factory.mktemp("runs"))
 
 
-def assert_equal(found: list[Step], expected: list[Step]) -> None:
-    """Equal to float32 rounding.
+def assert_equal(found: list[Step], expected: list[Step], model: str) -> None:
+    """Equal to rounding.
 
     20 steps on, sums in another order differ by 2e-6 relative at most: 2**-24 a sum, some hundred
     in a row, a factor of ten or less for the run's sensitivity (measured: 4e-7, the last printed
-    digit). A grad norm is printed to 3 decimals.
+    digit). A grad norm is printed to 3 decimals. With bf16 that leaves masters whose stored copies
+    round elsewhere here and there, by 2**-9 of an element: the loss, a mean over 512 tokens, differs
+    by less than 2**-8 (measured: 6e-5), the norm by less than 2**-5 (measured: 5e-3).
     """
     assert [s.iteration for s in found] == [s.iteration for s in expected]
+    loss, norm = (2**-8, 2**-5) if model == "bf16" else (2e-6, 0.0)
     for a, b in zip(found, expected, strict=True):
-        assert float(a.loss) == pytest.approx(float(b.loss), rel=2e-6)
-        assert float(a.grad_norm) == pytest.approx(float(b.grad_norm), abs=2e-3)
+        assert float(a.loss) == pytest.approx(float(b.loss), rel=loss)
+        assert float(a.grad_norm) == pytest.approx(float(b.grad_norm), rel=norm, abs=2e-3)
 
 
-def assert_continued(found: list[Step], straight: list[Step]) -> None:
+def assert_continued(found: list[Step], straight: list[Step], model: str) -> None:
     """Iterations 11 to 20 equal the straight run's, but for what Megatron prints at 12.
 
     It does not reset its running loss after a process's first iteration: the second is a mean.
     """
     assert found[0].iteration == 11
-    assert_equal([found[0], *found[2:]], [straight[10], *straight[12:]])
+    assert_equal([found[0], *found[2:]], [straight[10], *straight[12:]], model)
 
 
 @slow
@@ -136,7 +135,7 @@ def assert_continued(found: list[Step], straight: list[Step]) -> None:
     ],
 )
 def test_run_is_one_process_s(runs: Runs, model: str, layout: str) -> None:
-    assert_equal(runs.get(model, layout).steps, runs.get(model, "one-async").steps)
+    assert_equal(runs.get(model, layout).steps, runs.get(model, "one-async").steps, model)
 
 
 @slow
@@ -152,7 +151,7 @@ def test_run_is_one_process_s(runs: Runs, model: str, layout: str) -> None:
 )
 def test_checkpoints_move(runs: Runs, model: str, saved: str, loaded: str) -> None:
     found = runs.train(model, loaded, "--load", str(runs.get(model, saved).folder))
-    assert_continued(found, runs.get(model, "one-async").steps)
+    assert_continued(found, runs.get(model, "one-async").steps, model)
 
 
 def refused_load(folder: Path, corpus: Path, *flags: str) -> str:
