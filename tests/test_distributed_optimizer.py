@@ -105,8 +105,8 @@ def assert_equal(found: list[Step], expected: list[Step], model: str) -> None:
     20 steps on, sums in another order differ by 2e-6 relative at most: 2**-24 a sum, some hundred
     in a row, a factor of ten or less for the run's sensitivity (measured: 4e-7, the last printed
     digit). A grad norm is printed to 3 decimals. With bf16 that leaves masters whose stored copies
-    round elsewhere here and there, by 2**-9 of an element: the loss, a mean over 512 tokens, differs
-    by less than 2**-8 (measured: 6e-5), the norm by less than 2**-5 (measured: 5e-3).
+    round elsewhere here and there, by 2**-9 of an element: the loss, a mean over 512 tokens,
+    differs by less than 2**-8 (measured: 6e-5), and the norm by less than 2**-5.
     """
     assert [s.iteration for s in found] == [s.iteration for s in expected]
     loss, norm = (2**-8, 2**-5) if model == "bf16" else (2e-6, 0.0)

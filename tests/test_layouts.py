@@ -166,8 +166,9 @@ class Limits:
 EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=2e-5, drift=2**-23)
 # Newton-Schulz enlarges the rounding of a generator's smallest plane up to 3.4445**5 = 485 times,
 # which shows where a matrix has few: a router of 4 rows has 2. Sums of some hundred in another
-# order differ by 6e-7 of the generator, so its sign by 6e-7 * 485 / 2 = 1.5e-4, and a step turns by lr =
-# 0.01: 1.5e-6 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's 1.4e-5).
+# order differ by 6e-7 of the generator, so its sign by 6e-7 * 485 / 2 = 1.5e-4, and a step
+# turns by lr = 0.01: 1.5e-6 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's
+# 1.4e-5).
 FEW_PLANES = replace(EXACT, grad_norm=3e-5, weights=3e-5, others=3e-5)
 # The same bits are summed by all ranks. A run's drift is its last rounding's: 2**-9 of an element,
 # 4e-4 of the singular values.
