@@ -229,8 +229,6 @@ def choices(runner: Runner, size: Size) -> None:
         other("--pion-direction momentum", "--pion-direction", "momentum", lr=PION.lr / 2),
         other("--pion-direction adaptive", "--pion-direction", "adaptive", lr=PION.lr / 2),
         other("--pion-scaling rms", "--pion-scaling", "rms"),
-        other("--pion-scaling spectral", "--pion-scaling", "spectral", lr=5e-2),
-        other("--pion-qkv qkv", "--pion-qkv", "qkv"),
         other("--pion-qkv head", "--pion-qkv", "head"),
         other("--pion-retraction taylor", "--pion-retraction", "taylor"),
         *(other(f"--pion-init {kind}", "--pion-init", kind) for kind in ("keep", "fan_in")),

@@ -22,6 +22,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import prepare_corpus  # noqa: E402
 
+from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE  # noqa: E402
 from pion_dist import RECIPES  # noqa: E402
 
 HEAD = 16  # hidden size for each head
@@ -255,7 +256,8 @@ class Runner:
         """Of a run's files: legible, and different for whatever decides the result."""
         decides = [self._flags(run, Path("run")), self._corpora[run.corpus][1], run.watch]
         if "pion" in run.method.flags:
-            decides.append(RECIPES["pretrain"].lines())  # what flags that are not given stand for
+            # What flags that are not given stand for.
+            decides.append([*RECIPES[DEFAULT_RECIPE].lines(), INIT_OF_RECIPE[DEFAULT_RECIPE]])
         key = json.dumps(decides)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         legible = "".join(c if c.isalnum() else "-" for c in run.method.name.lower())
