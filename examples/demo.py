@@ -53,7 +53,7 @@ MODEL_FLAGS = [
 TRAIN_FLAGS = [
     *("--micro-batch-size", "16", "--global-batch-size", "16", "--bf16"),
     *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
-    *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--pion-init", "orthogonal"),
+    *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--pion-init", "fan_in"),
     *("--split", "9,1,0", "--eval-interval", "100", "--eval-iters", "20", "--log-interval", "5"),
     *("--num-workers", "0", "--no-create-attention-mask-in-dataloader"),
     *("--ckpt-format", "torch_dist", "--save-interval", "1000000"),  # only at the end

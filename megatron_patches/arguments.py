@@ -17,7 +17,7 @@ DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
 INITS = ("keep", "fan_in", "orthogonal", "spectral")
 INIT_OF_RECIPE = {
-    "pretrain": "orthogonal",
+    "pretrain": "fan_in",
     "finetune": "keep",
     "paper-60m": "keep",
     "paper-1.3b": "keep",

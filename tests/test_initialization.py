@@ -114,7 +114,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 SP = "--sequence-parallel"
 CASES = {
     "fan_in": Case("llama", "fan_in", (), (TP2, PP2)),
-    "default": Case("llama", "orthogonal", (), (TP2, PP2, ("--use-distributed-optimizer",))),
+    "default": Case("llama", "fan_in", (), (TP2, PP2, ("--use-distributed-optimizer",))),
     "spectral": Case("llama", "spectral", (), (TP2, PP2)),
     "heads": Case("llama", "orthogonal", ("--pion-qkv", "head"), (TP2,)),
     "gate and up as one": Case("llama", "orthogonal", ("--pion-no-split-gate",), (PP2,)),

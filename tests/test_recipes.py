@@ -80,7 +80,7 @@ def test_nesterov_can_be_taken_off(parser: argparse.ArgumentParser) -> None:
 @pytest.mark.parametrize(
     ("flags", "init"),
     [
-        ("", "orthogonal"),
+        ("", "fan_in"),
         ("--pion-recipe finetune", "keep"),
         ("--optimizer adam", "keep"),
         ("--optimizer adam --pion-recipe pretrain", "keep"),

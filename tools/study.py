@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from study_report import COLORS, Table, panels, smoothed, spread, sweep, write
+from study_report import COLORS, Table, panels, points, smoothed, spread, sweep, write
 from study_runner import (
     Method,
     Model,
@@ -33,18 +33,19 @@ from study_runner import (
     tuned,
 )
 
+from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE
 from pion_dist import RECIPES
 
-# Peers start from the same weights as Pion: it is the better start for them too, see `choices`.
-INIT = ("--pion-init", "orthogonal")
-ADAMW = Method("AdamW", ("--optimizer", "adam", *INIT), 2.5e-3, 2e-2)
+# The weights that are best for them: see `initial`.
+PEERS_INIT = ("--pion-init", "orthogonal")
+ADAMW = Method("AdamW", ("--optimizer", "adam", *PEERS_INIT), 5e-3, 0.16)
 MUON = Method(
     "Muon",
-    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *INIT),
+    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *PEERS_INIT),
     2e-2,
-    2e-2,
+    0.16,
 )
-PION = Method("Pion", ("--optimizer", "pion"), 4e-2, 2e-2)
+PION = Method("Pion", ("--optimizer", "pion"), 4e-2, 0.16)
 METHODS = (PION, ADAMW, MUON)
 COLOR = {method.name: color for method, color in zip(METHODS, COLORS, strict=False)}
 
@@ -71,6 +72,14 @@ LONG = 3  # times as many iterations, on the long horizon
 Cell = tuple[list[Result], list[Result], list[Result]]
 
 
+def horizons(runner: Runner, run: Run, seeds: int) -> tuple[list[Result], list[Result]]:
+    """A run of every seed, and LONG times as long."""
+    shorts = [replace(run, seed=1 + i) for i in range(seeds)]
+    longs = [replace(each, iterations=LONG * each.iterations) for each in shorts]
+    trained = runner.all([*shorts, *longs])
+    return trained[:seeds], trained[seeds:]
+
+
 def compare(runner: Runner, size: Size) -> None:
     """Pion, AdamW and Muon at every width, each tuned: short and long, several seeds."""
 
@@ -82,10 +91,7 @@ def compare(runner: Runner, size: Size) -> None:
             results += tuned(runner, best(results).run, vary="rest")
             run = best(results).run
             method = run.method  # where the next width begins
-            seeds = [replace(run, seed=1 + i) for i in range(size.seeds)]
-            longs = [replace(each, iterations=LONG * each.iterations) for each in seeds]
-            trained = runner.all([*seeds, *longs])
-            cells.append((results, trained[: size.seeds], trained[size.seeds :]))
+            cells.append((results, *horizons(runner, run, size.seeds)))
         return cells
 
     columns = runner.each([lambda m=method: one(m) for method in METHODS])
@@ -208,13 +214,10 @@ def transfer(runner: Runner, size: Size) -> None:
 def choices(runner: Runner, size: Size) -> None:
     """Pion's default with one choice made otherwise, at the narrowest width."""
     model = size.models[0]
+    init = ("--pion-init", INIT_OF_RECIPE[DEFAULT_RECIPE])
 
     def other(name: str, *flags: str, lr: float = PION.lr) -> Method:
         return Method(name, (*PION.flags, *flags), lr, PION.rest)
-
-    def peer(method: Method, init: str) -> Method:
-        flags = tuple(init if flag == INIT[1] else flag for flag in method.flags)
-        return replace(method, name=f"{method.name}, --pion-init {init}", flags=flags)
 
     methods = [
         replace(PION, name="the default"),
@@ -231,46 +234,92 @@ def choices(runner: Runner, size: Size) -> None:
         other("--pion-scaling rms", "--pion-scaling", "rms"),
         other("--pion-qkv head", "--pion-qkv", "head"),
         other("--pion-retraction taylor", "--pion-retraction", "taylor"),
-        *(other(f"--pion-init {kind}", "--pion-init", kind) for kind in ("keep", "fan_in")),
-        other("--pion-init spectral", "--pion-init", "spectral"),
         other("--pion-init-scale 0.7", "--pion-init-scale", "0.7"),
         other("--pion-init-scale 1.4", "--pion-init-scale", "1.4"),
         *(
-            other(f"--pion-recipe {name}", "--pion-recipe", name, *INIT, lr=PION.lr / 2)
+            other(f"--pion-recipe {name}", "--pion-recipe", name, *init, lr=PION.lr / 2)
             for name in RECIPES
             if name.startswith("paper")
         ),
-        *(peer(method, init) for method in (ADAMW, MUON) for init in ("orthogonal", "fan_in")),
-        *(peer(method, "keep") for method in (ADAMW, MUON)),
     ]
-    runs = [lambda m=method: tuned(runner, Run(m, model, size.iterations)) for method in methods]
-    found = runner.each(runs)
+
+    def one(method: Method) -> list[Result]:
+        top = best(tuned(runner, Run(method, model, size.iterations))).run
+        return runner.all(replace(top, seed=1 + i) for i in range(size.seeds))
+
+    found = runner.each([lambda m=method: one(m) for method in methods])
     table = Table(
-        f"Width {model.width}, {size.iterations} iterations, one seed: validation loss at the best "
-        f"learning rate of a grid of factor 2 (the rest's {PION.rest:g})",
+        f"Width {model.width}, {size.iterations} iterations: validation loss, mean and standard "
+        f"deviation of {size.seeds} seeds, at the learning rate that is best on a grid of factor 2 "
+        f"for the first seed (the rest's {PION.rest:g})",
         ["choice", "lr", "loss", "to the default", "drift", "ms an iteration"],
     )
-    default = best(found[0]).loss
+    default = _mean(found[0])
     for method, results in zip(methods, found, strict=True):
-        top = best(results)
         table.rows.append(
             [
                 method.name,
-                f"{top.run.method.lr:.2g}",
-                f"{top.loss:.4f}",
-                f"{top.loss - default:+.4f}",
-                f"{top.drift:.1e}",
-                f"{1e3 * top.seconds:.0f}",
+                f"{results[0].run.method.lr:.2g}",
+                spread(results),
+                f"{_mean(results) - default:+.4f}",
+                f"{max(r.drift for r in results):.1e}",
+                f"{1e3 * min(r.seconds for r in results):.0f}",
             ]
         )
     figure, (axes,) = panels(1)
-    losses = [best(results).loss for results in found]
-    axes.barh([m.name for m in methods][::-1], losses[::-1], color=COLORS[0])
-    axes.set_xlim(min(losses) * 0.97, max(losses) * 1.01)
+    names = [method.name for method in methods]
+    points(axes, names, {f"after {size.iterations}": found})
     axes.axvline(default, color="black", lw=1)
-    axes.set_xlabel("validation loss, nats per byte")
-    axes.tick_params(axis="y", labelsize=8)
     write("choices", [table], figure, runner.out)
+
+
+def initial(runner: Runner, size: Size) -> None:
+    """Initial weights, whose spectra Pion keeps: Pion and its peers at the narrowest width."""
+    model = size.models[0]
+    kinds = ("keep", "fan_in", "orthogonal", "spectral")
+    default = INIT_OF_RECIPE[DEFAULT_RECIPE]
+
+    def start(method: Method, kind: str) -> Method:
+        # A default is left unsaid, so that its trainings serve other studies too.
+        bare = tuple(f for f in method.flags if f not in PEERS_INIT)
+        given = () if method is PION and kind == default else ("--pion-init", kind)
+        return replace(method, flags=(*bare, *given))
+
+    cases = [(method, kind) for method in METHODS for kind in kinds]
+
+    def one(method: Method, kind: str) -> tuple[list[Result], list[Result]]:
+        top = best(tuned(runner, Run(start(method, kind), model, size.iterations)))
+        return horizons(runner, top.run, size.seeds)
+
+    found = runner.each([lambda c=case: one(*c) for case in cases])
+    short, long = size.iterations, LONG * size.iterations
+    table = Table(
+        f"Width {model.width}: validation loss, mean and standard deviation of {size.seeds} seeds, "
+        f"after {short} and {long} iterations, at the learning rate that is best after {short} on "
+        f"a grid of factor 2 for the first seed (the rest's {PION.rest:g})",
+        ["optimizer", "--pion-init", "lr", f"after {short}", f"after {long}", "drift"],
+    )
+    for (method, kind), (shorts, longs) in zip(cases, found, strict=True):
+        table.rows.append(
+            [
+                method.name,
+                kind,
+                f"{shorts[0].run.method.lr:.2g}",
+                spread(shorts),
+                spread(longs),
+                f"{max(r.drift for r in shorts + longs):.1e}",
+            ]
+        )
+    figure, (axes,) = panels(1)
+    names = [f"{method.name}, {kind}" for method, kind in cases]
+    shorts, longs = ([cell[i] for cell in found] for i in (0, 1))
+    points(axes, names, {f"after {short}": shorts, f"after {long}": longs})
+    axes.legend(frameon=False)
+    write("initial", [table], figure, runner.out)
+
+
+def _mean(results: Sequence[Result]) -> float:
+    return statistics.fmean(r.loss for r in results)
 
 
 DEEP = 48  # layers
@@ -293,6 +342,7 @@ def stability(runner: Runner, size: Size) -> None:
         most = replace(top.method, lr=4 * top.method.lr, rest=4 * top.method.rest)
         watched = [
             replace(best(free).run, watch=True),
+            replace(top, model=bare, watch=True),
             replace(top, watch=True),
             replace(top, method=most, watch=True),
             # A third as long: 48 layers take 12 times as long.
@@ -301,7 +351,13 @@ def stability(runner: Runner, size: Size) -> None:
         return {"free": free, "watched": runner.all(watched)}
 
     found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
-    cases = ("no normalisation", "at its best", "4 times its best lr", f"{DEEP} layers")
+    cases = (
+        "no normalisation, best lr without",
+        "no normalisation, best lr with",
+        "normalisation, best lr",
+        "4 times the best lr",
+        f"{DEEP} layers",
+    )
     table = Table(
         f"Width {model.width}: validation loss, and the largest residual activation and attention "
         "logit of the run",
@@ -328,7 +384,7 @@ def stability(runner: Runner, size: Size) -> None:
                 where.set_xlabel("iteration")
     lost = Table(
         "Without normalisation: loss at every learning rate",
-        ["optimizer", *(f"{k}" for k in ("learning rate: validation loss",))],
+        ["optimizer", "learning rate: validation loss"],
         [
             [m.name, ", ".join(f"{r.run.method.lr:.2g}: {_loss(r)}" for r in found[m]["free"])]
             for m in METHODS
@@ -409,7 +465,7 @@ def king_james(prefix: Path) -> int:
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
-    study.__name__: study for study in (choices, compare, transfer, stability, finetune)
+    study.__name__: study for study in (initial, choices, compare, transfer, stability, finetune)
 }
 
 

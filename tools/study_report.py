@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,13 +67,29 @@ def panels(count: int, *, columns: int = 3, share: bool = True) -> tuple[Figure,
     return figure, list(axes.flat)[:count]
 
 
-def sweep(axes: Axes, results: Sequence[Result], label: str, color: str, vary: str = "lr") -> None:
-    """Validation loss over a learning rate; runs that diverged are left out."""
-    points = [(getattr(r.run.method, vary), r.loss) for r in results if r.loss < float("inf")]
-    points.sort()
-    axes.semilogx(*zip(*points, strict=True), "o-", color=color, label=label, ms=5)
+def sweep(axes: Axes, results: Sequence[Result], label: str, color: str) -> None:
+    """Validation loss over the learning rate; runs that diverged are left out."""
+    done = sorted((r.run.method.lr, r.loss) for r in results if r.loss < float("inf"))
+    axes.semilogx([lr for lr, _ in done], [y for _, y in done], "o-", color=color, label=label)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss, nats per byte")
+
+
+def points(
+    axes: Axes, names: Sequence[str], columns: Mapping[str, Sequence[Sequence[Result]]]
+) -> None:
+    """A line of validation losses for each name: all seeds, and a bar at their mean."""
+    for color, (label, cells) in zip(COLORS, columns.items(), strict=False):
+        for row, results in enumerate(cells):
+            losses = [r.loss for r in results if r.loss < float("inf")]
+            axes.plot(losses, [row] * len(losses), "o", color=color, ms=4, alpha=0.6)
+            if losses:
+                axes.plot(statistics.fmean(losses), row, "|", color=color, ms=14, mew=2)
+        axes.plot([], [], "o", color=color, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("validation loss, nats per byte")
 
 
 def smoothed(values: Sequence[float], around: int = 5) -> list[float]:
