@@ -88,7 +88,8 @@ def compare(runner: Runner, size: Size) -> None:
         cells: list[Cell] = []
         for model in size.models:
             results = tuned(runner, Run(method, model, size.iterations))
-            results += tuned(runner, best(results).run, vary="rest")
+            # Coarser: between neighbours of a factor of 2 the seed decides, not the rate.
+            results += tuned(runner, best(results).run, vary="rest", factor=4.0)
             run = best(results).run
             method = run.method  # where the next width begins
             cells.append((results, *horizons(runner, run, size.seeds)))
