@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -502,6 +503,7 @@ def main() -> None:
     for name in ("jobs", "iterations", "seq", "batch", "seeds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trainings, as Ctrl-C does
     models = tuple(Model(width, seq=args.seq, batch=args.batch) for width in sorted(args.widths))
     try:
         runner = Runner(args.out.resolve(), args.jobs)
