@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -14,7 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_runner import Result
+
+if TYPE_CHECKING:
+    from study_runner import Result
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -37,12 +40,20 @@ class Table:
         return "\n".join([f"{self.title}\n", *("| " + " | ".join(line) + " |" for line in cells)])
 
 
-def write(name: str, tables: Sequence[Table], figure: Figure | None, out: Path) -> None:
-    """Print the tables and write OUT/NAME.md, .json and .png."""
+def write(
+    name: str,
+    tables: Sequence[Table],
+    figure: Figure | None,
+    out: Path,
+    *,
+    found: object | None = None,
+) -> None:
+    """Print the tables and write OUT/NAME.md, .json (of ``found``, or the tables) and .png."""
     text = "\n\n".join(table.markdown() for table in tables) + "\n"
     print("\n" + text)
     (out / f"{name}.md").write_text(text)
-    found = [{"title": t.title, "head": t.head, "rows": t.rows} for t in tables]
+    if found is None:
+        found = [{"title": t.title, "head": t.head, "rows": t.rows} for t in tables]
     (out / f"{name}.json").write_text(json.dumps(found, indent=1))
     written = [f"{name}.md", f"{name}.json"]
     if figure is not None:

@@ -1,0 +1,102 @@
+"""The benchmark of a step: what it times Pion against is right, and what it counts is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+from bench_step import MODELS, contenders, peak_extra, stored  # noqa: E402
+from released import ReleasedPion  # noqa: E402
+
+from pion_dist import Pion, PionConfig  # noqa: E402
+
+CPU = torch.device("cpu")
+# Published options; eps so small that the factor 1/2 before the matrix sign makes no difference.
+LOOPS = {c.name: replace(c.config, eps=1e-30) for c in contenders(CPU) if c.kind == "loop"}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("shape", [(12, 12), (9, 24), (24, 9)], ids=str)
+def test_the_released_loop_computes_what_pion_does(name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(shape, dtype=torch.float64)
+    theirs, ours = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.clone())
+    loop = ReleasedPion([theirs], 1e-2, config=LOOPS[name])
+    pion = Pion([ours], 1e-2, config=LOOPS[name])
+    for _ in range(4):
+        theirs.grad = ours.grad = torch.randn_like(w)
+        loop.step()
+        pion.step()
+    assert (theirs - w).abs().max() > 1e-3
+    # As in tests/test_reference.py: a step is 10 products of inner length k <= 24, each wrong by at
+    # most k u = 3e-15 (u = 1.1e-16), and 4 steps add up to 1e-13; Newton-Schulz multiplies the
+    # rounding of a generator, sqrt(k) u = 5e-16, by 3.4445^5 = 485, times the angle of 1e-2.
+    torch.testing.assert_close(theirs, ours, rtol=0.0, atol=1e-12)
+
+
+def test_options_that_were_not_published_have_no_loop() -> None:
+    with pytest.raises(ValueError, match="not published: E is"):
+        ReleasedPion([torch.ones(2, 2)], 1e-2, config=PionConfig())
+
+
+@pytest.mark.parametrize("contender", contenders(CPU), ids=lambda c: c.name)
+@pytest.mark.parametrize("group", MODELS["8b"].groups(1 / 64), ids=lambda g: g.name)
+def test_what_is_counted_is_what_happens(contender, group) -> None:  # type: ignore[no-untyped-def]
+    weights = [stored(weight, CPU) for weight in group.weights]
+    optimizer = contender.build(weights)
+    executed = 0.0
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        executed += counter.get_total_flops() / 2
+    counted = sum(contender.flop(weight) for weight in group.weights)
+    held = [t for moments in optimizer.state.values() for t in moments.values()]
+    assert contender.state(group.weights) == sum(t.nbytes for t in held if t.dim())
+    # Pion's count also has LAPACK's QR, which torch's does not: tests/test_cost.py.
+    if contender.kind != "pion":
+        assert counted == executed
+
+
+def test_peak_memory_counts_what_is_held_at_a_time() -> None:
+    def step() -> None:
+        for _ in range(2):
+            a = torch.ones(1 << 20)
+            b = a + 1.0
+            del a
+            c = b + 1.0
+            del b, c
+
+    # Two tensors of 4 MiB at a time; the 1.0 is a tensor of some bytes as well.
+    assert 2 * 4 << 20 <= peak_extra(step, CPU) <= (2 * 4 << 20) + 64
+
+
+def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "bench_step.py"), "--out", str(tmp_path)]
+    command += ["--model", "60m", "--scale", str(1 / 32), "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "step.md").read_text() in done.stdout
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "step.json").read_text())
+    names = {contender.name: contender for contender in contenders(CPU)}
+    groups = {("60m", group.name): group for group in MODELS["60m"].groups(1 / 32)}
+    assert {(c["model"], c["shape"], c["contender"]) for c in found["cells"]} == {
+        (*group, name) for group in groups for name in names
+    }
+    for cell in found["cells"]:
+        optimizer = names[cell["contender"]].build(
+            [stored(weight, CPU) for weight in groups[cell["model"], cell["shape"]].weights]
+        )
+        optimizer.step()
+        held = [t for moments in optimizer.state.values() for t in moments.values()]
+        assert cell["state_bytes"] == sum(t.nbytes for t in held if t.dim())
+        assert cell["seconds"] > 0.0 and cell["peak_bytes"] >= 0
