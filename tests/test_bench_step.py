@@ -14,7 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
-from bench_step import MODELS, contenders, peak_extra, stored  # noqa: E402
+from bench_step import (  # noqa: E402
+    MODELS,
+    Group,
+    Weight,
+    contenders,
+    measure,
+    peak_extra,
+    stored,
+)
 from released import ReleasedPion  # noqa: E402
 
 from pion_dist import Pion, PionConfig  # noqa: E402
@@ -77,6 +85,17 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
 
     # Two tensors of 4 MiB at a time; the 1.0 is a tensor of some bytes as well.
     assert 2 * 4 << 20 <= peak_extra(step, CPU) <= (2 * 4 << 20) + 64
+
+
+def test_what_does_not_fit_is_skipped_with_the_reason() -> None:
+    # Generators of 10^6 x 10^6 take 4 TB; in factors of one row, and of Muon, nothing is so large.
+    cells = measure("8b", Group("MLP", (Weight(1, 1, 10**6),)), CPU, 1)
+    skipped = {cell["contender"]: cell["skipped"] for cell in cells if "skipped" in cell}
+    lie = {c.name for c in contenders(CPU) if c.kind == "pion" and c.config.momentum == "lie"}
+    assert set(skipped) == lie | set(LOOPS)
+    assert all("GiB, " in why and why.endswith("are free") for why in skipped.values())
+    for cell in measure("8b", Group("MLP", (Weight(1, 10**6, 10**6),)), CPU, 1):
+        assert cell["skipped"].startswith("the weights: needs")
 
 
 def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from pion_dist import RECIPES, Pion, PionConfig
-from pion_dist.cost import step_flop
+from pion_dist.cost import forms, step_flop
 from pion_dist.matrices import stacked
 from pion_dist.state import moments
 
@@ -60,11 +60,6 @@ class Weight:
     @property
     def numel(self) -> int:
         return self.count * self.m * self.n
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest square matrix that a step of one matrix may need."""
-        return FLOAT * max(self.m, self.n) ** 2
 
 
 @dataclass(frozen=True)
@@ -268,16 +263,14 @@ def muon(name: str, about: str, precision: str, **given: Any) -> Contender:
     )
 
 
-def adamw(device: torch.device) -> Contender:
-    fused = device.type in ("cpu", "cuda")
-
+def adamw() -> Contender:
     def build(weights: Sequence[Stored]) -> Optimizer:
         parameters = [p for w in weights for p in w.rows([len(w.weight)])]
-        return torch.optim.AdamW(parameters, lr=LR, fused=fused)
+        return torch.optim.AdamW(parameters, lr=LR, fused=True)
 
     return Contender(
         "AdamW",
-        f"torch.optim.AdamW, {'fused' if fused else 'its default form'}",
+        "torch.optim.AdamW, fused",
         "peer",
         "float32",
         build,
@@ -303,7 +296,7 @@ def contenders(device: torch.device) -> list[Contender]:
         released("loop: transported", TRANSPORTED),
         muon(OWN, "emerging_optimizers' own defaults: 5 quintic steps in bf16", "bf16"),
         muon(BASE, "the same, fp32_matmul_prec='highest'", "float32", fp32_matmul_prec="highest"),
-        adamw(device),
+        adamw(),
     ]
     if device.type == "cuda":  # the CPU's bf16 products are float32 ones in pion_dist
         low = replace(DEFAULT, matmul_precision="bf16")
@@ -361,14 +354,36 @@ def peak_extra(call: Callable[[], object], device: torch.device) -> int:
 def too_large(contender: Contender, weights: Sequence[Weight], device: torch.device) -> str:
     """Why a contender's state and temporaries would not fit, or an empty string."""
     need = contender.state(weights)
-    # Temporaries of a whole part, which is one batch on a GPU; a few of the largest of one matrix.
+    # Temporaries: some of the largest of one matrix, or of a part, which is one batch on a GPU.
     batched = device.type == "cuda" and contender.kind == "pion"
-    need += 4 * max((w.count if batched else 1) * (w.largest + FLOAT * w.m * w.n) for w in weights)
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
+    need += (
+        4
+        * FLOAT
+        * max(
+            (w.count if batched else 1) * (largest_square(contender, w) + w.m * w.n)
+            for w in weights
+        )
     )
+    return shortage(need, device)
+
+
+def largest_square(contender: Contender, w: Weight) -> int:
+    """Elements of the largest square matrix that a step makes."""
+    if contender.kind == "peer":
+        return min(w.m, w.n) ** 2
+    if contender.kind == "loop":
+        return max(w.m, w.n) ** 2
+    held = forms(w.m, w.n, contender.config)
+    return max((w.n if side == "in" else w.m) ** 2 for side in held if held[side] == "dense")
+
+
+def shortage(need: int, device: torch.device) -> str:
+    """That so many bytes are not free, or an empty string."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
     return f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if need > free else ""
 
 
@@ -378,18 +393,9 @@ Shape = tuple[str, str]  # model and group
 
 def measure(model: str, group: Group, device: torch.device, rounds: int) -> list[Cell]:
     """Every contender's cell of a group; they step by turns, two steps a turn."""
-    weights = [stored(shape, device) for shape in group.weights]
-    size = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(size, size, device=device)
-    low = square.bfloat16()
-    turns: dict[str, Callable[[], object]] = {
-        "float32": lambda: square @ square,
-        "bf16": lambda: low @ low,
-    }
-    cells: dict[str, Cell] = {}
-    for contender in contenders(device):
-        print(f"  {contender.name}: memory", file=sys.stderr, flush=True)
-        cell: Cell = {
+    rivals = contenders(device)
+    cells = {
+        contender.name: {
             "model": model,
             "shape": group.name,
             "contender": contender.name,
@@ -398,18 +404,26 @@ def measure(model: str, group: Group, device: torch.device, rounds: int) -> list
             "matrix_bytes": group.matrix,
             "square_bytes": group.square,
         }
-        cells[contender.name] = cell
+        for contender in rivals
+    }
+    if why := shortage(2 * FLOAT * sum(w.numel for w in group.weights), device):
+        return [cell | {"skipped": f"the weights: {why}"} for cell in cells.values()]
+    weights = [stored(shape, device) for shape in group.weights]
+    size = 8192 if device.type == "cuda" else 1024
+    square = torch.randn(size, size, device=device)
+    low = square.bfloat16()
+    turns: dict[str, Callable[[], object]] = {
+        "float32": lambda: square @ square,
+        "bf16": lambda: low @ low,
+    }
+    for contender in rivals:
+        print(f"  {contender.name}: memory", file=sys.stderr, flush=True)
+        cell = cells[contender.name]
         if why := too_large(contender, group.weights, device):
             cell["skipped"] = why
             continue
-        optimizer = contender.build(weights)
-
-        def turn(optimizer: Optimizer = optimizer) -> None:
-            for _ in range(2):  # alternating sides
-                optimizer.step()
-
         try:
-            optimizer.step()  # some make their state now
+            turn = two_steps(contender.build(weights))
             cell["peak_bytes"] = peak_extra(turn, device)
         except torch.OutOfMemoryError as error:
             cell["skipped"] = str(error).partition(".")[0]
@@ -420,17 +434,26 @@ def measure(model: str, group: Group, device: torch.device, rounds: int) -> list
         print(f"  round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for name, turn in turns.items():
             times[name].append(seconds(turn, device))
-    flop = 2.0 * size**3
-    rates = {name: flop / statistics.median(times[name]) for name in ("float32", "bf16")}
-    for contender in contenders(device):
+    rates = {name: 2.0 * size**3 / statistics.median(times[name]) for name in ("float32", "bf16")}
+    for contender in rivals:
         cell = cells[contender.name]
-        if "skipped" in cell:
-            continue
-        cell["rounds"] = [t / 2 for t in times[contender.name]]
-        cell["seconds"] = statistics.median(cell["rounds"])
-        cell["rate"] = rates[contender.precision]
-        cell["fraction"] = cell["flop"] / cell["seconds"] / cell["rate"]
+        if contender.name in times:
+            cell["rounds"] = [t / 2 for t in times[contender.name]]
+            cell["seconds"] = statistics.median(cell["rounds"])
+            cell["rate"] = rates[contender.precision]
+            cell["fraction"] = cell["flop"] / cell["seconds"] / cell["rate"]
     return list(cells.values())
+
+
+def two_steps(optimizer: Optimizer) -> Callable[[], None]:
+    """Both sides of what alternates. A step is taken now: some make their state then."""
+
+    def turn() -> None:
+        optimizer.step()
+        optimizer.step()
+
+    optimizer.step()
+    return turn
 
 
 class Found:
@@ -536,7 +559,7 @@ def state_table() -> Table:
     columns = [c for c in contenders(torch.device("cpu")) if c.kind == "pion"]
     table = Table(
         "State of a layer's matrices at the true sizes, counted, over AdamW's",
-        ["", *(c.name for c in columns), "lie both by heads"],
+        ["", "AdamW, MiB", *(c.name for c in columns), "lie both, QKV by heads"],
     )
     for key, model in MODELS.items():
         attention, heads, mlp = model.groups(1.0)
@@ -544,7 +567,8 @@ def state_table() -> Table:
         split = [*heads.weights, attention.weights[-1], *mlp.weights]
         adam = 2 * FLOAT * sum(w.numel for w in whole)
         row = [f"{c.state(whole) / adam:.2f}" for c in columns]
-        table.rows.append([key, *row, f"{pion_state(LIE, split) / adam:.2f}"])
+        row.append(f"{pion_state(LIE, split) / adam:.2f}")
+        table.rows.append([key, f"{adam / 2**20:.0f}", *row])
     return table
 
 
@@ -694,6 +718,7 @@ def main() -> None:
         parser.error(f"--scale {args.scale:g}: must be above 0, and at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines between the progress
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     torch.manual_seed(0)
