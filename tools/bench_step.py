@@ -25,6 +25,7 @@ import psutil
 import torch
 from emerging_optimizers.orthogonalized_optimizers import Muon
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from released import ReleasedPion, released_flop
 from study_report import COLORS, Table, panels, write
 from torch import Tensor
@@ -500,10 +501,17 @@ class Found:
         ]
 
 
-def setting(setup: dict[str, Any]) -> Table:
+def setting(setup: dict[str, Any], found: Found) -> Table:
     """What was measured on."""
     table = Table("The run", ("", ""))
     table.rows += [(name, str(setup[name])) for name in ("machine", "clock", "rounds of two steps")]
+    for precision in ("float32", "bf16"):
+        names = {c.name for c in found.contenders if c.precision == precision}
+        measured = [c for c in found.cells if c["contender"] in names and "rate" in c]
+        if measured:
+            low, high = (f(c["rate"] for c in measured) / 1e9 for f in (min, max))
+            span = f"{low:.0f} to {high:.0f} GFLOP a second"
+            table.rows.append((f"a {precision} product, in medians", span))
     return table
 
 
@@ -524,7 +532,7 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
         legend,
         sizes,
         found.table("ms a step", lambda s, c: at(s, c)["seconds"] * 1e3, ".1f"),
-        found.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE)),
+        found.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE), ".3g"),
         found.table(
             "Time, over that of the published loop (of default: over loop: msign)",
             lambda s, c: ratio(s, c, loops[c]),
@@ -657,9 +665,12 @@ def _summarize(
 
 
 def draw(found: Found) -> Figure:
-    """Times over Muon's, a panel for each kind of weights; the published loops as marks."""
+    """Times over Muon's, a panel for each kind of weights; the published loops as marks.
+
+    Without AdamW, whose hundredths would leave the others no room.
+    """
     kinds = [("attention",), ("QKV by heads",), ("MLP", "experts")]
-    names = [c.name for c in found.contenders if c.kind == "pion"] + [OWN, "AdamW"]
+    names = [c.name for c in found.contenders if c.kind == "pion"] + [OWN]
     loops = {c.name: c.loop for c in found.contenders}
     figure, axes = panels(len(kinds), columns=1)
     figure.set_size_inches(11, 10)
@@ -677,6 +688,11 @@ def draw(found: Found) -> Figure:
                 ax.plot(at, marks, "k_", ms=11, mew=1.8, label=label)
         ax.axhline(1.0, color="black", lw=1)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.grid(axis="y", color="0.9")
+        ax.set_axisbelow(True)
         ax.set_xticks(range(len(shapes)), [f"{MODELS[m].title}\n{name}" for m, name in shapes])
         ax.set_ylabel(f"time over\n{BASE}'s")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -741,7 +757,7 @@ def main() -> None:
     }
     write(
         "step",
-        [setting(setup), *tables(found, scales, device)],
+        [setting(setup, found), *tables(found, scales, device)],
         draw(found),
         args.out,
         found={"setup": setup, "cells": cells},
