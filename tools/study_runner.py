@@ -168,7 +168,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration: the fastest tenth's slowest, since others may use the machine too."""
+        """Of an iteration: the fastest tenth's slowest, since the first ones warm up."""
         return statistics.quantiles(self.record["seconds"], n=10)[0]
 
 
