@@ -17,7 +17,7 @@ from megatron.core.utils import get_pg_rank
 
 from pion_dist import Pion, PionConfig, cost
 from pion_dist.classify import Rotated
-from pion_dist.plan import deal
+from pion_dist.plan import deal, deal_shards
 
 from . import seams
 from .arguments import pion_config
@@ -104,14 +104,8 @@ def weight_flop(param: torch.Tensor, config: PionConfig) -> float:
     """FLOP of a step of a weight or shard, on average over the ranks that share its matrices."""
     _, decision = decided(param)
     assert isinstance(decision, Rotated)
-    ranks, axis = decision.ranks, decision.view.axis
-    cut = ranks > 1 and axis is not None
-    split = ranks if cut and config.tp_mode in ("distributed", "blockwise") else 1
-    flop = sum(
-        batch * cost.step_flop(m, n, config, axis, ranks=split)
-        for batch, m, n in decision.view.joined(ranks).values()
-    )
-    return flop / ranks if cut and config.tp_mode == "owner" else flop
+    view, ranks = decision.view, decision.ranks
+    return cost.weight_flop(view.joined(ranks).values(), config, view.axis, ranks=ranks)
 
 
 def _shards_by_cost(original: Any) -> Any:
@@ -148,14 +142,12 @@ def balance(layout: Any, ranks: int, flop: dict[torch.Tensor, float]) -> None:
     for p, (start, _, bucket) in layout.param_index_map.items():
         members = shards.setdefault(bucket, [[] for _ in range(ranks)])
         members[(start - layout.bucket_indices[bucket][0]) // sizes[bucket]].append(p)
-    loads = [0.0] * ranks
-    for bucket, members in sorted(shards.items()):
-        costs = [sum(flop[p] for p in shard) for shard in members]
-        costliest = sorted(range(ranks), key=lambda shard: (-costs[shard], shard))
-        for shard, rank in zip(costliest, sorted(range(ranks), key=loads.__getitem__), strict=True):
-            loads[rank] += costs[shard]
+    buckets = sorted(shards)
+    dealt = deal_shards([[sum(flop[p] for p in shard) for shard in shards[b]] for b in buckets])
+    for bucket, to in zip(buckets, dealt, strict=True):
+        for shard, rank in enumerate(to):
             moved = (rank - shard) * sizes[bucket]
-            for p in members[shard]:
+            for p in shards[bucket][shard]:
                 start, end, _ = layout.param_index_map[p]
                 layout.param_index_map[p] = (start + moved, end + moved, bucket)
 

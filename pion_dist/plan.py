@@ -231,6 +231,30 @@ def deal(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
+def deal_shards(buckets: Sequence[Sequence[float]]) -> list[list[int]]:
+    """A rank for each shard of each bucket: a bucket's costliest to the ranks with least so far.
+
+    The same on every rank: ties go to the earlier shard and the lower rank.
+
+    Args:
+        buckets: costs of their shards, as many as there are ranks.
+
+    Returns:
+        For every bucket the ranks of its shards.
+    """
+    found: list[list[int]] = []
+    loads = [0.0] * max(map(len, buckets), default=0)
+    for costs in buckets:
+        ranks = [0] * len(costs)
+        costliest = sorted(range(len(costs)), key=lambda shard: (-costs[shard], shard))
+        least = sorted(range(len(costs)), key=loads.__getitem__)
+        for shard, rank in zip(costliest, least, strict=True):
+            ranks[shard] = rank
+            loads[rank] += costs[shard]
+        found.append(ranks)
+    return found
+
+
 def build_plan(
     matrices: Sequence[MatrixPlan], sizes: Sequence[int], config: PionConfig
 ) -> StepPlan:

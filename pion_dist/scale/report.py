@@ -1,0 +1,319 @@
+"""Predictions as tables, sentences and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import MatmulPrecision, PionConfig, TpMode
+from .dealing import Dealing
+from .describe import Cluster, Layout, Model
+from .predict import Method, Prediction, largest_matrix, predict
+
+Found = Mapping[str, tuple[Method, Prediction]]
+"""What was predicted of each method, by its name."""
+
+ASSUMED = ("matmul", "qr", "stream", "link", "mfu")
+"""Shares of a cluster's peaks that nothing here was measured on."""
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLORS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
+
+
+def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method]:
+    """The methods that a layout lets choose from, by name; the same result in ``exact`` ones."""
+    found = {"AdamW": Method(optimizer="adamw")}
+    dealings: tuple[tuple[Dealing, str], ...] = (("layout", "buffers"), ("whole", "lists"))
+    modes: tuple[TpMode, ...] = ("owner", "duplicated", "distributed")
+    if layout.tp == 1:
+        modes = ("owner",)
+    for dealing, label in dealings:
+        found[f"Muon duplicated, {label}"] = Method(optimizer="muon", dealing=dealing)
+        if layout.tp > 1:
+            found[f"Muon blockwise, {label}"] = Method(
+                optimizer="muon", dealing=dealing, muon="blockwise"
+            )
+        for mode in modes:
+            here = replace(config, tp_mode=mode, blocks=1)
+            found[f"Pion {mode}, {label}"] = Method(config=here, dealing=dealing)
+        if blocks > 1:
+            here = replace(config, tp_mode="blockwise", blocks=blocks)
+            found[f"Pion blockwise {blocks}, {label}"] = Method(config=here, dealing=dealing)
+    return found
+
+
+def exact(method: Method) -> bool:
+    """Whether a method is Pion, and its result that of one process whatever the layout."""
+    return method.optimizer == "pion" and method.config.tp_mode != "blockwise"
+
+
+def best(found: Found, cluster: Cluster, *, among: str) -> tuple[str, Method, Prediction] | None:
+    """The method with the smallest share of those that fit the GPUs' memory.
+
+    Args:
+        found: to choose from.
+        cluster: has the memory.
+        among: ``exact``: Pion's exact modes; else what the names begin with.
+    """
+    fitting = [
+        (name, method, p)
+        for name, (method, p) in found.items()
+        if p.memory <= cluster.capacity
+        and (exact(method) if among == "exact" else name.startswith(among))
+    ]
+    return min(fitting, key=lambda each: each[2].share, default=None)
+
+
+def flags(method: Method) -> str:
+    """A method's flags for Megatron."""
+    parts = [f"--pion-tp-mode {method.config.tp_mode}"]
+    if method.config.blocks > 1:
+        parts.append(f"--pion-blocks {method.config.blocks}")
+    parts.append(f"--pion-matmul-precision {method.config.matmul_precision}")
+    if method.dealing == "whole":
+        parts.append("--no-use-layer-wise-param-layout")
+    return " ".join(parts)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, columns as wide as their widest cell."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    cells = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def overview(found: Found, cluster: Cluster) -> str:
+    """A row for each method."""
+    head = ("optimizer", "step", "exchange", "DP exposed", "share", "state max", "state mean")
+    return table(
+        (*head, "memory", "idle ranks", "padding", "mean / slowest"),
+        (
+            (
+                name,
+                milliseconds(p.step),
+                milliseconds(p.exchange),
+                milliseconds(p.exposed),
+                f"{p.share:.1%}",
+                gigabytes(p.state_max),
+                gigabytes(p.state_mean),
+                gigabytes(p.memory) + (" (too much)" if p.memory > cluster.capacity else ""),
+                f"{p.idle:.0%}",
+                f"{p.padding:.0%}",
+                f"{p.balance:.2f}",
+            )
+            for name, (_, p) in found.items()
+        ),
+    )
+
+
+def communication(found: Found) -> str:
+    """Bytes that the busiest rank hands to each group's collectives in a step."""
+    ops = list(dict.fromkeys(op for _, p in found.values() for op in p.moved))
+    return table(
+        ("optimizer", *ops),
+        (
+            (name, *(f"{p.moved[op]:,.0f}" if op in p.moved else "" for op in ops))
+            for name, (_, p) in found.items()
+        ),
+    )
+
+
+PRECISIONS: tuple[MatmulPrecision, ...] = ("highest", "high", "bf16")
+
+
+def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> str:
+    """The best exact mode at every matmul precision, and what bounds it."""
+    rows = []
+    for precision in PRECISIONS:
+        here = {
+            name: (other, predict(model, layout, cluster, other))
+            for name, (method, _) in found.items()
+            if exact(method)
+            for other in [replace(method, config=_at(precision, method.config))]
+        }
+        chosen = best(here, cluster, among="exact")
+        if chosen is None:
+            continue
+        name, method, p = chosen
+        # The whole matrices' arithmetic: distributed forms generators that owner never does.
+        owner = replace(method.config, tp_mode="owner")
+        mean = predict(model, layout, cluster, replace(method, config=owner)).mean
+        rows.append(
+            (
+                precision,
+                name.removeprefix("Pion "),
+                milliseconds(p.step),
+                f"{p.share:.1%}",
+                milliseconds(mean),
+                f"{mean / (p.model + mean):.1%}",
+                milliseconds(largest_matrix(model, layout, cluster, owner)),
+            )
+        )
+    head = ("--pion-matmul-precision", "best exact mode", "step", "share")
+    even = ("dealt evenly over all ranks", "share if that were all", "largest matrix on one rank")
+    return table((*head, *even), rows)
+
+
+def _at(precision: MatmulPrecision, config: PionConfig) -> PionConfig:
+    return replace(config, matmul_precision=precision)
+
+
+def sensitivity(model: Model, layout: Layout, cluster: Cluster, method: Method) -> str:
+    """A method's share with each assumed rate halved."""
+    rows = [("as assumed", "", f"{predict(model, layout, cluster, method).share:.1%}")]
+    for name in ASSUMED:
+        value = getattr(cluster, name)
+        slower = replace(cluster, name=cluster.name, **{name: value / 2})
+        share = predict(model, layout, slower, method).share
+        rows.append((name, f"{value:g} to {value / 2:g}", f"{share:.1%}"))
+    return table(("halved", "from", "share"), rows)
+
+
+def advice(found: Found, layout: Layout, cluster: Cluster) -> list[str]:
+    """The best flags, and where layer-wise sharding stops scaling."""
+    chosen = best(found, cluster, among="exact")
+    if chosen is None:
+        return [
+            "No exact mode fits the GPUs' memory in this layout, activations left out: change "
+            "--tp, --pp or --gpus."
+        ]
+    name, method, p = chosen
+    lines = [f"Best exact flags: {flags(method)} ({p.share:.1%} of an iteration)."]
+    blockwise = best(found, cluster, among="Pion blockwise")
+    if blockwise is not None:
+        lines.append(
+            f"Another algorithm: {flags(blockwise[1])} ({blockwise[2].share:.1%} of an iteration)."
+        )
+    return lines + limits(found, name, layout, cluster)
+
+
+def limits(found: Found, name: str, layout: Layout, cluster: Cluster) -> list[str]:
+    """Where layer-wise sharding has stopped scaling in this layout, in figures."""
+    p = found[name][1]
+    lines = []
+    if p.idle:
+        lines.append(
+            f"{p.idle:.0%} of the ranks have no matrix to compute: {layout.sharing} ranks share "
+            "out a stage's weights, and none gets a part of one."
+        )
+    if p.balance < 0.8:
+        lines.append(
+            f"The slowest rank takes {1 / p.balance:.1f} times as long as the mean "
+            f"({milliseconds(p.step)} and {milliseconds(p.mean)})."
+        )
+    padded = {n: q for n, (m, q) in found.items() if m.dealing == "layout" and exact(m)}
+    for q in list(padded.values())[:1]:
+        if q.padding > 0.05:
+            lines.append(
+                f"Buffers of whole weights are {q.padding:.0%} padding: {gigabytes(q.buffers)} of "
+                f"gradients and weights on each GPU in place of "
+                f"{gigabytes(q.buffers * (1 - q.padding))}"
+                + (", more than it has." if q.buffers > cluster.capacity else ".")
+            )
+    return lines
+
+
+def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
+    """A row for each number of GPUs."""
+    head = ("GPUs", "DP", "samples", "forward, backward", *KINDS.values())
+    more = ("best exact mode", "dealt evenly", "idle ranks", "padding", "buffers")
+    cells = []
+    for layout, found in rows:
+        chosen = {kind: best(found, cluster, among=kind) for kind in KINDS}
+        adamw, pion = found["AdamW"][1], chosen["exact"]
+        buffers = max((p for _, p in found.values()), key=lambda p: p.padding)
+        cells.append(
+            (
+                f"{layout.gpus:,}",
+                str(layout.dp),
+                str(layout.batch),
+                milliseconds(adamw.model),
+                *("does not fit" if c is None else f"{c[2].share:.1%}" for c in chosen.values()),
+                "" if pion is None else pion[0].removeprefix("Pion "),
+                f"{even(found):.1%}",
+                "" if pion is None else f"{pion[2].idle:.0%}",
+                f"{buffers.padding:.0%}",
+                gigabytes(buffers.buffers),
+            )
+        )
+    return table((*head, *more), cells)
+
+
+def even(found: Found) -> float:
+    """Pion's share if its whole matrices' computation were dealt evenly and nothing else cost."""
+    p = found["Pion owner, lists"][1]
+    return p.mean / (p.model + p.mean)
+
+
+KINDS = {
+    "AdamW": "AdamW",
+    "Muon duplicated": "Muon (duplicated)",
+    "Muon blockwise": "Muon (blockwise)",
+    "exact": "Pion, best exact mode",
+    "Pion blockwise": "Pion, blockwise",
+}
+"""What is compared over numbers of GPUs, with labels."""
+
+
+def plot(
+    models: Mapping[str, Sequence[tuple[Layout, Found]]], cluster: Cluster, path: Path
+) -> None:
+    """Draw the optimizer's share over GPUs, a panel for each model.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(
+        1,
+        len(models),
+        figsize=(4.6 * len(models), 4.2),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for axes, (name, rows) in zip(panels[0], models.items(), strict=True):
+        for color, (kind, label) in zip(COLORS, KINDS.items(), strict=False):
+            found = [(layout.gpus, best(each, cluster, among=kind)) for layout, each in rows]
+            points = [(gpus, 100 * b[2].share) for gpus, b in found if b is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, ms=4)
+        points = [(layout.gpus, 100 * even(each)) for layout, each in rows]
+        axes.plot(
+            *zip(*points, strict=True), ":", color=COLORS[3], label="Pion's FLOP, dealt evenly"
+        )
+        axes.axhline(2, color="0.6", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        gpus = [layout.gpus for layout, _ in rows]
+        axes.set_xticks(gpus, [f"{g:,}" for g in gpus])
+        axes.set_title(name)
+        axes.set_xlabel("GPUs")
+    panels[0][0].set_ylabel("optimizer's share of an iteration, %")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits."""
+    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
+
+
+def gigabytes(size: float) -> str:
+    """With three digits."""
+    return f"{size / 1e9:.3g} GB"

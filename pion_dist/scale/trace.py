@@ -1,0 +1,186 @@
+"""What a Pion step executes, read from the step itself: it runs on tensors without data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .. import cost, state
+from ..config import SIDE_OF, Axis, PionConfig
+from ..update.arrangement import Blocks, Divided
+from ..update.step import step as update
+
+Kind = Literal["exact", "fast", "qr", "other"]
+"""Products at IEEE float32; those that matmul_precision reaches; QR and other solvers; the rest."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation.
+
+    Attributes:
+        kind: decides the rate.
+        flop: of products and decompositions.
+        read: bytes.
+        written: bytes.
+    """
+
+    kind: Kind
+    flop: float
+    read: int
+    written: int
+
+
+@functools.cache
+def kernels(
+    batch: int,
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis | None,
+    *,
+    ranks: int = 1,
+    step: int = 1,
+) -> tuple[Kernel, ...]:
+    """What one rank's step of matrices [B, m, n] launches.
+
+    Args:
+        batch: B.
+        m: rows of a whole matrix.
+        n: columns of a whole matrix.
+        config: the run's options.
+        axis: along which the matrices are cut.
+        ranks: that share their computation (``distributed``, ``blockwise``).
+        step: number of the step, from 1.
+    """
+    # Under bf16 the products that matmul_precision reaches can be told from the others.
+    config = replace(config, matmul_precision="bf16")
+    shape = [batch, m, n]
+    if axis is not None:
+        shape[1 if axis == "rows" else 2] //= ranks
+    w, g = torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
+    arrangement: Blocks | Divided | None = None
+    if axis is not None and config.tp_mode == "blockwise":
+        peers = Peers(ranks) if ranks > 1 else None
+        arrangement = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
+    elif axis is not None and ranks > 1:
+        arrangement = Divided(SIDE_OF[axis], Peers(ranks))
+    held = {
+        name: torch.empty(moment.local(ranks), device="meta")
+        for name, moment in state.moments(batch, m, n, config, axis).items()
+    }
+    with _Recorder() as recorder:
+        update(
+            w,
+            g,
+            held,
+            config=config,
+            lr=0.1,
+            active=cost.order(m, n, config.active_sides(step)),
+            forms=cost.forms(m, n, config),
+            ok=torch.empty((), dtype=torch.bool, device="meta"),
+            arrangement=arrangement,
+        )
+    return tuple(recorder.kernels)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """So many ranks, as ``update.arrangement.Peers``, of which none is there: shapes alone."""
+
+    size: int
+    rank: int = 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """As it is."""
+        return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """As it is."""
+        return x
+
+    def gathered(self, x: Tensor, dim: int) -> Tensor:
+        """So many of it, joined: the copy that ``exchange.GroupPeers`` makes."""
+        return torch.cat([x] * self.size, dim=dim)
+
+    def scattered(self, x: Tensor, dim: int) -> Tensor:
+        """A share."""
+        return torch.stack(x.chunk(self.size, dim))[0]
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation that is more than a view.
+
+    ``fast_bf16`` rounds to bf16 and, where there is no tensor core, back: products of such
+    numbers are those that matmul_precision reaches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[Kernel] = []
+        self._rounded: dict[int, Any] = {}  # storages, kept so that no other takes their address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = _tensors([*args, *(kwargs or {}).values()])
+        outputs = _tensors(out if isinstance(out, (tuple, list)) else [out])
+        name = func._schema.name
+        if name == "aten::_to_copy":
+            (x,) = inputs
+            if x.dtype == torch.bfloat16:
+                storage = outputs[0].untyped_storage()
+                self._rounded[storage._cdata] = storage
+                return out  # a tensor core's product reads bf16
+        if not outputs or func.is_view or name in ("aten::empty", "aten::_unsafe_view"):
+            return out
+        flop = 0.0
+        kind: Kind = "other"
+        if func._overloadpacket in flop_registry:
+            flop = float(flop_registry[func._overloadpacket](*args, out_val=out, **(kwargs or {})))
+            rounded = all(x.untyped_storage()._cdata in self._rounded for x in inputs[-2:])
+            kind = "fast" if rounded else "exact"
+        elif name in _SOLVERS:
+            flop, kind = _SOLVERS[name](inputs[0].shape), "qr"
+        self.kernels.append(Kernel(kind, flop, _bytes(inputs), _bytes(outputs)))
+        return out
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
+
+
+def _qr(shape: Sequence[int]) -> float:
+    batch, d, k = shape
+    return batch * (4.0 * d * k * k - 4.0 / 3.0 * k**3)
+
+
+def _solve(shape: Sequence[int]) -> float:
+    return shape[0] * (2.0 / 3.0 + 2.0) * shape[-1] ** 3
+
+
+def _exp(shape: Sequence[int]) -> float:
+    return 12.0 * shape[-1] ** 3 * (shape[0] - 1)  # retraction.py adds a zero matrix
+
+
+_SOLVERS: dict[str, Callable[[Sequence[int]], float]] = {
+    "aten::linalg_qr": _qr,
+    "aten::_linalg_solve_ex": _solve,
+    "aten::linalg_matrix_exp": _exp,
+}
