@@ -132,12 +132,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = _tensors([*args, *(kwargs or {}).values()])
         outputs = _tensors(out if isinstance(out, (tuple, list)) else [out])
         name = func._schema.name
-        if name == "aten::_to_copy":
-            (x,) = inputs
-            if x.dtype == torch.bfloat16:
-                storage = outputs[0].untyped_storage()
-                self._rounded[storage._cdata] = storage
-                return out  # a tensor core's product reads bf16
+        if name == "aten::_to_copy" and torch.bfloat16 in (inputs[0].dtype, outputs[0].dtype):
+            storage = outputs[0].untyped_storage()
+            self._rounded[storage._cdata] = storage
+            return out  # what rounding costs depends on matmul_precision: see predict.priced
         if not outputs or func.is_view or name in ("aten::empty", "aten::_unsafe_view"):
             return out
         flop = 0.0
@@ -148,7 +146,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "fast" if rounded else "exact"
         elif name in _SOLVERS:
             flop, kind = _SOLVERS[name](inputs[0].shape), "qr"
-        self.kernels.append(Kernel(kind, flop, _bytes(inputs), _bytes(outputs)))
+        read = 0 if name.startswith("aten::new_") else _bytes(inputs)  # these read shapes alone
+        self.kernels.append(Kernel(kind, flop, read, _bytes(outputs)))
         return out
 
 

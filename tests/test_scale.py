@@ -1,0 +1,283 @@
+"""Predictions at scale: their counts are the plan's, the step's and Megatron's."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from reference import PUBLISHED
+
+from pion_dist import Pion, PionConfig
+from pion_dist.config import Axis
+from pion_dist.cost import step_flop, traffic
+from pion_dist.scale.__main__ import main
+from pion_dist.scale.dealing import Weight, dealt, packed, weights
+from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
+from pion_dist.scale.predict import Method, Prediction, _Group, predict, priced
+from pion_dist.scale.report import best, exact, limits, methods
+from pion_dist.scale.trace import kernels
+from pion_dist.update.direction import NEWTON_SCHULZ
+from pion_dist.update.scaling import PRODUCTS
+
+SMALL = Model(name="small", layers=4, hidden=32, ffn=48, heads=4, groups=2, head_dim=8, vocab=64)
+MIXED = Model(
+    name="mixed",
+    layers=2,
+    hidden=32,
+    heads=4,
+    groups=2,
+    head_dim=8,
+    vocab=64,
+    experts=8,
+    top_k=2,
+    expert_ffn=24,
+    shared_ffn=16,
+)
+H100 = CLUSTERS["h100"]
+
+
+def predicted(model: Model, layout: Layout, **options: object) -> Prediction:
+    return predict(model, layout, H100, Method(config=PionConfig(**options)))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 64), (64, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "axis", "ranks"),
+    [
+        ({}, None, 1),
+        (PUBLISHED, None, 1),
+        ({"retraction": "cayley", "side": "both"}, None, 1),
+        ({"momentum": "lie", "retraction": "exp"}, None, 1),
+        ({"tp_mode": "distributed"}, "rows", 4),
+        ({"tp_mode": "distributed", **PUBLISHED}, "cols", 2),
+        ({"tp_mode": "blockwise", "blocks": 4}, "cols", 2),
+        ({"tp_mode": "blockwise", "blocks": 4}, "rows", 1),
+    ],
+    ids=str,
+)
+def test_flop_read_from_the_step_are_those_that_cost_counts(
+    shape: tuple[int, int], options: dict[str, object], axis: Axis | None, ranks: int
+) -> None:
+    config = PionConfig(**options)
+    launched = [kernels(3, *shape, config, axis, ranks=ranks, step=step) for step in (1, 2)]
+    flop = sum(k.flop for each in launched for k in each) / 2
+    assert flop == pytest.approx(3 * step_flop(*shape, config, axis, ranks=ranks), rel=1e-12)
+
+
+def test_products_at_full_precision_are_told_from_the_others() -> None:
+    """The spectrum depends to first order on the first-order terms and on the spectral norm."""
+    d, other = 16, 24
+    for config, full in (
+        (PionConfig(side="in"), 2 * other * d * d + PRODUCTS * 2 * d * d),
+        (PionConfig(side="in", **{k: v for k, v in PUBLISHED.items() if k != "side"}),
+         2 * other * d * d),
+    ):  # fmt: skip
+        found = kernels(1, other, d, config, None)
+        assert sum(k.flop for k in found if k.kind == "exact") == full
+    sign = 3 * len(NEWTON_SCHULZ) * 2 * d**3
+    assert sum(k.flop for k in kernels(1, other, d, PionConfig(side="in"), None)) > full + sign
+    frame = [k for k in kernels(1, 8, 64, PionConfig(side="in"), None) if k.kind == "qr"]
+    assert [k.flop for k in frame] == [4 * 64 * 16**2 - 4 / 3 * 16**3]
+
+
+def test_elementwise_bytes_are_read_and_written() -> None:
+    """Momentum without a matrix sign: what each operation of a step touches, counted by hand."""
+    config = PionConfig(
+        momentum="ambient", direction="momentum", nesterov=False, side="in", scaling="none",
+        retraction="taylor", degree=2,
+    )  # fmt: skip
+    m, n = 24, 16
+    found = kernels(1, m, n, config, None)
+    # where(ok, g, m) and lerp(m, it); D times 1/2, times the angle, plus D, times the angle; plus
+    # W; where into W.
+    of_weights = (3 + 3) + (2 + 2 + 3 + 2) + 3 + 4
+    of_generators = 3  # X - X^T
+    moved = sum(k.read + k.written for k in found if k.kind == "other")
+    # Scalars, of a few bytes each, are not in this count.
+    assert 0 <= moved - 4 * (of_weights * m * n + of_generators * n * n) < 64
+
+
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+@pytest.mark.parametrize("model", [SMALL, MIXED], ids=lambda m: m.name)
+def test_state_is_what_the_optimizer_holds(model: Model, options: dict[str, object]) -> None:
+    config = PionConfig(**options)
+    items = [w for pool in weights(model, Layout(gpus=1), config) for w in pool]
+    views = {
+        torch.nn.Parameter(torch.zeros(w.rotated.view.rows, w.rotated.view.cols)): w.rotated.view
+        for w in items
+    }
+    optimizer = Pion(list(views), config=config, views=views)
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    p = predicted(model, Layout(gpus=1, batch=1), **options)
+    assert p.state_max == p.state_mean == held == optimizer.plan.state_bytes([])
+    assert p.masters_max == sum(x.nbytes for x in views)
+    assert p.buffers == 6 * sum(x.numel() for x in views)
+
+
+@pytest.mark.parametrize("mode", ["distributed", "blockwise"])
+def test_tensor_parallel_traffic_is_what_cost_counts(mode: str) -> None:
+    """tests/rank_checks.py compares the same counts with what ranks on gloo hand over."""
+    blocks = {"blocks": 4} if mode == "blockwise" else {}
+    config = PionConfig(tp_mode=mode, **blocks)
+    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), tp_mode=mode, **blocks)
+    expected: dict[str, float] = {"tp all_reduce": 4.0}  # whether gradients are finite
+    for w in weights(SMALL, Layout(gpus=2, tp=2), config)[0]:
+        for batch, m, n in w.rotated.view.joined(2).values():
+            for step in (1, 2):
+                found = traffic(batch, m, n, config, w.rotated.view.axis, ranks=2, step=step)
+                for op, elements in found.elements.items():
+                    expected[f"tp {op}"] = expected.get(f"tp {op}", 0.0) + 4 * elements / 2
+    assert {op: size for op, size in p.moved.items() if op.startswith("tp ")} == expected
+
+
+def test_owners_exchange_three_times_the_weights() -> None:
+    """W and G to the owner and W back: test_ranks.py's check_exact_volume, at one DP rank."""
+    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1))
+    local = sum(w.numel for w in weights(SMALL, Layout(gpus=2, tp=2), PionConfig())[0])
+    # Matrices pair off in SMALL, so that both owners have half.
+    assert p.moved["tp all_to_all"] == pytest.approx(3 * 4 * local, rel=0.1)
+    assert p.moved["dp reduce_scatter"] == 4 * local and p.moved["dp all_gather"] == 2 * local
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 16, 64, 100])
+@pytest.mark.parametrize("bucket_size", [None, 5_000_000])
+def test_weights_are_dealt_as_megatron_and_the_patches_deal_them(
+    ranks: int, bucket_size: int | None
+) -> None:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    from megatron_patches.layer_wise import balance
+
+    rng = random.Random(ranks)
+    model = replace(SMALL, hidden=1000, ffn=2600, heads=10, head_dim=100)
+    config = PionConfig()
+    items, _ = weights(model, Layout(gpus=1), config)
+    items = rng.sample(items * 3, 40)
+    params = [torch.nn.Parameter(torch.empty(w.numel, device="meta")) for w in items]
+    costs = [w.flop(config) for w in items]
+    default = max(40_000_000, 1_000_000 * ranks)
+    layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
+        params, bucket_size or default, ranks, DistributedDataParallelConfig()
+    )
+    buckets, buffer = packed([w.numel for w in items], ranks, bucket_size)
+    assert buffer == layout.bucket_indices[-1][1] and len(buckets) == len(layout.bucket_indices)
+    if bucket_size is not None:
+        return
+    if ranks > 1:
+        balance(layout, ranks, dict(zip(params, costs, strict=True)))
+    found = dealt(items, ranks, costs, "layout")
+    for rank, own in enumerate(found.owned):
+        for i in own:
+            start, _, bucket = layout.param_index_map[params[i]]
+            first, last = layout.bucket_indices[bucket]
+            assert (start - first) // ((last - first) // ranks) == rank
+
+
+def test_where_there_are_more_ranks_than_weights_ranks_idle_and_it_is_said() -> None:
+    layouts = [Layout(gpus=gpus, batch=256) for gpus in (2, 8, 16, 64, 256)]
+    found = [predicted(SMALL, layout) for layout in layouts]
+    count = len(weights(SMALL, layouts[0], PionConfig())[0])
+    assert count == 16
+    assert [p.idle for p in found] == [0.0, 0.0, 0.0, 1 - 16 / 64, 1 - 16 / 256]
+    for fewer, more in pairwise(found):
+        assert more.state_max <= fewer.state_max and more.state_mean < fewer.state_mean
+        assert more.mean < fewer.mean and more.step <= fewer.step * (1 + 1e-9)
+        assert more.padding >= fewer.padding
+    assert found[-1].step == found[-2].step  # none gets less than a weight
+    said = limits({"Pion owner, buffers": (Method(), found[-1])}, "Pion owner, buffers",
+                  layouts[-1], H100)  # fmt: skip
+    assert "94% of the ranks have no matrix" in said[0] and "padding" in said[-1]
+    adamw = [predict(SMALL, layout, H100, Method(optimizer="adamw")) for layout in layouts]
+    assert all(p.idle == p.padding == 0.0 and p.balance == 1.0 for p in adamw)
+
+
+def test_the_best_flags_are_exact_and_fit() -> None:
+    model, layout = MODELS["llama-70b"], Layout(gpus=512, tp=8, pp=4)
+    found = {
+        name: (method, predict(model, layout, H100, method))
+        for name, method in methods(layout, PionConfig(matmul_precision="bf16"), 8).items()
+    }
+    chosen = best(found, H100, among="exact")
+    assert chosen is not None and exact(chosen[1])
+    assert chosen[2].share == min(p.share for method, p in found.values() if exact(method))
+    full = replace(H100, capacity=chosen[2].memory - 1)
+    other = best(found, full, among="exact")
+    assert other is None or other[0] != chosen[0]
+
+
+def test_every_rate_matters_and_none_helps_when_it_is_halved() -> None:
+    model, layout = MODELS["llama-8b"], Layout(gpus=64, tp=2)
+    method = Method(config=PionConfig(tp_mode="distributed", matmul_precision="high"))
+    base = predict(model, layout, H100, method)
+    for rate in ("tf32", "fp32", "memory", "nvlink", "network"):
+        slower = predict(model, layout, replace(H100, **{rate: getattr(H100, rate) / 2}), method)
+        assert slower.step + slower.exposed > base.step + base.exposed, rate
+
+
+def test_collectives_of_rings_compose() -> None:
+    group = _Group(8, replace(H100, latency=0.0), within=True)
+    apart = group.seconds("reduce_scatter", 1e9, 1) + group.seconds("all_gather", 1e9 / 8, 1)
+    assert group.seconds("all_reduce", 1e9, 1) == pytest.approx(apart)
+    assert _Group(1, H100, within=True).seconds("all_reduce", 1e9, 1) == 0.0
+
+
+def test_large_products_take_their_arithmetic() -> None:
+    """A matrix's time is its FLOP over their rates, where bytes and launches are negligible."""
+    config = PionConfig(matmul_precision="high")
+    found = kernels(1, 8192, 8192, config, None)
+    by_kind = {kind: sum(k.flop for k in found if k.kind == kind) for kind in ("exact", "fast")}
+    least = by_kind["exact"] / (H100.fp32 * H100.matmul)
+    least += by_kind["fast"] / (H100.tf32 * H100.matmul)
+    assert least < priced(found, config, H100) < 1.25 * least
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-8b", 8.03), ("llama-70b", 70.6), ("llama-405b", 405.9), ("qwen3-235b", 235.1)],
+)
+def test_models_have_their_published_sizes(name: str, billions: float) -> None:
+    assert MODELS[name].params == pytest.approx(billions * 1e9, rel=1e-3)  # norms are not counted
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "llama-7b"], ["--model llama-7b", "llama-8b, llama-70b"]),
+        (["--cluster", "a100"], ["--cluster a100", "h100, h200, b200"]),
+        (["--gpus", "1000"], ["--gpus 1000", "--tp 8 x --pp 4"]),
+        (["--pp", "3", "--gpus", "768"], ["--pp 3", "80 layers", "change --pp"]),
+        (["--tp", "16"], ["--tp 16", "8 query groups"]),
+        (["--ep", "2"], ["--ep 2", "no experts"]),
+        (["--model", "qwen3-235b", "--ep", "3"], ["--ep 3", "change --ep"]),
+        (["--batch", "33"], ["--batch 33", "32 data-parallel", "change --batch"]),
+        (["--blocks", "12"], ["--blocks 12", "--tp 8"]),
+        (["--micro-batch", "0"], ["--micro-batch 0", "1 or more"]),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_fit_is_named(
+    flags: list[str], says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(flags)
+    error = capsys.readouterr().err
+    assert all(word in error for word in says), error
+
+
+def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--layers 4 --hidden 512 --ffn 1536 --heads 8 --groups 4 --head-dim 64 --vocab 1024"
+    main([*small.split(), "--gpus", "16", "--tp", "2", "--pp", "2", "--matmul", "0.5"])
+    text = capsys.readouterr().out
+    assert "16 GPUs as TP 2, PP 2" in text and "--pion-tp-mode" in text
+    for mode in ("owner", "duplicated", "distributed", "blockwise 2", "AdamW", "Muon"):
+        assert mode in text
+    assert "0.5 to 0.25" in text
+
+
+def test_a_weight_costs_what_its_matrices_do() -> None:
+    items, _ = weights(SMALL, Layout(gpus=2, tp=2), PionConfig())
+    fc1 = next(w for w in items if w.name.endswith("fc1"))
+    assert isinstance(fc1, Weight) and fc1.numel == 48 * 32
+    assert fc1.flop(PionConfig()) == 2 * step_flop(48, 32, PionConfig()) / 2  # gate, up; 2 ranks
