@@ -1,11 +1,15 @@
 """Predictions at scale: their counts are the plan's, the step's and Megatron's."""
 
+import json
 import random
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, launch
 from reference import PUBLISHED
 
 from pion_dist import Pion, PionConfig
@@ -281,3 +285,24 @@ def test_a_weight_costs_what_its_matrices_do() -> None:
     fc1 = next(w for w in items if w.name.endswith("fc1"))
     assert isinstance(fc1, Weight) and fc1.numel == 48 * 32
     assert fc1.flop(PionConfig()) == 2 * step_flop(48, 32, PionConfig()) / 2  # gate, up; 2 ranks
+
+
+@pytest.mark.slow
+def test_data_parallel_bytes_are_those_that_megatron_moves(corpus: Path) -> None:
+    """Three ranks on gloo: gradients reduced in float32, weights gathered in bf16."""
+    data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+    flags = ["--bf16", "--use-distributed-optimizer", "--global-batch-size", "12"]
+    output = launch(
+        ROOT / "tests" / "counted_run.py",
+        *(*MODEL, *PION, *NO_DROPOUT, *data, *flags, "--train-iters", "2"),
+        processes=3,
+    )
+    lines = re.findall(r"collectives: (\{.*\})", output)
+    tiny = Model(name="tiny", layers=4, hidden=64, ffn=96, heads=8, groups=4, head_dim=8, vocab=256)
+    moved = predicted(tiny, Layout(gpus=3, batch=6)).moved
+    assert len(lines) == 2
+    for line in lines:
+        seen = json.loads(line)
+        # Beside it is Adam's buffer: of the embedding, the output layer and the norms.
+        for op in ("reduce_scatter", "all_gather"):
+            assert seen.get(op, []).count(int(moved[f"dp {op}"])) == 1, (moved, seen)

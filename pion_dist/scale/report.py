@@ -219,7 +219,7 @@ def limits(found: Found, name: str, layout: Layout, cluster: Cluster) -> list[st
 def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
     """A row for each number of GPUs."""
     head = ("GPUs", "DP", "samples", "forward, backward", *KINDS.values())
-    more = ("best exact mode", "dealt evenly", "idle ranks", "padding", "buffers")
+    more = ("by", "its step alone", "dealt evenly", "idle ranks", "padding", "buffers")
     cells = []
     for layout, found in rows:
         chosen = {kind: best(found, cluster, among=kind) for kind in KINDS}
@@ -233,6 +233,7 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
                 milliseconds(adamw.model),
                 *("does not fit" if c is None else f"{c[2].share:.1%}" for c in chosen.values()),
                 "" if pion is None else pion[0].removeprefix("Pion "),
+                "" if pion is None else f"{pion[2].step / (pion[2].model + pion[2].step):.1%}",
                 f"{even(found):.1%}",
                 "" if pion is None else f"{pion[2].idle:.0%}",
                 f"{buffers.padding:.0%}",
@@ -274,15 +275,19 @@ def plot(
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    columns = min(2, len(models))
+    lines = -(-len(models) // columns)
     figure, panels = plt.subplots(
-        1,
-        len(models),
-        figsize=(4.6 * len(models), 4.2),
+        lines,
+        columns,
+        figsize=(5.2 * columns, 3.6 * lines + 0.8),
         layout="constrained",
         squeeze=False,
         sharey=True,
     )
-    for axes, (name, rows) in zip(panels[0], models.items(), strict=True):
+    for axes in panels.flat[len(models) :]:
+        axes.set_visible(False)
+    for axes, (name, rows) in zip(panels.flat, models.items(), strict=False):
         for color, (kind, label) in zip(COLORS, KINDS.items(), strict=False):
             found = [(layout.gpus, best(each, cluster, among=kind)) for layout, each in rows]
             points = [(gpus, 100 * b[2].share) for gpus, b in found if b is not None]
@@ -302,7 +307,8 @@ def plot(
         axes.set_xticks(gpus, [f"{g:,}" for g in gpus])
         axes.set_title(name)
         axes.set_xlabel("GPUs")
-    panels[0][0].set_ylabel("optimizer's share of an iteration, %")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("optimizer's share, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
