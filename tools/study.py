@@ -349,7 +349,8 @@ def stability(runner: Runner, size: Size) -> None:
     def one(method: Method) -> dict[str, list[Result]]:
         run = Run(method, model, size.iterations)
         free = tuned(runner, replace(run, model=bare), points=5)
-        top = best(tuned(runner, run)).run
+        normal = tuned(runner, run)
+        top = best(normal).run
         most = replace(top.method, lr=4 * top.method.lr, rest=4 * top.method.rest)
         watched = [
             replace(best(free).run, watch=True),
@@ -359,7 +360,7 @@ def stability(runner: Runner, size: Size) -> None:
             # A third as long: 48 layers take 12 times as long.
             replace(top, model=deep, iterations=size.iterations // 3, watch=True),
         ]
-        return {"free": free, "watched": runner.all(watched)}
+        return {"free": free, "normal": normal, "watched": runner.all(watched)}
 
     found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
     cases = (
@@ -374,11 +375,13 @@ def stability(runner: Runner, size: Size) -> None:
         "logit of the run",
         ["case", "optimizer", "lr", "loss", "activation", "logit", "drift"],
     )
-    figure, axes = panels(1 + 2 * len(cases), columns=3, share=False)
-    for method in METHODS:
-        sweep(axes[0], found[method]["free"], method.name, COLOR[method.name])
-    axes[0].set_title("no normalisation")
-    axes[0].legend(frameon=False)
+    figure, axes = panels(2 + 2 * len(cases), columns=2, share=False)
+    swept = ("free", "without normalisation"), ("normal", "with normalisation")
+    for where, (key, title) in zip(axes, swept, strict=False):
+        for method in METHODS:
+            sweep(where, found[method][key], method.name, COLOR[method.name])
+        where.set_title(title)
+        where.legend(frameon=False)
     for index, case in enumerate(cases):
         for method in METHODS:
             result = found[method]["watched"][index]
@@ -389,7 +392,7 @@ def stability(runner: Runner, size: Size) -> None:
                 + [f"{result.drift:.1e}"]
             )
             for offset, key in enumerate(("activation", "logit")):
-                where = axes[1 + 2 * index + offset]
+                where = axes[2 + 2 * index + offset]
                 where.semilogy(smoothed(result.record[key]), color=COLOR[method.name])
                 where.set_title(f"{case}: largest {key}")
                 where.set_xlabel("iteration")
