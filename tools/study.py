@@ -375,7 +375,7 @@ def stability(runner: Runner, size: Size) -> None:
         "logit of the run",
         ["case", "optimizer", "lr", "loss", "activation", "logit", "drift"],
     )
-    figure, axes = panels(2 + 2 * len(cases), columns=2, share=False)
+    figure, axes = panels(2 + 2 * len(cases), columns=4, share=False)
     swept = ("free", "without normalisation"), ("normal", "with normalisation")
     for where, (key, title) in zip(axes, swept, strict=False):
         for method in METHODS:
@@ -394,7 +394,7 @@ def stability(runner: Runner, size: Size) -> None:
             for offset, key in enumerate(("activation", "logit")):
                 where = axes[2 + 2 * index + offset]
                 where.semilogy(smoothed(result.record[key]), color=COLOR[method.name])
-                where.set_title(f"{case}: largest {key}")
+                where.set_title(f"{case}:\nlargest {key}")
                 where.set_xlabel("iteration")
     lost = Table(
         "Without normalisation: loss at every learning rate",
