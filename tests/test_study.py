@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from megatron_runs import ROOT, environment
 
@@ -46,6 +47,48 @@ def test_a_study_resumes_and_repeats_its_table(tmp_path: Path) -> None:
     for name in ("loss", "validation"):
         pattern = rf'"{name}": \[[^]]*\]'
         assert re.search(pattern, before)[0] == re.search(pattern, lost.read_text())[0]  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_a_kept_one_and_leaves_no_process(tmp_path: Path) -> None:
+    work = """
+import sys
+from pathlib import Path
+from study import ADAMW, MAX_BYTES, PION
+from study_runner import Model, Run, Runner, prepare_corpus
+
+if __name__ == "__main__":
+    runner = Runner(Path(sys.argv[1]), 1)
+    runner.add_corpus("code", lambda prefix: prepare_corpus.prepare(prefix, [], MAX_BYTES))
+    model = Model(32, seq=32, batch=2)
+    base = Run(ADAMW, model, 3, keep=True)
+    ended, evaluated, tuned = runner.all(
+        [base, Run(ADAMW, model, 0, start=base), Run(PION, model, 2, start=base)]
+    )
+    assert evaluated.loss == ended.loss, (evaluated.loss, ended.loss)
+    assert tuned.loss < ended.loss and tuned.drift < 1e-5
+"""
+    script = tmp_path / "work.py"
+    script.write_text(work)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out")],
+        env=environment()
+        | {"PYTHONPATH": os.pathsep.join((str(STUDY.parent), str(ROOT))), "MARK": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Orphans have the environment of this launch.
+    left = [p.pid for p in psutil.process_iter() if _of(p, str(tmp_path))]
+    assert not left
+
+
+def _of(process: psutil.Process, folder: str) -> bool:
+    try:
+        return any(folder in value for value in process.environ().values())
+    except psutil.Error:
+        return False
 
 
 @pytest.mark.slow

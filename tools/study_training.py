@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -74,11 +75,18 @@ def run(flags: list[str], record: Path, log: Path, *, device: str, watch: bool) 
         found["diverged"] = len(found["loss"])
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
+        _exit(1)
     scratch = record.with_suffix(".tmp")
     scratch.write_text(json.dumps(found))
     scratch.rename(record)
-    os._exit(0)  # there is nothing to save, and tearing Megatron down takes a second
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    """End now: there is nothing to save, and tearing Megatron down takes a second."""
+    for child in multiprocessing.active_children():  # writes checkpoints, and would stay for ever
+        child.kill()
+    os._exit(status)
 
 
 def _listen(found: dict[str, Any], *, watch: bool) -> None:
