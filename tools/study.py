@@ -282,21 +282,19 @@ def choices(runner: Runner, size: Size) -> None:
 def initial(runner: Runner, size: Size) -> None:
     """Initial weights, whose spectra Pion keeps: Pion and its peers at the narrowest width."""
     model = size.models[0]
-    kinds = ("keep", "fan_in", "orthogonal", "spectral")
+    kinds = ("keep", "fan_in", "orthogonal")
     default = INIT_OF_RECIPE[DEFAULT_RECIPE]
 
     def start(method: Method, kind: str) -> Method:
         # A default is left unsaid, so that its trainings serve other studies too.
         bare = tuple(f for f in method.flags if f not in PEERS_INIT)
+        kind, _, scale = kind.partition(" times ")
         given = () if method is PION and kind == default else ("--pion-init", kind)
-        return replace(method, flags=(*bare, *given))
+        scaled = ("--pion-init-scale", scale) if scale else ()
+        return replace(method, flags=(*bare, *given, *scaled))
 
-    cases = [
-        (method, kind)
-        for method in METHODS
-        for kind in kinds
-        if method is PION or kind != "spectral"
-    ]
+    cases = [(method, kind) for method in METHODS for kind in kinds]
+    cases += [(PION, "spectral"), (PION, "fan_in times 0.7")]
 
     def one(method: Method, kind: str) -> tuple[list[Result], list[Result]]:
         top = best(tuned(runner, Run(start(method, kind), model, size.iterations)))
