@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 if TYPE_CHECKING:
     from study_runner import Result
@@ -82,6 +83,9 @@ def sweep(axes: Axes, results: Sequence[Result], label: str, color: str) -> None
     """Validation loss over the learning rate; runs that diverged are left out."""
     done = sorted((r.run.method.lr, r.loss) for r in results if r.loss < float("inf"))
     axes.semilogx([lr for lr, _ in done], [y for _, y in done], "o-", color=color, label=label)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss, nats per byte")
 
