@@ -37,12 +37,14 @@ from study_runner import (
 from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE
 from pion_dist import RECIPES
 
-# The weights that are best for them: see `initial`.
-PEERS_INIT = ("--pion-init", "orthogonal")
-ADAMW = Method("AdamW", ("--optimizer", "adam", *PEERS_INIT), 5e-3, 0.16)
+# Each from the weights that are best for it, see `initial`.
+ADAMW = Method("AdamW", ("--optimizer", "adam", "--pion-init", "keep"), 2e-2, 0.16)
 MUON = Method(
     "Muon",
-    ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *PEERS_INIT),
+    (
+        *("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95"),
+        *("--pion-init", "orthogonal"),
+    ),
     2e-2,
     0.16,
 )
@@ -286,12 +288,12 @@ def initial(runner: Runner, size: Size) -> None:
     default = INIT_OF_RECIPE[DEFAULT_RECIPE]
 
     def start(method: Method, kind: str) -> Method:
-        # A default is left unsaid, so that its trainings serve other studies too.
-        bare = tuple(f for f in method.flags if f not in PEERS_INIT)
         kind, _, scale = kind.partition(" times ")
-        given = () if method is PION and kind == default else ("--pion-init", kind)
-        scaled = ("--pion-init-scale", scale) if scale else ()
-        return replace(method, flags=(*bare, *given, *scaled))
+        flags = method.flags[:-2] if "--pion-init" in method.flags else method.flags
+        # A default is left unsaid, so that its trainings serve other studies too.
+        if method is not PION or kind != default:
+            flags += ("--pion-init", kind)
+        return replace(method, flags=flags + (("--pion-init-scale", scale) if scale else ()))
 
     cases = [(method, kind) for method in METHODS for kind in kinds]
     cases += [(PION, "spectral"), (PION, "fan_in times 0.7")]
