@@ -50,6 +50,7 @@ PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
+TP2_FAN_IN = Run("tp2 owner, fan_in", 2, tp(2), options=("--pion-init", "fan_in"))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
 # The published algorithm's moments have other shapes and names, and more of them are exchanged.
 P_TP2 = Run("tp2 owner, published", 2, tp(2), options=PUBLISHED)
@@ -88,6 +89,7 @@ FLOAT32 = [
     TP2_BLOCKS,
     Run("tp4 blockwise", 4, tp(4), options=BLOCKS),
     TP2_RMS,
+    TP2_FAN_IN,
     PP2_RUN,
     Run("pp2 vpp2", 2, (*PP2, *VPP2)),
     Run("dp2", 2),
