@@ -37,7 +37,7 @@ from study_runner import (
 from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE
 from pion_dist import RECIPES
 
-# Each from the weights that are best for it, see `initial`.
+# Each from the weights that are best for it at width 32, see `initial`.
 ADAMW = Method("AdamW", ("--optimizer", "adam", "--pion-init", "keep"), 2e-2, 0.16)
 MUON = Method(
     "Muon",
@@ -50,7 +50,12 @@ MUON = Method(
 )
 PION = Method("Pion", ("--optimizer", "pion"), 4e-2, 0.16)
 METHODS = (PION, ADAMW, MUON)
-COLOR = {method.name: color for method, color in zip(METHODS, COLORS, strict=False)}
+# Which start is the better one for AdamW depends on the width: `compare` has both.
+ADAMW_ORTHOGONAL = Method(
+    "AdamW, orthogonal", ("--optimizer", "adam", "--pion-init", "orthogonal"), 5e-3, 0.16
+)
+COMPARED = (*METHODS, ADAMW_ORTHOGONAL)
+COLOR = {method.name: color for method, color in zip(COMPARED, COLORS, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,10 @@ def compare(runner: Runner, size: Size) -> None:
             cells.append((results, *horizons(runner, run, size.seeds)))
         return cells
 
-    columns = runner.each([lambda m=method: one(m) for method in METHODS])
+    columns = runner.each([lambda m=method: one(m) for method in COMPARED])
     found = {
         (model, method): cell
-        for method, cells in zip(METHODS, columns, strict=True)
+        for method, cells in zip(COMPARED, columns, strict=True)
         for model, cell in zip(size.models, cells, strict=True)
     }
     # One after the other, and nothing beside them: their times are compared.
@@ -121,7 +126,7 @@ def compare(runner: Runner, size: Size) -> None:
     table.head = [*table.head, "equal time", "drift", "ms an iteration"]
     figure, axes = panels(2 * len(size.models), columns=len(size.models), share=False)
     for model in size.models:
-        for method in METHODS:
+        for method in COMPARED:
             results, seeds, longs = found[model, method]
             run = seeds[0].run
             table.rows.append(
