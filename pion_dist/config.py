@@ -52,9 +52,10 @@ class PionConfig:
         qkv: what a fused QKV weight is to Pion. ``qkv``: Q, K and V as three matrices; ``head``:
             every head one; ``group``: per query group its Q, its K and its V; ``whole``: one.
         split_gate: treat a gated fc1 as two matrices, gate and up.
-        matmul_precision: of float32 products. ``highest``: IEEE float32 throughout; ``high``
-            (TF32) and ``bf16`` apply where the spectrum does not depend on it: generators,
-            matrix sign and second-order terms. Accumulation is float32 always.
+        matmul_precision: of products that only decide where a weight moves: generators, the
+            matrix sign, and the turning of moments. ``highest``: IEEE float32; ``high``: TF32
+            where the device has it; ``bf16``. Accumulation is float32 always. What moves the
+            weight itself is IEEE float32 under each, so that its spectrum is kept as well.
         tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
             ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
             ``distributed``: each rank its rows of the generators and its shard of the products.

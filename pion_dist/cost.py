@@ -32,7 +32,7 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
         ``dense`` or ``factors`` for each of ``config.sides``.
     """
     chosen: dict[Side, Form] = {}
-    products = _products(config, first=False)
+    products, outer = _products(config, first=False), _outer(config, first=False)
     for side in config.sides:
         d, other = (n, m) if side == "in" else (m, n)
         in_factors = (
@@ -40,8 +40,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
             and config.retraction in ("taylor", "cubic")
             # Q of the matrix sign has 2·other columns: it must be the narrower one.
             and (config.direction != "msign" or 2 * other < d)
-            and sum(_side_flop(d, other, config, form="factors", products=products))
-            < sum(_side_flop(d, other, config, form="dense", products=products))
+            and sum(_side_flop(d, other, config, form="factors", products=products, outer=outer))
+            < sum(_side_flop(d, other, config, form="dense", products=products, outer=outer))
         )
         chosen[side] = "factors" if in_factors else "dense"
     return chosen
@@ -85,6 +85,7 @@ def step_flop(
             config,
             form="dense" if dense else chosen[side],
             products=_products(config, first=alone),
+            outer=_outer(config, first=alone),
         )
         always *= made * count / ranks
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
@@ -184,7 +185,7 @@ def _divided(
     """Count what an active side of ``distributed`` moves after its generator's rows are there."""
     rows = batch * d * d // ranks
     if config.direction == "msign":
-        found.add("all_reduce", batch)  # the norm
+        found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
         found.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1)
     if not cut:
         found.add("all_gather", rows)
@@ -209,11 +210,20 @@ def _products(config: PionConfig, *, first: bool) -> int:
     return on_w + (on_moment if config.momentum == "transported" else 0)
 
 
+def _outer(config: PionConfig, *, first: bool) -> int:
+    """Products with a side's Q or Qᵀ in a step, where its generator is Q C Qᵀ."""
+    on_w = 2 + (not first)
+    if config.side == "both" and config.scaling == "rms":
+        on_w += 1  # both first-order terms are summed for their norm
+    return on_w + (2 if config.momentum == "transported" else 0)
+
+
 def _side_flop(
-    d: int, other: int, config: PionConfig, *, form: Form, products: int
+    d: int, other: int, config: PionConfig, *, form: Form, products: int, outer: int
 ) -> tuple[float, float]:
     """FLOP of one side's generator [d, d], and of all else with ``products`` products with it."""
-    rows = products * other + (PRODUCTS if config.scaling == "spectral" else 0)
+    vectors = PRODUCTS if config.scaling == "spectral" else 0
+    rows = products * other + vectors
     if form == "dense":
         flop = rows * 2.0 * d * d
         return 2.0 * other * d * d, flop + _sign_flop(d, config) + _factor_flop(d, config)
@@ -222,7 +232,7 @@ def _side_flop(
     k = 2 * other
     qr = 4.0 * d * k * k - 4.0 / 3.0 * k**3
     core = 2.0 * k * k * other + _sign_flop(k, config)
-    return qr, core + rows * (4.0 * d * k + 2.0 * k * k)
+    return qr, core + rows * 2.0 * k * k + (outer * other + 2 * vectors) * 2.0 * d * k
 
 
 def _sign_flop(d: int, config: PionConfig) -> float:

@@ -33,9 +33,9 @@ PUBLISHED: dict[str, Any] = {
     "retraction": "taylor",
 }
 
-# Muon's quintic, https://kellerjordan.github.io/posts/muon/
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
+# Muon's quintic, https://kellerjordan.github.io/posts/muon/: a small singular value grows by
+# 3.4445³ = 41.
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 3
 
 
 def skew_in(w: Array, x: Array) -> Array:
@@ -80,10 +80,13 @@ def skew_of_blocks(w: Array, x: Array, side: str, count: int) -> Array:
 
 
 def newton_schulz(k: Array, eps: float) -> Array:
-    """The matrix sign of a skew matrix, as far as five quintic steps take it."""
-    a, b, c = NEWTON_SCHULZ
+    """The matrix sign of a skew matrix, as far as the quintic steps take it.
+
+    Singular values come in pairs, so that 2 σ₁⁸ <= ‖K⁴‖_F².
+    """
     x = k / (np.linalg.norm(k) + eps)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    x = x / max((np.linalg.norm(x @ x @ x @ x) / np.sqrt(2)) ** 0.25, 1e-3 / 2**0.125)
+    for a, b, c in NEWTON_SCHULZ:
         xxt = x @ x.T
         x = a * x + b * xxt @ x + c * xxt @ xxt @ x
     return x

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,16 @@ from bench_step import (  # noqa: E402
     peak_extra,
     stored,
 )
-from released import ReleasedPion  # noqa: E402
+from released import ReleasedPion, _matrix_sign  # noqa: E402
 
 from pion_dist import Pion, PionConfig  # noqa: E402
 
 CPU = torch.device("cpu")
-# Published options; eps so small that the factor 1/2 before the matrix sign makes no difference.
-LOOPS = {c.name: replace(c.config, eps=1e-30) for c in contenders(CPU) if c.kind == "loop"}
+LOOPS = {c.name: c.config for c in contenders(CPU) if c.kind == "loop"}
 
 
-@pytest.mark.parametrize("name", LOOPS)
+# The published matrix sign has Muon's coefficients.
+@pytest.mark.parametrize("name", [name for name in LOOPS if LOOPS[name].direction != "msign"])
 @pytest.mark.parametrize("shape", [(12, 12), (9, 24), (24, 9)], ids=str)
 def test_the_released_loop_computes_what_pion_does(name: str, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -46,9 +45,22 @@ def test_the_released_loop_computes_what_pion_does(name: str, shape: tuple[int, 
         pion.step()
     assert (theirs - w).abs().max() > 1e-3
     # As in tests/test_reference.py: a step is 10 products of inner length k <= 24, each wrong by at
-    # most k u = 3e-15 (u = 1.1e-16), and 4 steps add up to 1e-13; Newton-Schulz multiplies the
-    # rounding of a generator, sqrt(k) u = 5e-16, by 3.4445^5 = 485, times the angle of 1e-2.
+    # most k u = 3e-15 (u = 1.1e-16), and 4 steps add up to 1e-13.
     torch.testing.assert_close(theirs, ours, rtol=0.0, atol=1e-12)
+
+
+def test_the_released_matrix_sign_is_one() -> None:
+    """Muon's five steps end in [0.68, 1.21] (K. Jordan) from 5e-3 of the norm on, and keep K's
+    planes.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(12, 12, dtype=torch.float64)
+    k = x - x.mT
+    sign = _matrix_sign(k, 1e-8)
+    s = torch.linalg.svdvals(sign)
+    assert torch.linalg.svdvals(k)[-1] > 5e-3 * torch.linalg.norm(k)
+    assert s[-1] > 0.68 and s[0] < 1.21
+    torch.testing.assert_close(sign @ k, k @ sign, rtol=0.0, atol=1e-10)
 
 
 def test_options_that_were_not_published_have_no_loop() -> None:

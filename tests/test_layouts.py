@@ -166,10 +166,10 @@ class Limits:
 # relative difference: 2e-5. Rounding turns singular values by 2**-24 of the largest a step, at
 # random; layouts' shares differ by 2e-8 and may by 2**-23.
 EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=2e-5, drift=2**-23)
-# Newton-Schulz enlarges the rounding of a generator's smallest plane up to 3.4445**5 = 485 times,
-# which shows where a matrix has few: a router of 4 rows has 2. Sums of some hundred in another
-# order differ by 6e-7 of the generator, so its sign by 6e-7 * 485 / 2 = 1.5e-4, and a step
-# turns by lr = 0.01: 1.5e-6 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's
+# Newton-Schulz enlarges the rounding of a generator's smallest plane 41 * 1.1 * d**(3/8) times, 100
+# of rank 8, which shows where a matrix has few: a router of 4 rows has 2. Sums of some hundred in
+# another order differ by 6e-7 of the generator, so its sign by 6e-7 * 100 / 2 = 3e-5, and a step
+# turns by lr = 0.01: 3e-7 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's
 # 1.4e-5).
 FEW_PLANES = replace(EXACT, grad_norm=3e-5, weights=3e-5, others=3e-5)
 # The same bits are summed by all ranks. A run's drift is its last rounding's: 2**-9 of an element,
@@ -178,7 +178,7 @@ BF16_EXACT = replace(EXACT, drift=2**-12)
 # Under TP, partial sums round to bf16 before they are added: activations and gradients differ by
 # 2**-9, and elements whose gradient is smaller than that go elsewhere, so that weights can differ
 # by as much as they move. Under DP, the matrix sign brings what the order of a sum leaves, 2**-24
-# times up to 485, into the masters, and their copies round elsewhere by 2**-9 in some elements. The
+# times up to 300, into the masters, and their copies round elsewhere by 2**-9 in some elements. The
 # loss is a mean over 512 tokens and differs by less than 2**-8 (measured: TP 1.5e-3, DP 6e-5).
 BF16_ROUNDED = Limits(loss=2**-8, grad_norm=inf, weights=inf, others=inf, drift=2**-12)
 

@@ -70,15 +70,16 @@ def test_flop_read_from_the_step_are_those_that_cost_counts(
 
 
 def test_products_at_full_precision_are_told_from_the_others() -> None:
-    """The spectrum depends to first order on the first-order terms and on the spectral norm."""
+    """What moves W is exact, and the spectral norm: W A, and A² and A³ or A² of the retraction."""
     d, other = 16, 24
-    for config, full in (
-        (PionConfig(side="in"), 2 * other * d * d + PRODUCTS * 2 * d * d),
-        (PionConfig(side="in", **{k: v for k, v in PUBLISHED.items() if k != "side"}),
-         2 * other * d * d),
-    ):  # fmt: skip
-        found = kernels(1, other, d, config, None)
-        assert sum(k.flop for k in found if k.kind == "exact") == full
+    for precision in ("high", "bf16"):
+        for config, full in (
+            (PionConfig(side="in"), 3 * 2 * other * d * d + PRODUCTS * 2 * d * d),
+            (PionConfig(side="in", **{k: v for k, v in PUBLISHED.items() if k != "side"}),
+             2 * 2 * other * d * d),
+        ):  # fmt: skip
+            found = kernels(1, other, d, replace(config, matmul_precision=precision), None)
+            assert sum(k.flop for k in found if k.kind == "exact") == full
     sign = 3 * len(NEWTON_SCHULZ) * 2 * d**3
     assert sum(k.flop for k in kernels(1, other, d, PionConfig(side="in"), None)) > full + sign
     frame = [k for k in kernels(1, 8, 64, PionConfig(side="in"), None) if k.kind == "qr"]

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pion_dist import PionConfig
 from pion_dist.config import Side
-from pion_dist.update.direction import NEWTON_SCHULZ
+
+# Muon's (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
+QUINTIC, STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
 def unpublished(config: PionConfig) -> str:
@@ -93,9 +95,10 @@ def _generator(w: Tensor, g: Tensor, side: str) -> Tensor:
 
 
 def _matrix_sign(k: Tensor, eps: float) -> Tensor:
-    """By the quintic Newton-Schulz iteration, three products a step."""
+    """By Muon's Newton-Schulz iteration, three products a step."""
     x = k / (torch.linalg.norm(k) + eps)
-    for a, b, c in NEWTON_SCHULZ:
+    a, b, c = QUINTIC
+    for _ in range(STEPS):
         p = x @ x.T
         x = a * x + (b * p + c * (p @ p)) @ x
     return x
@@ -119,5 +122,5 @@ def released_flop(m: int, n: int, config: PionConfig) -> float:
         used = 2 + (config.scaling == "rms") + 2 * (config.momentum == "transported")
         total += share * used * product
         if config.direction == "msign":
-            total += share * 3 * len(NEWTON_SCHULZ) * 2.0 * d**3
+            total += share * 3 * STEPS * 2.0 * d**3
     return total

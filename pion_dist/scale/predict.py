@@ -435,12 +435,8 @@ def priced(launched: Sequence[Kernel], config: PionConfig, cluster: Cluster) -> 
     stream = cluster.memory * cluster.stream
     total = 0.0
     for k in launched:
-        read = k.read
-        if k.kind == "fast" and config.matmul_precision == "bf16":
-            total += max(1.5 * k.read / stream, 2 * cluster.launch)  # both inputs are rounded first
-            read //= 2
         arithmetic = k.flop / rates[k.kind] if k.kind in rates else 0.0
-        total += max(arithmetic, (read + k.written) / stream, cluster.launch)
+        total += max(arithmetic, (k.read + k.written) / stream, cluster.launch)
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -60,8 +60,6 @@ def kernels(
         ranks: that share their computation (``distributed``, ``blockwise``).
         step: number of the step, from 1.
     """
-    # Under bf16 the products that matmul_precision reaches can be told from the others.
-    config = replace(config, matmul_precision="bf16")
     shape = [batch, m, n]
     if axis is not None:
         shape[1 if axis == "rows" else 2] //= ranks
@@ -116,34 +114,25 @@ class Peers:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operation that is more than a view.
-
-    ``fast_bf16`` rounds to bf16 and, where there is no tensor core, back: products of such
-    numbers are those that matmul_precision reaches.
-    """
+    """Every operation that is more than a view."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
-        self._rounded: dict[int, Any] = {}  # storages, kept so that no other takes their address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = _tensors([*args, *(kwargs or {}).values()])
         outputs = _tensors(out if isinstance(out, (tuple, list)) else [out])
         name = func._schema.name
-        if name == "aten::_to_copy" and torch.bfloat16 in (inputs[0].dtype, outputs[0].dtype):
-            storage = outputs[0].untyped_storage()
-            self._rounded[storage._cdata] = storage
-            return out  # what rounding costs depends on matmul_precision: see predict.priced
         if not outputs or func.is_view or name in ("aten::empty", "aten::_unsafe_view"):
             return out
         flop = 0.0
         kind: Kind = "other"
         if func._overloadpacket in flop_registry:
             flop = float(flop_registry[func._overloadpacket](*args, out_val=out, **(kwargs or {})))
-            rounded = all(x.untyped_storage()._cdata in self._rounded for x in inputs[-2:])
-            kind = "fast" if rounded else "exact"
+            low = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            kind = "fast" if low or inputs[-1].dtype == torch.bfloat16 else "exact"
         elif name in _SOLVERS:
             flop, kind = _SOLVERS[name](inputs[0].shape), "qr"
         read = 0 if name.startswith("aten::new_") else _bytes(inputs)  # these read shapes alone

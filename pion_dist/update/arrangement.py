@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..config import Side
-from .direction import NEWTON_SCHULZ, frobenius, msign
-from .generators import Dense, Generator, Matmul, factors, generator, skew
-from .precision import exact
+from .direction import NEWTON_SCHULZ, frobenius, msign, tight
+from .generators import Dense, Generator, Matmul, Wide, factors, generator, skew
+from .precision import Products, exact
 from .scaling import power_iteration
 
 _DIM: dict[Side, int] = {"out": 1, "in": 2}  # of X [B, m, n], as long as the side's generator
@@ -66,7 +66,7 @@ class Arrangement(Protocol):
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """The skew generator that S gives at W, as the moments are held."""
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The matrix sign of what ``product`` has made."""
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
@@ -89,7 +89,7 @@ class Whole:
         """[B, d, d]."""
         return generator(w, s, side=side, matmul=matmul)
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """[B, d, d]."""
         return msign(k, eps=eps, matmul=matmul)
 
@@ -135,7 +135,7 @@ class Blocks:
         k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
         return torch.unflatten(k, 0, (-1, self.count))
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """Each block's by itself."""
         if side != self.side:
             return msign(k, eps=eps, matmul=matmul)
@@ -189,16 +189,18 @@ class Divided:
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Matmul) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
-        x = k / (_norm(k, self.peers) + eps)
-        for a, b, c in NEWTON_SCHULZ:
+        x = matmul.rounded(k / (_norm(k, self.peers) + eps))
+        for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
             whole_x = self.peers.gathered(x, 1)
             p = matmul(x, whole_x)
-            poly = matmul(p, self.peers.gathered(p, 1)).mul_(c).sub_(p, alpha=b)
-            x = matmul(poly, whole_x).add_(x, alpha=a)
+            q = matmul(p, self.peers.gathered(p, 1))
+            r: Tensor | float = tight(_norm(q, self.peers)) if step == 0 else 1.0
+            poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
+            x = matmul(poly, whole_x).add_(x.mul_(a * r))
         mirror = self.peers.gathered(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
-        return (x - mirror).mul_(0.5)
+        return (x - mirror).to(k.dtype).mul_(0.5)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
         """This rank's share of the cut side's matrix, the other's whole."""
@@ -220,7 +222,7 @@ class Divided:
 
 
 @dataclass(frozen=True)
-class Blocked:
+class Blocked(Wide):
     """A generator as the blocks [B, N, d, d] of a block-diagonal matrix."""
 
     side: Side
@@ -242,7 +244,7 @@ class Blocked:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Wide):
     """A generator as the rows (out) or columns (in) that make this rank's shard of a product."""
 
     side: Side
@@ -269,5 +271,4 @@ def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
 
 
 def _norm(x: Tensor, peers: Peers) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return peers.total(norm.square_()).sqrt_()
+    return peers.total(frobenius(x).square_()).sqrt_()

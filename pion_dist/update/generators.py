@@ -20,14 +20,47 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 class Generator(Protocol):
-    """A skew generator that multiplies a batch [B, m, n] from its own side."""
+    """A skew generator that multiplies a batch [B, m, n] from its own side.
+
+    ``apply`` is ``narrow``, ``inner``, ``widen``. Where A is Q C Qᵀ with an orthonormal Q, powers
+    of A need the outer two once, A^k X = Q C^k (Qᵀ X), and a narrow term's norm is the wide one's.
+    """
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
 
+    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """What A sees of X."""
+
+    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """What A makes of it."""
+
+    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """As X is, [B, m, n]."""
+
+
+class Wide:
+    """A generator that sees all of X."""
+
+    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """X A for the in side, A X for the out side."""
+        raise NotImplementedError
+
+    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """X."""
+        return x_Bmn
+
+    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """``apply``."""
+        return self.apply(narrow, matmul=matmul)
+
+    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """As it is."""
+        return narrow
+
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Wide):
     """A generator as its matrix: [B, n, n] for the in side, [B, m, m] for the out side."""
 
     side: Side
@@ -43,7 +76,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Wide):
     """A generator as U Vᵀ − V Uᵀ: U, V are [B, n, r] for the in side, [B, m, r] for the out."""
 
     side: Side
@@ -68,10 +101,20 @@ class Framed:
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
-        q = self.q
-        if self.side == "in":
-            return matmul(matmul(matmul(x_Bmn, q), self.core), q.mT)
-        return matmul(q, matmul(self.core, matmul(q.mT, x_Bmn)))
+        inner = self.inner(self.narrow(x_Bmn, matmul=matmul), matmul=matmul)
+        return self.widen(inner, matmul=matmul)
+
+    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """X Q [B, m, k] for the in side, Qᵀ X [B, k, n] for the out side."""
+        return matmul(x_Bmn, self.q) if self.side == "in" else matmul(self.q.mT, x_Bmn)
+
+    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """With C."""
+        return matmul(narrow, self.core) if self.side == "in" else matmul(self.core, narrow)
+
+    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
+        """[B, m, n]."""
+        return matmul(narrow, self.q.mT) if self.side == "in" else matmul(self.q, narrow)
 
 
 def factors(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side) -> tuple[Tensor, Tensor]:

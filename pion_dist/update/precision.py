@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 # torch's own names of the float32 precisions, one setting per backend that can lower it.
-_IEEE, _TF32 = "ieee", "tf32"
+_IEEE: Literal["ieee"] = "ieee"
+_TF32: Literal["tf32"] = "tf32"
 
 
 def _settings() -> list[Any]:
@@ -37,33 +39,46 @@ def float32_precision(name: str) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def exact(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in IEEE arithmetic of their dtype: for what the spectrum depends on to first order."""
-    if a.dtype != torch.float32:
-        return a @ b
-    with float32_precision(_IEEE):
-        return a @ b
+@dataclass(frozen=True)
+class Products:
+    """Products of batches of matrices [B, ., .] at one precision; float64 stays float64.
+
+    Attributes:
+        setting: ``ieee`` or ``tf32``, of float32 products; TF32 only where the device has it.
+        stored: what float32 inputs are rounded to first, and results again; accumulation is
+            float32.
+    """
+
+    setting: Literal["ieee", "tf32"] = _IEEE
+    stored: torch.dtype = torch.float32
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """A @ b in their dtype."""
+        with self._in_force(a):
+            return (self.rounded(a) @ self.rounded(b)).to(a.dtype)
+
+    def add(self, c: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+        """Beta c + alpha a @ b, all ``rounded`` before."""
+        with self._in_force(a):
+            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """X as it is multiplied."""
+        return x.to(self.stored) if x.dtype == torch.float32 else x
+
+    def _in_force(self, a: Tensor) -> contextlib.AbstractContextManager[None]:
+        if a.dtype != torch.float32:
+            return contextlib.nullcontext()
+        return float32_precision(_IEEE if a.device.type == "cpu" else self.setting)
 
 
-def fast_tf32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in TF32 with float32 accumulation where the device has it; float64 stays float64."""
-    if a.dtype != torch.float32:
-        return a @ b
-    with float32_precision(_TF32 if a.is_cuda else _IEEE):
-        return a @ b
+exact = Products()
+"""IEEE arithmetic: for whatever moves a weight, on which its spectrum depends."""
 
-
-def fast_bf16(a: Tensor, b: Tensor) -> Tensor:
-    """Round a and b to bf16, multiply, accumulate and return in float32; float64 stays float64."""
-    if a.dtype != torch.float32:
-        return a @ b
-    low_a, low_b = a.bfloat16(), b.bfloat16()
-    if a.is_cuda:
-        return torch.bmm(low_a, low_b, out_dtype=torch.float32)
-    # The CPU's bf16 product rounds its result to bf16; products of bf16 numbers are exact in
-    # float32, so this is the tensor core's arithmetic.
-    return exact(low_a.float(), low_b.float())
-
-
-FAST = {"highest": exact, "high": fast_tf32, "bf16": fast_bf16}
-"""The product for generators, the matrix sign and second-order terms, by matmul_precision."""
+PRODUCTS = {
+    "highest": exact,
+    "high": Products(setting=_TF32),
+    "bf16": Products(stored=torch.bfloat16),
+}
+"""By matmul_precision, for what only decides where a weight moves: generators, the matrix sign,
+and the turning of moments."""

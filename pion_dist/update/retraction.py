@@ -35,11 +35,11 @@ def change(
     """E(aA)X − X (or X E(aA) − X), given the first-order term.
 
     Args:
-        first_order: A X (or X A), [B, m, n].
+        first_order: A X (or X A), narrow.
         generator: A.
         angle: a, [B, 1, 1].
         poly: coefficients of E.
-        matmul: the product of the terms of second and higher order.
+        matmul: the product to use.
 
     Returns:
         [B, m, n].
@@ -47,9 +47,9 @@ def change(
     *inner, last = poly[1:]
     total = first_order * last
     for coefficient in reversed(inner):
-        total = generator.apply(total, matmul=matmul).mul_(angle)
+        total = generator.inner(total, matmul=matmul).mul_(angle)
         total.add_(first_order, alpha=coefficient)
-    return total.mul_(angle)
+    return generator.widen(total.mul_(angle), matmul=matmul)
 
 
 def rotate(
@@ -70,10 +70,9 @@ def rotate(
         x: [B, m, n].
         generators: of different sides, in the order in which they are applied.
         angles: a for each generator, [B, 1, 1].
-        first_order: A X for each generator, or None where it is not known (a moment, on which
-            the spectrum does not depend).
+        first_order: A X for each generator, narrow, or None where it is not known.
         poly: coefficients of E.
-        matmul: the product of the terms of second and higher order, and of unknown first ones.
+        matmul: the product to use.
 
     Returns:
         The change of X, [B, m, n].
@@ -81,9 +80,13 @@ def rotate(
     total: Tensor | None = None
     for generator, angle, known in zip(generators, angles, first_order, strict=True):
         if known is None:
-            term = generator.apply(x if total is None else x + total, matmul=matmul)
+            seen = generator.narrow(x if total is None else x + total, matmul=matmul)
+            term = generator.inner(seen, matmul=matmul)
+        elif total is None:
+            term = known
         else:
-            term = known if total is None else generator.apply(total, matmul=matmul).add_(known)
+            seen = generator.narrow(total, matmul=matmul)
+            term = generator.inner(seen, matmul=matmul).add_(known)
         step = change(term, generator, angle, poly=poly, matmul=matmul)
         total = step if total is None else total.add_(step)
     assert total is not None, "a step has an active side"

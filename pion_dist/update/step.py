@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from torch import Tensor
 from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Shard, Whole
 from .direction import adapted, averaged, look_ahead, msign_outer
-from .generators import Dense, Generator, Matmul, Outer, factors
-from .precision import FAST, exact
+from .generators import Dense, Generator, Outer, factors
+from .precision import PRODUCTS, Products, exact
 from .retraction import coefficients, factor, rotate
+
+
+class Turning(Protocol):
+    """Applies a step's orthogonal factors."""
+
+    def __call__(
+        self, x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
+    ) -> Tensor:
+        """X [B, m, n] turned; with each factor's first-order term on X, or None, as ``rotate``."""
 
 
 def step(
@@ -45,7 +55,7 @@ def step(
         ok: boolean scalar on the weights' device; where it is False nothing moves.
         arrangement: how the matrices lie; whole by default.
     """
-    fast = FAST[config.matmul_precision]
+    fast = PRODUCTS[config.matmul_precision]
     lies = arrangement if arrangement is not None else Whole()
     if config.momentum == "lie":
         generators = _from_lie(
@@ -63,17 +73,18 @@ def step(
             ok=ok,
             matmul=fast,
         )
-    first_order = [a.apply(w_Bmn, matmul=exact) for a in generators]
-    angles = _angles(generators, first_order, moments, lies, config=config, active=active, ok=ok)
+    first_order = [a.inner(a.narrow(w_Bmn, matmul=exact), matmul=exact) for a in generators]
+    angles = _angles(
+        w_Bmn, generators, first_order, moments, lies, config=config, active=active, ok=ok
+    )
     angles = [angle * lr for angle in angles]
-    old: list[Tensor] = [w_Bmn]
-    known: list[Sequence[Tensor | None]] = [first_order]
-    if config.momentum == "transported":
-        old.append(moments["m"])
-        known.append([None] * len(generators))
+    turned = _turning(generators, angles, config=config)
     # All new values before the first is written: a generator in factors has views of W and m.
-    new = _rotated(old, generators, angles, known, config=config, matmul=fast)
-    for x, y in zip(old, new, strict=True):
+    new = [(w_Bmn, turned(w_Bmn, first_order, matmul=exact))]
+    if config.momentum == "transported":
+        m = moments["m"]
+        new.append((m, turned(m, [None] * len(generators), matmul=fast)))
+    for x, y in new:
         torch.where(ok, y, x, out=x)
 
 
@@ -86,7 +97,7 @@ def _from_lie(
     config: PionConfig,
     active: Sequence[Side],
     ok: Tensor,
-    matmul: Matmul,
+    matmul: Products,
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
     beta1, beta2 = config.betas
@@ -118,7 +129,7 @@ def _from_average(
     active: Sequence[Side],
     forms: Mapping[Side, str],
     ok: Tensor,
-    matmul: Matmul,
+    matmul: Products,
 ) -> list[Generator]:
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
@@ -146,6 +157,7 @@ def _from_average(
 
 
 def _angles(
+    w: Tensor,
     generators: Sequence[Generator],
     first_order: Sequence[Tensor],
     moments: Mapping[str, Tensor],
@@ -159,7 +171,7 @@ def _angles(
 
     With spectral scaling each its own, 1 / (‖A‖₂ + ε); the vectors behind the norms move on.
     """
-    batch, m, n = first_order[0].shape
+    batch, m, n = w.shape
     if config.scaling == "spectral":
         found: list[Tensor] = []
         for side, a in zip(active, generators, strict=True):
@@ -169,31 +181,35 @@ def _angles(
             found.append(1.0 / (norm + config.eps))
         return found
     if config.scaling == "none":
-        return [first_order[0].new_ones(batch, 1, 1)] * len(generators)
-    total = first_order[0] if len(first_order) == 1 else first_order[0] + first_order[1]
+        return [w.new_ones(batch, 1, 1)] * len(generators)
+    total = first_order[0]
+    if len(generators) == 2:
+        wide = [a.widen(x, matmul=exact) for a, x in zip(generators, first_order, strict=True)]
+        total = wide[0] + wide[1]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
     return [scale / (lies.norm(total) + config.eps)] * len(generators)
 
 
-def _rotated(
-    batches: Sequence[Tensor],
-    generators: Sequence[Generator],
-    angles: Sequence[Tensor],
-    first_order: Sequence[Sequence[Tensor | None]],
-    *,
-    config: PionConfig,
-    matmul: Matmul,
-) -> list[Tensor]:
-    """Each X with every active side's factor applied."""
+def _turning(
+    generators: Sequence[Generator], angles: Sequence[Tensor], *, config: PionConfig
+) -> Turning:
+    """What applies every active side's factor."""
     if config.retraction == "taylor" or config.retraction == "cubic":
         poly = coefficients(config.retraction, degree=config.degree)
-        return [
-            rotate(x, generators, angles, known, poly=poly, matmul=matmul).add_(x)
-            for x, known in zip(batches, first_order, strict=True)
-        ]
-    new, turn = list(batches), functools.partial(factor, retraction=config.retraction)
+
+        def by_polynomial(
+            x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
+        ) -> Tensor:
+            return rotate(x, generators, angles, first_order, poly=poly, matmul=matmul).add_(x)
+
+        return by_polynomial
+
+    made: list[Generator] = []
     for a, angle in zip(generators, angles, strict=True):
         assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
-        e = a.mapped(turn, angle)
-        new = [e.apply(x, matmul=exact) for x in new]
-    return new
+        made.append(a.mapped(functools.partial(factor, retraction=config.retraction), angle))
+
+    def by_factors(x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products) -> Tensor:
+        return functools.reduce(lambda x, e: e.apply(x, matmul=matmul), made, x)
+
+    return by_factors
