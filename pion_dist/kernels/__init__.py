@@ -1,0 +1,82 @@
+"""The elementwise parts and the norms of a step, fused in Triton or in plain torch operations.
+
+``reference`` says what each function computes, and on what runs it: the results differ by rounding
+alone. ``fold`` is the layout in which half of a skew matrix is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from . import reference
+from .fold import fold, folded_shape, unfold
+
+__all__ = [
+    "average",
+    "backend",
+    "fold",
+    "folded_shape",
+    "frobenius",
+    "lie_moments",
+    "moved",
+    "skew",
+    "unfold",
+]
+
+
+def backend(device: torch.device) -> Literal["triton", "torch"]:
+    """What computes on a device: Triton on a GPU where it is installed, else torch.
+
+    With TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU too, for tests of their
+    logic. torch remains what computes on float64 and on matrices that are not contiguous.
+    """
+    asked = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return "triton" if asked and _triton() is not None else "torch"
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernels, imported when they are first needed: Triton takes a while."""
+    try:
+        from . import triton_kernels
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        return None
+    return triton_kernels
+
+
+def _dispatched[**P, R](
+    function: Callable[P, R], *, moments: tuple[int, ...] = ()
+) -> Callable[P, R]:
+    """The reference's function, or its kernel where that takes the tensors.
+
+    Args:
+        function: its positional arguments are tensors or None.
+        moments: which of them may be of another dtype than the computation.
+    """
+
+    @functools.wraps(function)
+    def best(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor)
+        kernels = _triton() if backend(first.device) == "triton" else None
+        if kernels is not None and kernels.takes(args, moments=moments):
+            result: R = getattr(kernels, function.__name__)(*args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return best
+
+
+skew = _dispatched(reference.skew)
+lie_moments = _dispatched(reference.lie_moments, moments=(1, 2))
+average = _dispatched(reference.average, moments=(0,))
+moved = _dispatched(reference.moved)
+frobenius = _dispatched(reference.frobenius)

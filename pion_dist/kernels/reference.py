@@ -1,0 +1,121 @@
+"""What the kernels compute, in plain torch operations; runs on every device and dtype.
+
+The moments of generators are dense [B, d, d] or folded [B, 2, h, h] (see ``fold``). Each is stored
+in its own dtype and computed with in that of the product. What has been rounded to be stored is
+also what the step uses, so that a resumed run has the same numbers to go on from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import fold
+
+
+def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    """scale (X − Xᵀ), exactly skew.
+
+    Args:
+        x_Bdd: [B, d, d].
+        scale: multiplies.
+        dtype: of the result, which is rounded to it once; x's by default.
+
+    Returns:
+        [B, d, d], its diagonal zero whatever x's is.
+    """
+    k = x_Bdd - x_Bdd.mT
+    if scale != 1.0:
+        k.mul_(scale)
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    return k if dtype is None else k.to(dtype)
+
+
+def lie_moments(
+    x_Bdd: Tensor,
+    m: Tensor,
+    v: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nesterov: bool,
+    ok: Tensor,
+    wanted: bool,
+) -> Tensor | None:
+    """Average the generators K = X − Xᵀ, and K∘K, and make the direction.
+
+    Args:
+        x_Bdd: [B, d, d], the product U Vᵀ.
+        m: average of K, [B, d, d] or folded, float32, float64 or bfloat16; skew.
+            (modified in place)
+        v: average of K∘K, as m; symmetric with zero diagonal. (modified in place)
+        beta1: of m <- beta1 m + (1 − beta1) K.
+        beta2: of v.
+        eps: of the direction's denominator, > 0.
+        nesterov: take beta1 m + (1 − beta1) K, with the new m, in m's place.
+        ok: boolean scalar; where it is False the moments stay bit for bit and K may be anything.
+        wanted: whether the direction is.
+
+    Returns:
+        m, or m / (sqrt(v) + eps) where v is given, [B, d, d] of x's dtype, exactly skew with zero
+        diagonal; m itself where that is what it would be. None where not wanted.
+    """
+    folded = m.dim() == 4
+    k = fold.fold_skew(x_Bdd) if folded else skew(x_Bdd)
+    second = None if v is None else _averaged(v, k.square(), beta=beta2, ok=ok)
+    first = _averaged(m, k, beta=beta1, ok=ok)
+    if not wanted:
+        return None
+    a = _look_ahead(first, k, beta=beta1, ok=ok) if nesterov else first
+    if second is not None:
+        a = a / second.sqrt().add_(eps)
+    return fold.unfold(a, x_Bdd.shape[-1], skew=True) if folded else a
+
+
+def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:
+    """m <- beta m + (1 − beta) g.
+
+    Args:
+        m_Bmn: [B, m, n], float32, float64 or bfloat16. (modified in place)
+        g_Bmn: [B, m, n].
+        beta: decay.
+        nesterov: return beta m + (1 − beta) g, with the new m, in m's place.
+        ok: boolean scalar; where it is False m stays bit for bit and g may be anything.
+
+    Returns:
+        m in g's dtype, m itself where it is of that dtype; or the look-ahead, [B, m, n].
+    """
+    m = _averaged(m_Bmn, g_Bmn, beta=beta, ok=ok)
+    return _look_ahead(m, g_Bmn, beta=beta, ok=ok) if nesterov else m
+
+
+def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
+    """w <- w + change.
+
+    Args:
+        w_Bmn: [B, m, n]. (modified in place)
+        change_Bmn: [B, m, n]. (its values are lost)
+        ok: boolean scalar; where it is False w stays bit for bit and the change may be anything.
+    """
+    torch.where(ok, change_Bmn.add_(w_Bmn), w_Bmn, out=w_Bmn)
+
+
+def frobenius(x_Bmn: Tensor, y_Bmn: Tensor | None = None) -> Tensor:
+    """‖X + Y‖_F of each matrix, ‖X‖_F without Y: [B, 1, 1]."""
+    total = x_Bmn if y_Bmn is None else x_Bmn + y_Bmn
+    norm: Tensor = torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
+    return norm
+
+
+def _averaged(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> Tensor:
+    """moment <- beta moment + (1 − beta) new; what has been stored, in new's dtype."""
+    if moment.dtype == new.dtype:
+        return moment.lerp_(torch.where(ok, new, moment), 1.0 - beta)
+    old = moment.to(new.dtype)
+    moment.copy_(old.lerp_(torch.where(ok, new, old), 1.0 - beta))
+    return moment.to(new.dtype)
+
+
+def _look_ahead(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> Tensor:
+    return moment.lerp(torch.where(ok, new, moment), 1.0 - beta)
