@@ -35,6 +35,8 @@ def test_import_law(path: Path) -> None:
     assert not reaches(path, "megatron", "megatron_patches")
     if room != "exchange":
         assert not reaches(path, "torch.distributed"), "only the exchange knows process groups"
+    if room != "kernels":
+        assert not reaches(path, "triton"), "kernels.backend decides what computes"
     if room in ("plan", "cost", "config", "recipes", "classify", "state", "checkpoint"):
         assert not reaches(path, "torch"), "plans hold no tensors"
 

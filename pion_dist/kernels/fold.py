@@ -21,6 +21,20 @@ def folded_shape(d: int) -> tuple[int, int, int]:
     return 2, h, h
 
 
+def is_folded(x: Tensor, d: int) -> bool:
+    """Whether x is a batch of folded d x d matrices [B, 2, h, h], and not of dense ones [B, d, d].
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if tuple(x.shape[1:]) not in ((d, d), folded_shape(d)):
+        raise ValueError(
+            f"{tuple(x.shape)} is no batch of {d}x{d} matrices, dense or folded "
+            f"to {folded_shape(d)}"
+        )
+    return x.dim() == 4
+
+
 def fold(x_Bdd: Tensor) -> Tensor:
     """Fold the strict lower triangle of each matrix.
 
@@ -50,12 +64,7 @@ def unfold(f: Tensor, d: int, *, skew: bool) -> Tensor:
 
     Returns:
         [B, d, d], its diagonal zero.
-
-    Raises:
-        ValueError: f is not a batch of folded d x d matrices.
     """
-    if tuple(f.shape[1:]) != folded_shape(d):
-        raise ValueError(f"{tuple(f.shape)} is not a batch of {folded_shape(d)}, folded {d}x{d}")
     x = f.new_empty(f.shape[0], d, d)
     x11, x12, x21, x22 = _quarters(x)
     l11, l21, l22 = f[:, 1].tril(-1), f[:, 0, : d - f.shape[2]], _corner(f, d).triu(1).mT

@@ -60,8 +60,11 @@ def lie_moments(
     Returns:
         m, or m / (sqrt(v) + eps) where v is given, [B, d, d] of x's dtype, exactly skew with zero
         diagonal; m itself where that is what it would be. None where not wanted.
+
+    Raises:
+        ValueError: m is neither dense nor folded.
     """
-    folded = m.dim() == 4
+    folded = fold.is_folded(m, x_Bdd.shape[-1])
     k = fold.fold_skew(x_Bdd) if folded else skew(x_Bdd)
     second = None if v is None else _averaged(v, k.square(), beta=beta2, ok=ok)
     first = _averaged(m, k, beta=beta1, ok=ok)

@@ -8,35 +8,35 @@ skew. The other kernels go over a matrix's elements in the order in which they l
 Each matrix of a batch has to be contiguous; ``x_batch`` is the distance from one to the next.
 """
 
-# Triton and torch.cuda.device_of have no types.
-# mypy: disable-error-code="untyped-decorator, no-untyped-call"
+# A kernel's arguments have no Python types, nor has torch.cuda.device_of.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fold import folded_shape
+from .fold import folded_shape, is_folded
 
-# Rows and columns of a tile, which has a warp for each 8 rows. The small one is for heads.
-TILE, SMALL_TILE = 64, 32
+# Rows and columns of a tile, whose rows are then whole cache lines. With 64 a thread of 8 warps
+# needs 215 registers on sm_90, which leaves a multiprocessor with one program at a time.
+TILE, TILE_WARPS = 32, 4
 # Elements of a program that maps, and of one that sums: 16 and 32 a thread.
 BLOCK, SUM_BLOCK, SUM_WARPS = 2048, 8192, 8
 
 
 @triton.jit
-def _tile(d: Any, h: Any, TILE: tl.constexpr) -> Any:
-    """This program's tile: its matrix in the batch, its indices in a plane, its place in X.
+def _tile(d, h, TILE: tl.constexpr):
+    """This program's tile: its matrix in the batch and, in a plane, its corner and its extent.
 
     A row of tiles is plane 0's and then plane 1's, whose tile on the diagonal comes twice: once
     for each of its triangles.
 
     Returns:
-        The matrix; p [TILE] and q [TILE], which may be past the edge; how far down and right of
-        them the elements are in X; whether the plane is 0.
+        The matrix; the corner p, q; how far below and right of it the elements are in X; whether
+        the plane is 0.
     """
     across = tl.cdiv(h, TILE)
     tiles = across * (2 * across + 1)
@@ -47,105 +47,127 @@ def _tile(d: Any, h: Any, TILE: tl.constexpr) -> Any:
     square = j < across
     upper = j > across + i
     j = tl.where(square, j, tl.where(upper, j - across - 1, j - across))
-    steps = tl.arange(0, TILE)
     down, right = tl.where(square | upper, h, 0), tl.where(upper, h, 0)
-    return matrix, i * TILE + steps, j * TILE + steps, down, right, square
+    return matrix, i * TILE, j * TILE, down, right, square
 
 
 @triton.jit
-def _own(p: Any, q: Any, d: Any, h: Any, down: Any, right: Any, square: Any) -> Any:
-    """Which elements p, q of a tile are its program's, without and with the diagonal."""
-    inside = (p < tl.where(down > 0, d - h, h)) & (q < tl.where(right > 0, d - h, h))
-    own = inside & (square | tl.where(right > 0, p < q, p > q))
-    return own, inside & (own | (p == q))
+def _at(row, col, width):
+    """Offset of an element of a matrix, which may be past 2^31."""
+    return row.to(tl.int64) * width + col
 
 
 @triton.jit
-def _lerp(start: Any, end: Any, weight: Any) -> Any:
+def _inside(p, q, d, h, down, right, TILE: tl.constexpr):
+    """Which elements of a tile lie in the matrix, and in the tile's mirror image."""
+    i = p + tl.arange(0, TILE) < tl.where(down > 0, d - h, h)
+    j = q + tl.arange(0, TILE) < tl.where(right > 0, d - h, h)
+    return i[:, None] & j[None, :], j[:, None] & i[None, :]
+
+
+@triton.jit
+def _store(ptr, value, within, inside, triangle, diagonal):
+    """Store a tile; with the mask that hinders wide stores only where that is needed."""
+    if diagonal:
+        tl.store(ptr + within, value, mask=inside & triangle)
+    else:
+        tl.store(ptr + within, value, mask=inside)
+
+
+@triton.jit
+def _lerp(start, end, weight):
     """torch.lerp's two forms, of which each is exact at its own end."""
     difference = end - start
     return tl.where(weight < 0.5, start + weight * difference, end - difference * (1.0 - weight))
 
 
 @triton.jit
-def _skew(
-    x_ptr: Any, a_ptr: Any, x_batch: Any, d: Any, h: Any, scale: Any, TILE: tl.constexpr
-) -> None:
+def _rounded(x, ptr):
+    """x as it is once it has been stored at ptr."""
+    return x.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _skew(x_ptr, a_ptr, x_batch, d, h, scale, TILE: tl.constexpr):
     matrix, p, q, down, right, square = _tile(d, h, TILE)
-    own, full = _own(p[:, None], q[None, :], d, h, down, right, square)
-    own_t, full_t = _own(p[None, :], q[:, None], d, h, down, right, square)
-    row, col = (down + p).to(tl.int64), (right + q).to(tl.int64)
-    here, there = row[:, None] * d + col[None, :], col[:, None] * d + row[None, :]
-    # Elements that are not this program's are 0 from here on, the diagonal among them.
-    x = tl.load(x_ptr + matrix * x_batch + here, mask=own, other=0.0)
-    mirror = tl.load(x_ptr + matrix * x_batch + there, mask=own_t, other=0.0)
-    a = scale * (x - tl.trans(mirror))
+    inside, inside_t = _inside(p, q, d, h, down, right, TILE)
+    i, j = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    diagonal = (p == q) & (square == 0)
+    here, there, within = _at(down + p, right + q, d), _at(right + q, down + p, d), i * d + j
+    x = tl.load(x_ptr + matrix * x_batch + here + within, mask=inside, other=0.0)
+    mirror = tl.load(x_ptr + matrix * x_batch + there + within, mask=inside_t, other=0.0)
+    a = tl.where(diagonal & (i == j), 0.0, scale * (x - tl.trans(mirror)))
     out = a_ptr + matrix * d * d
-    tl.store(out + here, a.to(a_ptr.dtype.element_ty), mask=full)
-    tl.store(out + there, tl.trans(-a).to(a_ptr.dtype.element_ty), mask=full_t)
+    own, own_t = tl.where(right > 0, i <= j, i >= j), tl.where(right > 0, i >= j, i <= j)
+    _store(out + here, a, within, inside, own, diagonal)
+    _store(out + there, tl.trans(-a), within, inside_t, own_t, diagonal)
 
 
 @triton.jit
 def _lie_moments(
-    x_ptr: Any,
-    m_ptr: Any,
-    v_ptr: Any,
-    a_ptr: Any,
-    ok_ptr: Any,
-    x_batch: Any,
-    m_batch: Any,
-    v_batch: Any,
-    d: Any,
-    h: Any,
-    weight1: Any,
-    weight2: Any,
-    eps: Any,
+    x_ptr,
+    m_ptr,
+    v_ptr,
+    a_ptr,
+    ok_ptr,
+    x_batch,
+    m_batch,
+    v_batch,
+    d,
+    h,
+    weight1,
+    weight2,
+    eps,
     FOLDED: tl.constexpr,
     NESTEROV: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     """v_ptr is None without a second moment, a_ptr where no direction is wanted."""
     matrix, p, q, down, right, square = _tile(d, h, TILE)
-    own, full = _own(p[:, None], q[None, :], d, h, down, right, square)
-    own_t, full_t = _own(p[None, :], q[:, None], d, h, down, right, square)
-    row, col = (down + p).to(tl.int64), (right + q).to(tl.int64)
-    here, there = row[:, None] * d + col[None, :], col[:, None] * d + row[None, :]
-    ok = tl.load(ok_ptr) != 0
-    x = tl.load(x_ptr + matrix * x_batch + here, mask=own, other=0.0)  # others are 0: see _skew
-    mirror = tl.load(x_ptr + matrix * x_batch + there, mask=own_t, other=0.0)
-    k = x - tl.trans(mirror)
+    inside, inside_t = _inside(p, q, d, h, down, right, TILE)
+    i, j = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    diagonal = (p == q) & (square == 0)
+    here, there, within = _at(down + p, right + q, d), _at(right + q, down + p, d), i * d + j
+    own, own_t = tl.where(right > 0, i <= j, i >= j), tl.where(right > 0, i >= j, i <= j)
+    off = i != j
     if FOLDED:
-        held = tl.where(square, 0, h).to(tl.int64) * h + p.to(tl.int64)[:, None] * h + q[None, :]
+        held, within_held = _at(tl.where(square, 0, h) + p, q, h), i * h + j
         flip = tl.where(right > 0, -1.0, 1.0)  # plane 1 has of L22 what is below the diagonal
     else:
-        held = here
+        held, within_held = here, within
         flip = 1.0
-    m_ptrs = m_ptr + matrix * m_batch
-    m = flip * tl.load(m_ptrs + held, mask=own, other=0.0).to(tl.float32)
-    stored = _lerp(m, tl.where(ok, k, m), weight1).to(m_ptr.dtype.element_ty)
-    m = stored.to(tl.float32)
-    tl.store(m_ptrs + held, (flip * m).to(m_ptr.dtype.element_ty), mask=own & ok)
+    ok = tl.load(ok_ptr) != 0
+    live, live_t = inside & ok, inside_t & ok
+    x = tl.load(x_ptr + matrix * x_batch + here + within, mask=inside, other=0.0)
+    mirror = tl.load(x_ptr + matrix * x_batch + there + within, mask=inside_t, other=0.0)
+    k = x - tl.trans(mirror)
+
+    m_ptr += matrix * m_batch
+    m = flip * tl.load(m_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
+    m = _rounded(_lerp(m, tl.where(ok, k, m), weight1), m_ptr)
+    _store(m_ptr + held, flip * m, within_held, live, own & off, diagonal)
     if not FOLDED:
-        tl.store(m_ptrs + there, tl.trans(-m).to(m_ptr.dtype.element_ty), mask=own_t & ok)
+        _store(m_ptr + there, tl.trans(-m), within, live_t, own_t & off, diagonal)
     a = m
     if NESTEROV:
         a = _lerp(m, tl.where(ok, k, m), weight1)
     if v_ptr is not None:
-        v_ptrs = v_ptr + matrix * v_batch
-        v = tl.load(v_ptrs + held, mask=own, other=0.0).to(tl.float32)
-        kept = _lerp(v, tl.where(ok, k * k, v), weight2).to(v_ptr.dtype.element_ty)
-        tl.store(v_ptrs + held, kept, mask=own & ok)
+        v_ptr += matrix * v_batch
+        v = tl.load(v_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
+        v = _rounded(_lerp(v, tl.where(ok, k * k, v), weight2), v_ptr)
+        _store(v_ptr + held, v, within_held, live, own & off, diagonal)
         if not FOLDED:
-            tl.store(v_ptrs + there, tl.trans(kept), mask=own_t & ok)
-        a = tl.div_rn(a, tl.sqrt_rn(kept.to(tl.float32)) + eps)
+            _store(v_ptr + there, tl.trans(v), within, live_t, own_t & off, diagonal)
+        a = tl.div_rn(a, tl.sqrt_rn(v) + eps)
     if a_ptr is not None:
+        a = tl.where(diagonal & (i == j), 0.0, a)
         out = a_ptr + matrix * d * d
-        tl.store(out + here, a, mask=full)
-        tl.store(out + there, tl.trans(-a), mask=full_t)
+        _store(out + here, a, within, inside, own, diagonal)
+        _store(out + there, tl.trans(-a), within, inside_t, own_t, diagonal)
 
 
 @triton.jit
-def _block(size: Any, BLOCK: tl.constexpr) -> Any:
+def _block(size, BLOCK: tl.constexpr):
     """This program's matrix in the batch and its elements' indices there."""
     blocks = tl.cdiv(size, BLOCK)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -154,42 +176,42 @@ def _block(size: Any, BLOCK: tl.constexpr) -> Any:
 
 @triton.jit
 def _average(
-    m_ptr: Any,
-    g_ptr: Any,
-    s_ptr: Any,
-    ok_ptr: Any,
-    m_batch: Any,
-    g_batch: Any,
-    size: Any,
-    weight: Any,
+    m_ptr,
+    g_ptr,
+    s_ptr,
+    ok_ptr,
+    m_batch,
+    g_batch,
+    size,
+    weight,
     NESTEROV: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """s_ptr is None where m itself is the result."""
     matrix, at = _block(size, BLOCK)
     ok = tl.load(ok_ptr) != 0
     m_ptrs = m_ptr + matrix * m_batch + at
     m = tl.load(m_ptrs, mask=at < size, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + matrix * g_batch + at, mask=at < size, other=0.0)
-    stored = _lerp(m, tl.where(ok, g, m), weight).to(m_ptr.dtype.element_ty)
-    tl.store(m_ptrs, stored, mask=(at < size) & ok)
+    m = _rounded(_lerp(m, tl.where(ok, g, m), weight), m_ptr)
+    tl.store(m_ptrs, m, mask=(at < size) & ok)
     if s_ptr is not None:
-        s = stored.to(tl.float32)
+        s = m
         if NESTEROV:
-            s = _lerp(s, tl.where(ok, g, s), weight)
+            s = _lerp(m, tl.where(ok, g, m), weight)
         tl.store(s_ptr + matrix * size + at, s, mask=at < size)
 
 
 @triton.jit
 def _moved(
-    w_ptr: Any,
-    change_ptr: Any,
-    ok_ptr: Any,
-    w_batch: Any,
-    change_batch: Any,
-    size: Any,
+    w_ptr,
+    change_ptr,
+    ok_ptr,
+    w_batch,
+    change_batch,
+    size,
     BLOCK: tl.constexpr,
-) -> None:
+):
     matrix, at = _block(size, BLOCK)
     live = (at < size) & (tl.load(ok_ptr) != 0)
     w_ptrs = w_ptr + matrix * w_batch + at
@@ -199,14 +221,14 @@ def _moved(
 
 @triton.jit
 def _square_sums(
-    x_ptr: Any,
-    y_ptr: Any,
-    sums_ptr: Any,
-    x_batch: Any,
-    y_batch: Any,
-    size: Any,
+    x_ptr,
+    y_ptr,
+    sums_ptr,
+    x_batch,
+    y_batch,
+    size,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """One sum a program; y_ptr is None without Y."""
     matrix, at = _block(size, BLOCK)
     x = tl.load(x_ptr + matrix * x_batch + at, mask=at < size, other=0.0)
@@ -216,7 +238,7 @@ def _square_sums(
 
 
 @triton.jit
-def _roots(sums_ptr: Any, norm_ptr: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _roots(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
     """The root of the sum of each matrix's ``count`` sums, which are added in a fixed order."""
     matrix = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -237,7 +259,7 @@ def takes(tensors: Sequence[Tensor | None], *, moments: Sequence[int] = ()) -> b
 
 def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
     """As ``reference.skew``."""
-    a = torch.empty(x_Bdd.shape, dtype=dtype or x_Bdd.dtype, device=x_Bdd.device)
+    a = x_Bdd.new_empty(x_Bdd.shape, dtype=dtype)
     d, h, programs, constants = _tiled(x_Bdd)
     with torch.cuda.device_of(x_Bdd):
         _skew[(programs,)](x_Bdd, a, x_Bdd.stride(0), d, h, float(scale), **constants)
@@ -257,9 +279,9 @@ def lie_moments(
     wanted: bool,
 ) -> Tensor | None:
     """As ``reference.lie_moments``."""
-    folded = m.dim() == 4
+    folded = is_folded(m, x_Bdd.shape[-1])
     itself = not folded and m.dtype == torch.float32 and v is None and not nesterov
-    a = torch.empty(x_Bdd.shape, device=x_Bdd.device) if wanted and not itself else None
+    a = x_Bdd.new_empty(x_Bdd.shape) if wanted and not itself else None
     d, h, programs, constants = _tiled(x_Bdd)
     with torch.cuda.device_of(x_Bdd):
         _lie_moments[(programs,)](
@@ -286,7 +308,7 @@ def lie_moments(
 def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:
     """As ``reference.average``."""
     itself = m_Bmn.dtype == torch.float32 and not nesterov
-    s = None if itself else torch.empty(g_Bmn.shape, device=g_Bmn.device)
+    s = None if itself else g_Bmn.new_empty(g_Bmn.shape)
     batch, size = len(g_Bmn), g_Bmn[0].numel()
     with torch.cuda.device_of(g_Bmn):
         _average[(batch * triton.cdiv(size, BLOCK),)](
@@ -343,6 +365,6 @@ def _tiled(x_Bdd: Tensor) -> tuple[int, int, int, dict[str, int]]:
     """d, h, the number of programs, and the tile's constants."""
     d = x_Bdd.shape[-1]
     h = folded_shape(d)[1]
-    tile = TILE if h > SMALL_TILE else SMALL_TILE
-    across = triton.cdiv(h, tile)
-    return d, h, len(x_Bdd) * across * (2 * across + 1), {"TILE": tile, "num_warps": tile // 8}
+    across = triton.cdiv(h, TILE)
+    programs = len(x_Bdd) * across * (2 * across + 1)
+    return d, h, programs, {"TILE": TILE, "num_warps": TILE_WARPS}
