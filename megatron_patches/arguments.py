@@ -129,8 +129,19 @@ FLAGS = (
     ),
     _choice(
         "matmul-precision",
-        "Precision of float32 products that the spectrum does not depend on to first order: IEEE "
-        "float32 (highest), TF32 (high) or bf16. Torch's global settings have no say.",
+        "Precision of products that only decide where a weight moves (generators, matrix sign, "
+        "moments): IEEE float32 (highest), TF32 (high) or bf16. What moves the weight is IEEE "
+        "float32 always, so that its spectrum is kept. Torch's global settings have no say.",
+    ),
+    _choice(
+        "state-layout",
+        "Of Lie moments: the strict lower triangle, half the bytes (packed), or all (dense). "
+        "Checkpoints are the same.",
+    ),
+    _choice(
+        "state-dtype",
+        "Of Pion's moments: as computed (fp32), or rounded to bf16 when stored, half the bytes; "
+        "betas up to 0.99.",
     ),
     _choice(
         "tp-mode",

@@ -77,6 +77,7 @@ class CheckpointedPion(Pion):
 
     def state_dict(self) -> dict[str, Any]:
         """As Pion's, each moment's place noted for ``record``."""
-        for _, _, moment, place in self.records():
-            _PLACES[moment] = place
-        return super().state_dict()
+        found = super().state_dict()
+        for index, key, place in self.records():
+            _PLACES[found["state"][index][key]] = place
+        return found

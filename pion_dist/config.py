@@ -15,6 +15,8 @@ Retraction = Literal["taylor", "cubic", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
 Axis = Literal["rows", "cols"]
+StateLayout = Literal["packed", "dense"]
+StateDtype = Literal["fp32", "bf16"]
 TpMode = Literal["owner", "duplicated", "distributed", "blockwise"]
 
 SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
@@ -56,6 +58,12 @@ class PionConfig:
             matrix sign, and the turning of moments. ``highest``: IEEE float32; ``high``: TF32
             where the device has it; ``bf16``. Accumulation is float32 always. What moves the
             weight itself is IEEE float32 under each, so that its spectrum is kept as well.
+        state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
+            rank has whole generators (``tp_mode="distributed"`` divides their rows, which stay
+            dense); ``dense``. Checkpoints are the same.
+        state_dtype: of moments. ``fp32``: as they are computed (float64 for float64 weights);
+            ``bf16``: rounded to nearest when stored, for betas up to 0.99: of an average over more
+            steps the changes would be lost.
         tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
             ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
             ``distributed``: each rank its rows of the generators and its shard of the products.
@@ -81,6 +89,8 @@ class PionConfig:
     qkv: QkvGranularity = "qkv"
     split_gate: bool = True
     matmul_precision: MatmulPrecision = "highest"
+    state_layout: StateLayout = "packed"
+    state_dtype: StateDtype = "fp32"
     tp_mode: TpMode = "owner"
     blocks: int = 1
 
@@ -118,6 +128,14 @@ class PionConfig:
         if self.scaling != "rms" and self.rms != _default("rms"):
             raise ValueError(
                 f"rms={self.rms} is of scaling='rms'; with scaling={self.scaling!r} leave it out"
+            )
+        # bf16 has 8 bits: (1 − β) of a difference is lost where that is below 2^-9 / (1 − β) of m,
+        # a fifth of it at 0.99, twice it at 0.999.
+        used = self.betas if self.direction == "adaptive" else self.betas[:1]
+        if self.state_dtype == "bf16" and max(used) > 0.99:
+            raise ValueError(
+                f"state_dtype='bf16' would lose most of what betas={self.betas} average: use betas "
+                "up to 0.99, or state_dtype='fp32'"
             )
         if self.tp_mode == "blockwise" and self.blocks == 1:
             raise ValueError("blocks=1: tp_mode='blockwise' needs 2 or more")

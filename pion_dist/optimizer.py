@@ -14,6 +14,7 @@ from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
+from .kernels import fold, unfold
 from .matrices import MatrixView, compute_dtype, whole
 from .plan import MatrixPlan, StepPlan, build_plan
 from .update.arrangement import Arrangement, Blocks, Divided
@@ -163,13 +164,9 @@ class Pion(torch.optim.Optimizer):
             raise RuntimeError("add sharded parameters before the first step")
         self._compare()
         for p in params:
-            shapes = self._shapes(p)
-            kept = {key: value for key, value in self.state[p].items() if key in shapes}
             self.state[p] = {
-                key: kept[key]
-                if key in kept
-                else torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
-                for key, shape in shapes.items()
+                key: self.state[p][key] if key in self.state[p] else _zeros(p, moment, ranks)
+                for key, (moment, ranks) in self._held_moments(p).items()
             }
 
     def _plan(self) -> None:
@@ -216,11 +213,11 @@ class Pion(torch.optim.Optimizer):
             lines = [*self.plan.lines(index), *steps]
             exchange.compare(digest, lines, group=group, what="Pion's plans")
 
-    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        """Shape of every moment of a parameter that this rank holds, by state key."""
+    def _held_moments(self, p: Tensor) -> dict[str, tuple[state.Moment, int]]:
+        """A parameter's moments that this rank holds, and the ranks that share them, by key."""
         slot = self._slots[p]
         return {
-            state.key(name, part): moment.local(slot.ranks)
+            state.key(name, part): (moment, slot.ranks)
             for part in slot.view.shapes
             if self._planned[p, part].owner in (None, slot.group.rank() if slot.group else None)
             for name, moment in self._moments(p, part).items()
@@ -419,14 +416,12 @@ class Pion(torch.optim.Optimizer):
             return Divided(SIDE_OF[x.axis], peers)
         return None
 
-    def records(self) -> Iterator[tuple[Tensor, str, Tensor, Record]]:
-        """Parameter, state key, moment and its place among all ranks', for checkpoints."""
-        for p, slot in self._slots.items():
-            for part in slot.view.shapes:
-                for name, moment in self._moments(p, part).items():
-                    key = state.key(name, part)
-                    if key in self.state[p]:
-                        yield p, key, self.state[p][key], self._record(slot, moment)
+    def records(self) -> Iterator[tuple[int, str, Record]]:
+        """Place of each moment of ``state_dict`` among all ranks', by its parameter and key."""
+        params = (p for group in self.param_groups for p in group["params"])
+        for index, p in enumerate(params):
+            for key, (moment, _) in self._held_moments(p).items():
+                yield index, key, self._record(self._slots[p], moment)
 
     def _record(self, slot: _Slot, moment: state.Moment) -> Record:
         if slot.group is None:
@@ -439,9 +434,20 @@ class Pion(torch.optim.Optimizer):
         return Record() if self.config.tp_mode == "owner" else Record(replica=rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; also waits for the device and reports steps that were not taken."""
+        """As torch's; also waits for the device and reports steps that were not taken.
+
+        Moments that are held packed are in it as matrices, so that it is the same for each
+        ``state_layout``; they are made on the CPU, since devices may not have room for all.
+        """
         self._guard.report()
-        return super().state_dict()
+        found = super().state_dict()
+        params = (p for group in self.param_groups for p in group["params"])
+        for index, p in enumerate(params):
+            for key, (moment, ranks) in self._held_moments(p).items():
+                if moment.packed:
+                    own = found["state"][index] = dict(found["state"][index])
+                    own[key] = _unpacked(own[key].cpu(), moment.local(ranks), key)
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -452,17 +458,16 @@ class Pion(torch.optim.Optimizer):
             RuntimeError: ranks that share weights have loaded different steps.
         """
         self._refuse_other_state(state_dict)
-        super().load_state_dict(state_dict)
-        self._compare()
-        # torch casts state to its parameter's dtype; moments are kept in the compute dtype.
-        saved = state_dict["state"]
+        # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
+        super().load_state_dict({**state_dict, "state": {}})
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, index in zip(group["params"], old["params"], strict=True):
-                for key, value in self.state[p].items():
-                    if value.dtype != compute_dtype(p):
-                        self.state[p][key] = saved[index][key].to(
-                            device=p.device, dtype=compute_dtype(p), copy=True
-                        )
+                for key, (moment, ranks) in self._held_moments(p).items():
+                    value = state_dict["state"][index][key]
+                    held = _zeros(p, moment, ranks)
+                    held.copy_(_packed(value, held.shape) if moment.packed else value)
+                    self.state[p][key] = held
+        self._compare()
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -480,10 +485,28 @@ class Pion(torch.optim.Optimizer):
                     )
             for p, index in zip(group["params"], old["params"], strict=True):
                 slot, found = self._slots[p], state_dict["state"].get(index, {})
-                for key, shape in self._shapes(p).items():
+                for key, (moment, ranks) in self._held_moments(p).items():
+                    shape = moment.local(ranks)
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
+
+
+def _zeros(p: Tensor, moment: state.Moment, ranks: int) -> Tensor:
+    computed = compute_dtype(p)
+    dtype = torch.bfloat16 if moment.low and computed == torch.float32 else computed
+    return torch.zeros(moment.held(ranks), dtype=dtype, device=p.device)
+
+
+def _packed(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Matrices [..., d, d] folded to ``shape``."""
+    return fold(x.reshape(-1, *x.shape[-2:])).view(shape)
+
+
+def _unpacked(x: Tensor, shape: Sequence[int], key: str) -> Tensor:
+    """The inverse of ``_packed``: first moments are skew, second ones symmetric."""
+    flat = unfold(x.reshape(-1, *x.shape[-3:]), shape[-1], skew=key.startswith("m"))
+    return flat.view(tuple(shape))
 
 
 def _batch_size(m: int, n: int, p: Tensor) -> int:

@@ -146,7 +146,7 @@ class StepPlan:
             if self._computes(x, ranks):
                 for moment in moments(x.batch, x.m, x.n, self.config, x.axis).values():
                     shares = self.ranks_of(x) if moment.dim is not None else 1
-                    total += x.itemsize * moment.numel // shares
+                    total += moment.nbytes(x.itemsize) // shares
         return total
 
     def adam_bytes(self) -> int:

@@ -21,6 +21,8 @@ _PAPER_1_3B = PionConfig(
     qkv="qkv",
     split_gate=True,
     matmul_precision="highest",
+    state_layout="packed",
+    state_dtype="fp32",
     tp_mode="owner",
     blocks=1,
 )

@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 from .config import Axis, PionConfig
+from .kernels.fold import folded_shape
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
 _NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out")
@@ -26,15 +27,14 @@ class Moment:
     Attributes:
         shape: on all ranks together.
         dim: that the ranks which share the matrices divide; None where one rank, or each, has all.
+        packed: whether it is held folded, see ``kernels.fold``; not in checkpoints.
+        low: whether it is held in bf16 where it is computed in float32.
     """
 
     shape: tuple[int, ...]
     dim: int | None
-
-    @property
-    def numel(self) -> int:
-        """Elements on all ranks together."""
-        return prod(self.shape)
+    packed: bool = False
+    low: bool = False
 
     def local(self, ranks: int) -> tuple[int, ...]:
         """The shape on one of ``ranks`` ranks."""
@@ -43,15 +43,25 @@ class Moment:
             shape[self.dim] //= ranks
         return tuple(shape)
 
+    def held(self, ranks: int) -> tuple[int, ...]:
+        """The shape in which one of ``ranks`` ranks holds it."""
+        shape = self.local(ranks)
+        return (*shape[:-2], *folded_shape(shape[-1])) if self.packed else shape
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes on all ranks together, by those of a computed element."""
+        return prod(self.held(1)) * (2 if self.low and itemsize == 4 else itemsize)
+
 
 def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -> dict[str, Moment]:
     """Every moment of a batch of matrices [B, m, n] cut along ``axis``, by name."""
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
     divided = axis is not None and config.tp_mode in ("distributed", "blockwise")
+    low = config.state_dtype == "bf16"
     found: dict[str, Moment] = {}
     if config.momentum != "lie":
         dim = _DIM[axis] if axis is not None and divided else None
-        found = {name: Moment((batch, m, n), dim) for name in names}
+        found = {name: Moment((batch, m, n), dim, low=low) for name in names}
     blocks = config.blocks_of(axis)
     for side in config.sides:
         count = blocks.get(side, 1)
@@ -60,7 +70,9 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
         if config.momentum == "lie":
             # Blockwise repeats what all blocks share, distributed divides its rows.
             dim = 1 if divided and not blocks else of_blocks
-            found |= {f"{name}_{side}": Moment((*start, d, d), dim) for name in names}
+            packed = config.state_layout == "packed" and (not divided or bool(blocks))
+            moment = Moment((*start, d, d), dim, packed, low)
+            found |= {f"{name}_{side}": moment for name in names}
         if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
             vector = (1, d) if side == "in" else (d, 1)
             found[f"u_{side}"] = Moment((*start, *vector), of_blocks)

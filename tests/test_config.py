@@ -58,6 +58,8 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         "qkv": "qkv",
         "split_gate": True,
         "matmul_precision": "highest",
+        "state_layout": "packed",
+        "state_dtype": "fp32",
         "tp_mode": "owner",
         "blocks": 1,
     }
@@ -77,6 +79,8 @@ PAPER_1_3B = {
     "qkv": "qkv",
     "split_gate": True,
     "matmul_precision": "highest",
+    "state_layout": "packed",
+    "state_dtype": "fp32",
     "tp_mode": "owner",
     "blocks": 1,
 }

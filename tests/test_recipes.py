@@ -50,6 +50,8 @@ GIVEN = {
     "--pion-qkv whole": {"pion_qkv": "whole"},
     "--pion-no-split-gate": {"pion_split_gate": False},
     "--pion-matmul-precision bf16": {"pion_matmul_precision": "bf16"},
+    "--pion-state-layout dense": {"pion_state_layout": "dense"},
+    "--pion-state-dtype bf16": {"pion_state_dtype": "bf16"},
     "--pion-tp-mode blockwise --pion-blocks 2": {"pion_tp_mode": "blockwise", "pion_blocks": 2},
     "--pion-init spectral": {"pion_init": "spectral"},
 }

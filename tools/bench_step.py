@@ -206,7 +206,7 @@ def options(config: PionConfig) -> str:
 def pion_state(config: PionConfig, weights: Sequence[Weight]) -> int:
     """Bytes of Pion's moments."""
     found = (moments(w.count, w.m, w.n, config, None).values() for w in weights)
-    return FLOAT * sum(moment.numel for each in found for moment in each)
+    return sum(moment.nbytes(FLOAT) for each in found for moment in each)
 
 
 def pion(name: str, config: PionConfig, *, recipe: str = "", loop: str = "") -> Contender:
@@ -240,7 +240,7 @@ def released(name: str, config: PionConfig) -> Contender:
         "float32",
         lambda weights: ReleasedPion([p for w in weights for p in w.matrices()], LR, config=config),
         lambda w: w.count * released_flop(w.m, w.n, config),
-        lambda weights: pion_state(config, weights),
+        lambda weights: pion_state(replace(config, state_layout="dense"), weights),
         config,
     )
 
@@ -285,8 +285,10 @@ BASE, OWN = "Muon float32", "Muon"
 
 def contenders(device: torch.device) -> list[Contender]:
     """All that is timed, in the tables' order."""
+    low = replace(DEFAULT, matmul_precision="bf16")
     found = [
         pion("default", DEFAULT, recipe=" (pretrain)", loop="loop: msign"),
+        pion("default bf16", low, recipe=", bf16 products", loop="loop: msign"),
         pion("msign", MSIGN, loop="loop: msign"),
         pion("lie both", LIE, recipe=" (paper-1.3b)", loop="loop: lie both"),
         pion("lie alternate", LIE_ALTERNATE, recipe=" (paper-rl)", loop="loop: lie alternate"),
@@ -299,9 +301,6 @@ def contenders(device: torch.device) -> list[Contender]:
         muon(BASE, "the same, fp32_matmul_prec='highest'", "float32", fp32_matmul_prec="highest"),
         adamw(),
     ]
-    if device.type == "cuda":  # the CPU's bf16 products are float32 ones in pion_dist
-        low = replace(DEFAULT, matmul_precision="bf16")
-        found.insert(1, pion("default bf16", low, recipe=", bf16 products", loop="loop: msign"))
     return found
 
 

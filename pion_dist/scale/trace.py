@@ -71,7 +71,9 @@ def kernels(
     elif axis is not None and ranks > 1:
         arrangement = Divided(SIDE_OF[axis], Peers(ranks))
     held = {
-        name: torch.empty(moment.local(ranks), device="meta")
+        name: torch.empty(
+            moment.held(ranks), dtype=torch.bfloat16 if moment.low else w.dtype, device="meta"
+        )
         for name, moment in state.moments(batch, m, n, config, axis).items()
     }
     with _Recorder() as recorder:

@@ -19,9 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import Side
-from .direction import NEWTON_SCHULZ, frobenius, msign, tight
-from .generators import Dense, Generator, Matmul, Wide, factors, generator, skew
+from .. import kernels
+from ..config import PionConfig, Side
+from .direction import NEWTON_SCHULZ, adapted, msign, tight
+from .generators import Dense, Generator, Matmul, Wide, factors, generator
 from .precision import Products, exact
 from .scaling import power_iteration
 
@@ -64,7 +65,25 @@ class Arrangement(Protocol):
         """Ranks that have a share of each matrix."""
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
-        """The skew generator that S gives at W, as the moments are held."""
+        """The skew generator that S gives at W."""
+
+    def averaged(
+        self,
+        w: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor | None,
+        *,
+        side: Side,
+        config: PionConfig,
+        ok: Tensor,
+        wanted: bool,
+        matmul: Matmul,
+    ) -> Tensor | None:
+        """Average the generator of G and its square (modified in place); the direction if wanted.
+
+        ``kernels.lie_moments`` has the rule.
+        """
 
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The matrix sign of what ``product`` has made."""
@@ -72,8 +91,8 @@ class Arrangement(Protocol):
     def generator(self, k: Tensor, *, side: Side) -> Generator:
         """What multiplies, of what ``product`` or ``sign`` has made."""
 
-    def norm(self, x: Tensor) -> Tensor:
-        """Frobenius norm of each whole matrix, [B, 1, 1]."""
+    def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Frobenius norm of each whole matrix X, or X + Y, [B, 1, 1]."""
 
     def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
         """Spectral norm of each whole A, [B, 1, 1], and the next vectors: ``power_iteration``."""
@@ -89,6 +108,23 @@ class Whole:
         """[B, d, d]."""
         return generator(w, s, side=side, matmul=matmul)
 
+    def averaged(
+        self,
+        w: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor | None,
+        *,
+        side: Side,
+        config: PionConfig,
+        ok: Tensor,
+        wanted: bool,
+        matmul: Matmul,
+    ) -> Tensor | None:
+        """[B, d, d]."""
+        a, b = factors(w, g, side=side)
+        return _direction(matmul(a, b.mT), m, v, config=config, ok=ok, wanted=wanted)
+
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """[B, d, d]."""
         return msign(k, eps=eps, matmul=matmul)
@@ -97,9 +133,9 @@ class Whole:
         """Its matrix."""
         return Dense(side, k)
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Of [B, m, n]."""
-        return frobenius(x)
+        return kernels.frobenius(x, y)
 
     def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
         """With vectors [B, 1, n] or [B, m, 1]."""
@@ -135,6 +171,32 @@ class Blocks:
         k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
         return torch.unflatten(k, 0, (-1, self.count))
 
+    def averaged(
+        self,
+        w: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor | None,
+        *,
+        side: Side,
+        config: PionConfig,
+        ok: Tensor,
+        wanted: bool,
+        matmul: Matmul,
+    ) -> Tensor | None:
+        """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
+        if side == self.side:
+            w, g = (_blocks(x, side=side, count=self.count) for x in (w, g))
+            m, v = m.flatten(0, 1), v.flatten(0, 1) if v is not None else None
+        a, b = factors(w, g, side=side)
+        x = matmul(a, b.mT)
+        if side != self.side and self.peers is not None:
+            x = self.peers.total(x)
+        found = _direction(x, m, v, config=config, ok=ok, wanted=wanted)
+        if found is None or side != self.side:
+            return found
+        return torch.unflatten(found, 0, (-1, self.count))
+
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """Each block's by itself."""
         if side != self.side:
@@ -145,9 +207,9 @@ class Blocks:
         """The blocks of a block-diagonal matrix, or its matrix."""
         return Blocked(side, k) if side == self.side else Dense(side, k)
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Over all blocks, other ranks' too."""
-        return frobenius(x) if self.peers is None else _norm(x, self.peers)
+        return kernels.frobenius(x, y) if self.peers is None else _norm(x, y, self.peers)
 
     def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of the blocks', each of which has a vector, other ranks' too."""
@@ -184,19 +246,41 @@ class Divided:
         """This rank's rows, [B, d / ranks, d]."""
         u, v = factors(w, s, side=side)
         if side != self.side:
-            return self.peers.scattered(skew(matmul(u, v.mT)), 1)
+            return self.peers.scattered(kernels.skew(matmul(u, v.mT)), 1)
         whole_s, whole_w = self.whole(s), self.whole(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
 
+    def averaged(
+        self,
+        w: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor | None,
+        *,
+        side: Side,
+        config: PionConfig,
+        ok: Tensor,
+        wanted: bool,
+        matmul: Matmul,
+    ) -> Tensor | None:
+        """This rank's rows, [B, d / ranks, d]: of no triangle, so that moments are dense."""
+        k = self.product(w, g, side=side, matmul=matmul)
+        beta1, beta2 = config.betas
+        a = kernels.average(m, k, beta=beta1, nesterov=config.nesterov, ok=ok)
+        if v is not None:
+            second = kernels.average(v, k.square(), beta=beta2, nesterov=False, ok=ok)
+            a = adapted(a, second, eps=config.eps) if wanted else a
+        return a if wanted else None
+
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
-        x = matmul.rounded(k / (_norm(k, self.peers) + eps))
+        x = matmul.rounded(k / (_norm(k, None, self.peers) + eps))
         for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
             whole_x = self.peers.gathered(x, 1)
             p = matmul(x, whole_x)
             q = matmul(p, self.peers.gathered(p, 1))
-            r: Tensor | float = tight(_norm(q, self.peers)) if step == 0 else 1.0
+            r: Tensor | float = tight(_norm(q, None, self.peers)) if step == 0 else 1.0
             poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
             x = matmul(poly, whole_x).add_(x.mul_(a * r))
         mirror = self.peers.gathered(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
@@ -209,9 +293,9 @@ class Divided:
         # Where X A needs columns: A is skew.
         return Shard(side, k if side == "out" else -k.mT, self)
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Over all shards."""
-        return _norm(x, self.peers)
+        return _norm(x, y, self.peers)
 
     def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
         """With whole vectors on every rank, which are joined after each product."""
@@ -263,6 +347,23 @@ class Shard(Wide):
         return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.arrangement)
 
 
+def _direction(
+    x: Tensor, m: Tensor, v: Tensor | None, *, config: PionConfig, ok: Tensor, wanted: bool
+) -> Tensor | None:
+    beta1, beta2 = config.betas
+    return kernels.lie_moments(
+        x,
+        m,
+        v,
+        beta1=beta1,
+        beta2=beta2,
+        eps=config.eps,
+        nesterov=config.nesterov,
+        ok=ok,
+        wanted=wanted,
+    )
+
+
 def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
     """The blocks of X along the dimension of a side: [B count, m/count, n] for out."""
     if side == "out":
@@ -270,5 +371,5 @@ def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
     return torch.unflatten(x_Bmn, 2, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _norm(x: Tensor, peers: Peers) -> Tensor:
-    return peers.total(frobenius(x).square_()).sqrt_()
+def _norm(x: Tensor, y: Tensor | None, peers: Peers) -> Tensor:
+    return peers.total(kernels.frobenius(x, y).square_()).sqrt_()

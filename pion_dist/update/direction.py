@@ -5,24 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import Side
-from .generators import Framed, factors, skew
+from .generators import Framed, factors
 from .precision import Products
 
 # Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/). From a tight bound
 # of the largest singular value, 3 steps do what 5 do from the Frobenius norm: values above 0.02
 # of it end in [0.68, 1.21].
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 3
-
-
-def averaged(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> None:
-    """moment <- beta moment + (1 - beta) new (modified in place), left bit for bit where not ok."""
-    moment.lerp_(torch.where(ok, new, moment), 1.0 - beta)
-
-
-def look_ahead(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> Tensor:
-    """beta moment + (1 - beta) new: what Nesterov's momentum uses in place of the moment."""
-    return moment.lerp(torch.where(ok, new, moment), 1.0 - beta)
 
 
 def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
@@ -47,17 +38,17 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
         Skew [B, d, d], singular values in [0.68, 1.21] where K's are above 0.02 of that bound;
         zero where they are zero.
     """
-    x = matmul.rounded(k / (frobenius(k) + eps))
+    x = matmul.rounded(k / (kernels.frobenius(k) + eps))
     (a, b, c), *others = NEWTON_SCHULZ
     p = matmul(x, x)
     q = matmul(p, p)
-    r = tight(frobenius(q))
+    r = tight(kernels.frobenius(q))
     poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
     x = matmul(x, poly).add_(x.mul_(a * r))
     for a, b, c in others:
         p = matmul(x, x)
         x = matmul.add(x, x, matmul.add(p, p, p, beta=-b, alpha=c), beta=a)
-    return skew(x.to(k.dtype)).mul_(0.5)
+    return kernels.skew(x.to(k.dtype), scale=0.5)
 
 
 def tight(norm: Tensor) -> Tensor:
@@ -85,12 +76,5 @@ def msign_outer(
     u, v = factors(w_Bmn, s_Bmn, side=side)
     q, r = torch.linalg.qr(torch.cat((u, v), dim=-1))
     r_u, r_v = r.split(u.shape[-1], dim=-1)
-    core = skew(matmul(r_u, r_v.mT))
+    core = kernels.skew(matmul(r_u, r_v.mT))
     return Framed(side, q, msign(core, eps=eps, matmul=matmul))
-
-
-def frobenius(x: Tensor) -> Tensor:
-    """Frobenius norm of each matrix, [B, 1, 1], in float32 at least."""
-    wide = torch.float32 if x.dtype == torch.bfloat16 else None
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
-    return norm

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .. import kernels
 from ..config import Side
 from .precision import exact
 
@@ -135,9 +136,4 @@ def generator(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side, matmul: Matmul = exac
         The generator, exactly skew: one product and a transpose-subtract.
     """
     u, v = factors(w_Bmn, s_Bmn, side=side)
-    return skew(matmul(u, v.mT))
-
-
-def skew(x: Tensor) -> Tensor:
-    """X − Xᵀ."""
-    return x - x.mT
+    return kernels.skew(matmul(u, v.mT))

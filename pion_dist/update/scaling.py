@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .direction import frobenius
+from ..kernels import frobenius
 
 # Of a step. How far below the norm the estimate is, in steps 31 to 120 of a byte-level GPT of width
 # 96 (weights 288 x 96, 96 x 96, 384 x 96, 96 x 384; both sides and alternate):

@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Shard, Whole
-from .direction import adapted, averaged, look_ahead, msign_outer
+from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, exact
 from .retraction import coefficients, factor, rotate
@@ -24,7 +25,7 @@ class Turning(Protocol):
     def __call__(
         self, x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
     ) -> Tensor:
-        """X [B, m, n] turned; with each factor's first-order term on X, or None, as ``rotate``."""
+        """The change of X [B, m, n]; first-order terms as for ``rotate``."""
 
 
 def step(
@@ -45,9 +46,9 @@ def step(
         w_Bmn: weights [B, m, n], float32 or float64; shards of them where they are divided.
         g_Bmn: gradients, as the weights.
         moments: as ``state.moments`` says: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``,
-            ``v_out`` [B, m, m]; else ``m``, ``v`` [B, m, n]; the ``v`` for the adaptive direction
-            only; ``u_in`` [B, 1, n] and ``u_out`` [B, m, 1] for spectral scaling. (modified in
-            place)
+            ``v_out`` [B, m, m], or folded; else ``m``, ``v`` [B, m, n]; the ``v`` for the
+            adaptive direction only; ``u_in`` [B, 1, n] and ``u_out`` [B, m, 1] for spectral
+            scaling. (modified in place)
         config: the run's options.
         lr: η.
         active: the sides this step applies, in order of application.
@@ -78,14 +79,15 @@ def step(
         w_Bmn, generators, first_order, moments, lies, config=config, active=active, ok=ok
     )
     angles = [angle * lr for angle in angles]
-    turned = _turning(generators, angles, config=config)
-    # All new values before the first is written: a generator in factors has views of W and m.
-    new = [(w_Bmn, turned(w_Bmn, first_order, matmul=exact))]
+    change_of = _turning(generators, angles, config=config)
+    # All changes before the first is made: a generator in factors has views of W and m.
+    changes = [(w_Bmn, change_of(w_Bmn, first_order, matmul=exact))]
     if config.momentum == "transported":
         m = moments["m"]
-        new.append((m, turned(m, [None] * len(generators), matmul=fast)))
-    for x, y in new:
-        torch.where(ok, y, x, out=x)
+        known = [None] * len(generators)
+        changes.append((m, change_of(m.to(w_Bmn.dtype), known, matmul=fast)))
+    for x, change in changes:
+        kernels.moved(x, change, ok=ok)
 
 
 def _from_lie(
@@ -100,20 +102,22 @@ def _from_lie(
     matmul: Products,
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
-    beta1, beta2 = config.betas
     found: dict[Side, Generator] = {}
     for side in config.sides:
-        m = moments[f"m_{side}"]
-        new = lies.product(w, g, side=side, matmul=matmul)
-        averaged(m, new, beta=beta1, ok=ok)
-        if config.direction == "adaptive":
-            averaged(moments[f"v_{side}"], new.square(), beta=beta2, ok=ok)
-        if side not in active:
+        a = lies.averaged(
+            w,
+            g,
+            moments[f"m_{side}"],
+            moments.get(f"v_{side}"),
+            side=side,
+            config=config,
+            ok=ok,
+            wanted=side in active,
+            matmul=matmul,
+        )
+        if a is None:
             continue
-        a = look_ahead(m, new, beta=beta1, ok=ok) if config.nesterov else m
-        if config.direction == "adaptive":
-            a = adapted(a, moments[f"v_{side}"], eps=config.eps)
-        elif config.direction == "msign":
+        if config.direction == "msign":
             a = lies.sign(a, side=side, eps=config.eps, matmul=matmul)
         found[side] = lies.generator(a, side=side)
     return [found[side] for side in active]
@@ -134,11 +138,11 @@ def _from_average(
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
     m = moments["m"]
-    averaged(m, g, beta=beta1, ok=ok)
-    s = look_ahead(m, g, beta=beta1, ok=ok) if config.nesterov else m
+    s = kernels.average(m, g, beta=beta1, nesterov=config.nesterov, ok=ok)
     if config.direction == "adaptive":
-        averaged(moments["v"], m.square(), beta=beta2, ok=ok)
-        s = adapted(s, moments["v"], eps=config.eps)
+        square = m.to(g.dtype).square()
+        v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
+        s = adapted(s, v, eps=config.eps)
     found: list[Generator] = []
     for side in active:
         sign = config.direction == "msign"
@@ -182,12 +186,11 @@ def _angles(
         return found
     if config.scaling == "none":
         return [w.new_ones(batch, 1, 1)] * len(generators)
-    total = first_order[0]
-    if len(generators) == 2:
-        wide = [a.widen(x, matmul=exact) for a, x in zip(generators, first_order, strict=True)]
-        total = wide[0] + wide[1]
+    terms = first_order
+    if len(terms) == 2:
+        terms = [a.widen(x, matmul=exact) for a, x in zip(generators, terms, strict=True)]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
-    return [scale / (lies.norm(total) + config.eps)] * len(generators)
+    return [scale / (lies.norm(*terms) + config.eps)] * len(generators)
 
 
 def _turning(
@@ -200,7 +203,7 @@ def _turning(
         def by_polynomial(
             x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
         ) -> Tensor:
-            return rotate(x, generators, angles, first_order, poly=poly, matmul=matmul).add_(x)
+            return rotate(x, generators, angles, first_order, poly=poly, matmul=matmul)
 
         return by_polynomial
 
@@ -210,6 +213,6 @@ def _turning(
         made.append(a.mapped(functools.partial(factor, retraction=config.retraction), angle))
 
     def by_factors(x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products) -> Tensor:
-        return functools.reduce(lambda x, e: e.apply(x, matmul=matmul), made, x)
+        return functools.reduce(lambda x, e: e.apply(x, matmul=matmul), made, x).sub_(x)
 
     return by_factors
