@@ -6,15 +6,11 @@ Prints losses and how far each optimizer moved the singular values, and draws OU
 """
 
 import argparse
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
+from megatron_job import LLAMA_FLAGS, PLAIN_FLAGS, JobError, launcher, lines_of
 from prepare_corpus import TOKENIZER_FLAGS
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -44,10 +41,8 @@ MODEL_FLAGS = [
     *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "352"),
     *("--num-attention-heads", str(HEADS), "--kv-channels", str(HEAD_DIM)),
     *("--group-query-attention", "--num-query-groups", str(QUERY_GROUPS), "--seq-length", "256"),
-    *("--max-position-embeddings", "256", "--position-embedding-type", "rope", "--swiglu"),
-    *("--normalization", "RMSNorm", "--disable-bias-linear"),
-    *("--untie-embeddings-and-output-weights", "--attention-dropout", "0"),
-    *("--hidden-dropout", "0"),
+    *("--max-position-embeddings", "256"),
+    *LLAMA_FLAGS,
 ]
 # 16 x 256 bytes an iteration is 0.14 s on two cores with bf16 units, with Pion's step 0.25 s.
 TRAIN_FLAGS = [
@@ -57,12 +52,6 @@ TRAIN_FLAGS = [
     *("--split", "9,1,0", "--eval-interval", "100", "--eval-iters", "20", "--log-interval", "5"),
     *("--num-workers", "0", "--no-create-attention-mask-in-dataloader"),
     *("--ckpt-format", "torch_dist", "--save-interval", "1000000"),  # only at the end
-]
-# Megatron alone, without Transformer Engine and apex: none of their fused kernels.
-PLAIN_FLAGS = [
-    *("--transformer-impl", "local", "--no-gradient-accumulation-fusion"),
-    *("--no-masked-softmax-fusion", "--no-persist-layer-norm", "--no-rope-fusion"),
-    *("--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
 ]
 FINAL_LR = 0.1  # of the first, at the end of the cosine
 
@@ -100,10 +89,6 @@ SHOWN = {  # panel title: matrix, one of each kind
 }
 # Singular values by matrix name, at the start and at the end of a run.
 Spectra = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-
-
-class DemoError(Exception):
-    """What went wrong and where to look, for the user."""
 
 
 @dataclass
@@ -149,56 +134,6 @@ class Progress:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
 
 
-def child_environment() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    one_process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Many small matmuls: more than eight threads only wait for each other.
-    threads = str(min(8, len(os.sched_getaffinity(0))))
-    defaults = {
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning makes it 10 times slower when cores are shared
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return defaults | os.environ | one_process | address
-
-
-def lines_of(command: list[str], log: Path) -> Iterator[str]:
-    """Run the command, yield its output line by line, keep it in the log; raise if it fails."""
-    tail: deque[str] = deque(maxlen=25)
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command,
-            env=child_environment(),
-            cwd=EXAMPLES.parent,
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        ) as child,
-    ):
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                file.write(line)
-                tail.append(line)
-                yield line
-        except BaseException:
-            child.kill()
-            raise
-    if child.returncode:
-        what = Path(command[1]).name if command[1] != "-m" else command[2]
-        raise DemoError(
-            f"{what} ended with status {child.returncode}. The end of its log, {log}:\n\n"
-            + "".join(tail)
-        )
-
-
 def prepare(out: Path, text: list[Path]) -> Path:
     """Write the corpus; its prefix."""
     prefix = out / "corpus" / "bytes"
@@ -218,9 +153,8 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
         shutil.rmtree(run.checkpoint)
     run.folder.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
-    launcher = [sys.executable, "-m", "megatron_patches", *([] if gpu else ["--cpu"])]
     command = [
-        *(*launcher, str(EXAMPLES / "pretrain_bytes.py")),
+        *(*launcher(cpu=not gpu), str(EXAMPLES / "pretrain_bytes.py")),
         *(*MODEL_FLAGS, *TRAIN_FLAGS, *PLAIN_FLAGS, *TOKENIZER_FLAGS, *run.flags),
         *("--distributed-backend", "nccl" if gpu else "gloo", "--seed", str(seed)),
         *("--train-iters", str(iterations), "--data-path", str(corpus)),
@@ -242,7 +176,7 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
         elif "saving checkpoint" in line:
             progress.show(f"{run.name}: saving the checkpoint ...")
     if not (run.train and run.validation):
-        raise DemoError(f"no losses found in {run.folder.with_suffix('.log')}: read it for why")
+        raise JobError(f"no losses found in {run.folder.with_suffix('.log')}: read it for why")
     progress.done(
         f"{run.name}: {iterations} iterations in {time.monotonic() - start:.0f} s, "
         f"validation loss {run.validation[-1][1]:.3f}"
@@ -388,7 +322,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     try:
         demo(parser.parse_args())
-    except DemoError as error:
+    except JobError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,6 +21,7 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import prepare_corpus  # noqa: E402
+from megatron_job import PLAIN_FLAGS  # noqa: E402
 
 from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE  # noqa: E402
 from pion_dist import RECIPES  # noqa: E402
@@ -73,15 +74,12 @@ class Model:
         ]
 
 
-# Megatron alone, without Transformer Engine and apex.
 COMMON = [
     *("--bf16", "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
     *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--split", "9,1,0"),
     *("--eval-interval", "1000000", "--log-interval", "50", "--num-workers", "0"),
     *("--no-create-attention-mask-in-dataloader", "--no-check-for-nan-in-loss-and-grad"),
-    *("--transformer-impl", "local", "--no-gradient-accumulation-fusion"),
-    *("--no-masked-softmax-fusion", "--no-persist-layer-norm", "--no-rope-fusion"),
-    *("--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
+    *PLAIN_FLAGS,
     *prepare_corpus.TOKENIZER_FLAGS,
 ]
 EVALUATED = 40  # batches, at the end
