@@ -324,7 +324,8 @@ def setting(plan: Plan, found: Found) -> Table:
         (
             "clock",
             "Megatron's timers: optimizer is MegatronOptimizer.step (gradients to float32, "
-            "norm, the optimizer's own step, weights to bf16), whose start and end ranks wait for",
+            "norm, the optimizer's own step, weights to bf16 and to other ranks); ranks start "
+            "a timer together",
         ),
     ]
     return table
@@ -358,7 +359,7 @@ def draw(found: Found, title: str) -> Figure:
     parts = {
         "forward and backward": passes,
         "the optimizer's own step": own,
-        "norm and copies": [a - b for a, b in zip(whole, own, strict=True)],
+        "norm, copies, exchange": [a - b for a, b in zip(whole, own, strict=True)],
         "the rest": [t - f - o for t, f, o in zip(total, passes, whole, strict=True)],
     }
     left = [0.0] * len(total)
