@@ -92,7 +92,6 @@ CONTENDERS = {
     "pion-bf16": ("--optimizer", "pion", "--pion-matmul-precision", "bf16"),
     "pion-lie": ("--optimizer", "pion", "--pion-recipe", "paper-1.3b"),
 }
-GPU_ONLY = ("pion-bf16",)  # a CPU's bf16 products are float32 ones in pion_dist
 
 COMMON = [
     *("--bf16", "--lr", "1e-3", "--lr-decay-style", "constant", "--clip-grad", "1.0"),
@@ -400,8 +399,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Plan, Path]:
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="the first is what others are compared with (default: all, without "
-        f"{', '.join(GPU_ONLY)} on a CPU)",
+        help="the first is what others are compared with (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--iterations", type=int, default=24, help="default: %(default)s")
@@ -432,7 +430,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Plan, Path]:
         parser.error(
             f"--device cuda --nproc {args.nproc}: torch sees {torch.cuda.device_count()} GPUs"
         )
-    names = args.contenders or [n for n in CONTENDERS if args.device == "cuda" or n not in GPU_ONLY]
+    names = args.contenders or list(CONTENDERS)
     names = tuple(dict.fromkeys(names))
     plan = Plan(
         args.model, args.device, args.nproc, seq, batch, names, args.rounds, args.iterations, extra

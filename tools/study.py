@@ -286,6 +286,42 @@ def choices(runner: Runner, size: Size) -> None:
     write("choices", [table], figure, runner.out)
 
 
+def precision(runner: Runner, size: Size) -> None:
+    """Pion with products and moments in bf16, at the narrowest width: losses and drift."""
+    model = size.models[0]
+    lie = ("--pion-momentum", "lie", "--pion-direction", "adaptive")
+    products, moments = ("--pion-matmul-precision", "bf16"), ("--pion-state-dtype", "bf16")
+    cases = {
+        f"{of}: {what}": Method("Pion", (*PION.flags, *base, *flags), PION.lr, PION.rest)
+        for of, base in (("default", ()), ("lie, adaptive", lie))
+        for what, flags in (
+            ("as computed", ()),
+            ("products", products),
+            ("moments", moments),
+            ("both", (*products, *moments)),
+        )
+    }
+
+    def one(method: Method) -> tuple[list[Result], list[Result]]:
+        return horizons(runner, Run(method, model, size.iterations), size.seeds)
+
+    found = runner.each([lambda m=method: one(m) for method in cases.values()])
+    short, long = size.iterations, LONG * size.iterations
+    table = Table(
+        f"Width {model.width}: validation loss, mean and standard deviation of {size.seeds} seeds, "
+        f"after {short} and {long} iterations at lr {PION.lr:g} (the rest's {PION.rest:g})",
+        ["in bf16", f"after {short}", f"after {long}", "drift"],
+    )
+    for name, (shorts, longs) in zip(cases, found, strict=True):
+        drift = max(r.drift for r in shorts + longs)
+        table.rows.append([name, spread(shorts), spread(longs), f"{drift:.1e}"])
+    figure, (axes,) = panels(1)
+    shorts, longs = ([cell[i] for cell in found] for i in (0, 1))
+    points(axes, list(cases), {f"after {short}": shorts, f"after {long}": longs})
+    axes.legend(frameon=False)
+    write("precision", [table], figure, runner.out)
+
+
 def initial(runner: Runner, size: Size) -> None:
     """Initial weights, whose spectra Pion keeps: Pion and its peers at the narrowest width."""
     model = size.models[0]
@@ -484,7 +520,8 @@ def king_james(prefix: Path) -> int:
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
-    study.__name__: study for study in (initial, choices, compare, transfer, stability, finetune)
+    study.__name__: study
+    for study in (initial, choices, compare, transfer, stability, finetune, precision)
 }
 
 
