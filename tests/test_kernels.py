@@ -131,10 +131,11 @@ def test_every_triton_kernel_compiles_for_hopper_and_blackwell(tmp_path: Path) -
 
 
 @needs_gpu
-@pytest.mark.parametrize("case", cases(1, 2, 3, 31, 64, 65, 67, 128, 1000), ids=str)
-def test_triton_moments_and_directions(case: Case) -> None:
+@pytest.mark.parametrize("d", [1, 2, 3, 31, 64, 65, 67, 128, 1000])
+def test_triton_moments_and_directions(d: int) -> None:
     assert kernels.backend(torch.device("cuda")) == "triton"
-    check_lie_moments(kernels, "cuda", case)
+    for case in cases(d):
+        check_lie_moments(kernels, "cuda", case)
 
 
 @needs_gpu
