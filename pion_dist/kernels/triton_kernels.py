@@ -29,7 +29,7 @@ BLOCK, SUM_BLOCK, SUM_WARPS = 2048, 8192, 8
 
 @triton.jit
 def _tile(d, h, TILE: tl.constexpr):
-    """This program's tile: its matrix in the batch and, in a plane, its corner and its extent.
+    """This program's tile: its matrix in the batch, and where it lies in a plane and in X.
 
     A row of tiles is plane 0's and then plane 1's, whose tile on the diagonal comes twice: once
     for each of its triangles.
