@@ -22,7 +22,7 @@ def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
 
 
 def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
-    """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz.
+    """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz, with two more in memory.
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
     products. K is first divided by a bound of its largest singular value that the first step's
@@ -30,7 +30,7 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     depends on it.
 
     Args:
-        k: skew [B, d, d].
+        k: skew [B, d, d]. (its values are lost)
         eps: added to the Frobenius norm that K is divided by before all else.
         matmul: the products to use.
 
@@ -38,17 +38,20 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
         Skew [B, d, d], singular values in [0.68, 1.21] where K's are above 0.02 of that bound;
         zero where they are zero.
     """
-    x = matmul.rounded(k / (kernels.frobenius(k) + eps))
-    (a, b, c), *others = NEWTON_SCHULZ
-    p = matmul(x, x)
-    q = matmul(p, p)
-    r = tight(kernels.frobenius(q))
-    poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
-    x = matmul(x, poly).add_(x.mul_(a * r))
-    for a, b, c in others:
-        p = matmul(x, x)
-        x = matmul.add(x, x, matmul.add(p, p, p, beta=-b, alpha=c), beta=a)
-    return kernels.skew(x.to(k.dtype), scale=0.5)
+    x = matmul.rounded(k.div_(kernels.frobenius(k) + eps))
+    p, q = torch.empty_like(x), torch.empty_like(x)
+    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        matmul.into(p, x, x)
+        if step == 0:
+            matmul.into(q, p, p)
+            r = tight(kernels.frobenius(q))
+            x.mul_(r)
+            q.mul_(c * r**4).add_(p.mul_(-b * r**2))
+        else:
+            matmul.into(q, p, p, add=p, beta=-b, alpha=c)
+        x, p = matmul.into(p, x, q, add=x, beta=a), x
+    del p, q
+    return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
 def tight(norm: Tensor) -> Tensor:

@@ -57,10 +57,20 @@ class Products:
         with self._in_force(a):
             return (self.rounded(a) @ self.rounded(b)).to(a.dtype)
 
-    def add(self, c: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
-        """Beta c + alpha a @ b, all ``rounded`` before."""
+    def into(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        add: Tensor | None = None,
+        beta: float = 0.0,
+        alpha: float = 1.0,
+    ) -> Tensor:
+        """Write alpha a @ b + beta add into ``out``, which is none of them; all are ``rounded``."""
         with self._in_force(a):
-            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+            c = out if add is None else add
+            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
 
     def rounded(self, x: Tensor) -> Tensor:
         """X as it is multiplied."""

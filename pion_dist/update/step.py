@@ -80,14 +80,21 @@ def step(
     )
     angles = [angle * lr for angle in angles]
     change_of = _turning(generators, angles, config=config)
-    # All changes before the first is made: a generator in factors has views of W and m.
-    changes = [(w_Bmn, change_of(w_Bmn, first_order, matmul=exact))]
-    if config.momentum == "transported":
-        m = moments["m"]
-        known = [None] * len(generators)
-        changes.append((m, change_of(m.to(w_Bmn.dtype), known, matmul=fast)))
-    for x, change in changes:
-        kernels.moved(x, change, ok=ok)
+    change = change_of(w_Bmn, first_order, matmul=exact)
+    del first_order
+    if config.momentum != "transported":
+        kernels.moved(w_Bmn, change, ok=ok)
+        return
+    m, unknown = moments["m"], [None] * len(generators)
+    if any(isinstance(a, Outer) for a in generators):
+        # They have views of W and m: both changes before either is made.
+        turn = change_of(m.to(w_Bmn.dtype), unknown, matmul=fast)
+        kernels.moved(w_Bmn, change, ok=ok)
+    else:
+        kernels.moved(w_Bmn, change, ok=ok)
+        del change
+        turn = change_of(m.to(w_Bmn.dtype), unknown, matmul=fast)
+    kernels.moved(m, turn, ok=ok)
 
 
 def _from_lie(
@@ -118,6 +125,7 @@ def _from_lie(
         if a is None:
             continue
         if config.direction == "msign":
+            a = a if config.nesterov else a.clone()  # it may be the moment
             a = lies.sign(a, side=side, eps=config.eps, matmul=matmul)
         found[side] = lies.generator(a, side=side)
     return [found[side] for side in active]
@@ -144,8 +152,8 @@ def _from_average(
         v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
         s = adapted(s, v, eps=config.eps)
     found: list[Generator] = []
+    sign = config.direction == "msign"
     for side in active:
-        sign = config.direction == "msign"
         if lies.low_rank and forms[side] == "factors":
             found.append(
                 msign_outer(w, s, side=side, eps=config.eps, matmul=matmul)
