@@ -76,7 +76,9 @@ class Runs:
 
     def train(self, model: str, layout: str, *flags: str) -> list[Step]:
         processes, where = LAYOUTS[layout]
-        common = [*PION, *NO_DROPOUT, "--ckpt-format", "torch_dist", *MODELS[model]]
+        # Equal singular values pass on least of what is rounded differently.
+        common = [*PION, "--pion-init", "orthogonal", *NO_DROPOUT, *MODELS[model]]
+        common += ["--ckpt-format", "torch_dist"]
         return train(self.corpus, *common, *where, *flags, processes=processes)
 
     def get(self, model: str, layout: str) -> Run:

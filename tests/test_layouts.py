@@ -65,6 +65,7 @@ P_DIST_OPT = Run("dp2 dist-opt overlap, published", 2, (*DIST_OPT, *OVERLAP), op
 P_OLD_DIST_OPT = Run("dp2 dist-opt old, published", 2, (*DIST_OPT, LEGACY), options=PUBLISHED)
 P_TP2_DIST_OPT = Run("tp2 dp2 dist-opt, published", 4, tp(2, *DIST_OPT), options=PUBLISHED)
 MOE_EP2_TP2 = Run("moe ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe")
+MTP_TP2 = Run("mtp tp2 sp", 2, tp(2, SP), "mtp")
 P_MOE_EP2 = Run("moe ep2, published", 2, EP2, "moe", options=PUBLISHED)
 BF16_TP2 = Run("bf16 tp2", 2, tp(2), options=BF16)
 BF16_DP2 = [
@@ -110,7 +111,7 @@ FLOAT32 = [
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
     Run("mla dp2", 2, (), "mla"),
     Run("mla pp2", 2, PP2, "mla"),
-    Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
+    MTP_TP2,
     Run("mtp pp2", 2, PP2, "mtp"),
     Run("mla tp2, owner to duplicated", 2, tp(2), "mla", against=MLA_DUPLICATED),
     *(P_TP2, P_DUPLICATED, P_DISTRIBUTED, P_BLOCKS, P_SPECTRAL_BLOCKS, P_PP2),
@@ -172,6 +173,13 @@ EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=2e-5, drift=2**-2
 # turns by lr = 0.01: 3e-7 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's
 # 1.4e-5).
 FEW_PLANES = replace(EXACT, grad_norm=3e-5, weights=3e-5, others=3e-5)
+# An adaptive direction divides by the root of a second moment, entry by entry, so that rounding counts
+# for more where that is small (measured: norms 2.5e-6, weights 8e-6, Adam's 2.3e-5).
+ADAPTIVE = replace(EXACT, grad_norm=5e-6, others=5e-5)
+# With multi-token prediction the embedding has elements whose gradient is rounding: two of 16,384
+# differ by 6e-4 after 20 steps of Adam's, which moves each by its learning rate (measured: 2e-4 of
+# the embedding; the norm then by 2.3e-6).
+NOISY = replace(EXACT, grad_norm=5e-6, others=1e-3)
 # The same bits are summed by all ranks. A run's drift is its last rounding's: 2**-9 of an element,
 # 4e-4 of the singular values.
 BF16_EXACT = replace(EXACT, drift=2**-12)
@@ -222,9 +230,17 @@ def check(table: Table, record_property: Callable[[str, object], None]) -> Calla
     return compare
 
 
+def exact(run: Run) -> Limits:
+    if run is MOE_EP2_TP2:
+        return FEW_PLANES
+    if run is MTP_TP2:
+        return NOISY
+    return ADAPTIVE if set(PUBLISHED) <= set(run.options) else EXACT
+
+
 @named(FLOAT32)
 def test_float32(check: Callable[..., None], run: Run) -> None:
-    check("float32, to one process", run, FEW_PLANES if run is MOE_EP2_TP2 else EXACT)
+    check("float32, to one process", run, exact(run))
 
 
 @named(BFLOAT16)
@@ -234,7 +250,7 @@ def test_bfloat16(check: Callable[..., None], run: Run) -> None:
 
 @named(MOVES)
 def test_checkpoints_move(check: Callable[..., None], run: Run) -> None:
-    check("iterations 11 to 20, moved", run, EXACT)
+    check("iterations 11 to 20, moved", run, exact(run))
 
 
 @named([TP2, TP2.one_process])
