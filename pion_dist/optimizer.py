@@ -462,6 +462,7 @@ class Pion(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, index in zip(group["params"], old["params"], strict=True):
+                self.state[p] = {}  # also where this rank holds no moment of it
                 for key, (moment, ranks) in self._held_moments(p).items():
                     value = state_dict["state"][index][key]
                     held = _zeros(p, moment, ranks)

@@ -346,6 +346,10 @@ def check_resume(place: Place, config: PionConfig) -> None:
     saved = copy.deepcopy(resumed.optimizer.state_dict())
     resumed.optimizer = resumed.new_optimizer()
     resumed.optimizer.load_state_dict(saved)
+    again = resumed.optimizer.state_dict()["state"]
+    assert {i: s.keys() for i, s in again.items()} == {
+        i: s.keys() for i, s in saved["state"].items()
+    }
     for _ in range(2):
         straight.step()
         resumed.step()
