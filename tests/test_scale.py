@@ -96,11 +96,22 @@ def test_elementwise_bytes_are_read_and_written() -> None:
     found = kernels(1, m, n, config, None)
     # where(ok, g, m) and lerp(m, it); D times 1/2, times the angle, plus D, times the angle; plus
     # W; where into W.
-    of_weights = (3 + 3) + (2 + 2 + 3 + 2) + 3 + 4
+    of_weights = (3 + 3) + (2 + 2 + 3 + 2) + 3 + 3
     of_generators = 3  # X - X^T
     moved = sum(k.read + k.written for k in found if k.kind == "other")
     # Scalars, of a few bytes each, are not in this count.
     assert 0 <= moved - 4 * (of_weights * m * n + of_generators * n * n) < 64
+
+
+def test_products_read_what_they_multiply_and_add() -> None:
+    """The generator; X², X⁴ or with it, and X added, three times; two with the sign."""
+    config = PionConfig(
+        momentum="ambient", nesterov=False, side="in", scaling="none", retraction="taylor"
+    )
+    d = 16
+    found = kernels(1, d, d, config, None)
+    read = [k.read / (4 * d * d) for k in found if k.kind == "exact"]
+    assert read == [2, *(2, 2, 3), *(2, 3, 3), *(2, 3, 3), 2, 2]
 
 
 @pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])

@@ -124,10 +124,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = _tensors([*args, *(kwargs or {}).values()])
+        inputs = _tensors([*args, *(x for key, x in (kwargs or {}).items() if key != "out")])
         outputs = _tensors(out if isinstance(out, (tuple, list)) else [out])
         name = func._schema.name
-        if not outputs or func.is_view or name in ("aten::empty", "aten::_unsafe_view"):
+        if not outputs or func.is_view or name in _NOTHING:
             return out
         flop = 0.0
         kind: Kind = "other"
@@ -135,6 +135,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flop = float(flop_registry[func._overloadpacket](*args, out_val=out, **(kwargs or {})))
             low = torch.backends.cuda.matmul.fp32_precision == "tf32"
             kind = "fast" if low or inputs[-1].dtype == torch.bfloat16 else "exact"
+            if (kwargs or {}).get("beta", 1.0) == 0.0:
+                inputs = inputs[1:]  # what would be added is not read
         elif name in _SOLVERS:
             flop, kind = _SOLVERS[name](inputs[0].shape), "qr"
         read = 0 if name.startswith("aten::new_") else _bytes(inputs)  # these read shapes alone
@@ -169,6 +171,8 @@ def _exp(shape: Sequence[int]) -> float:
     return 12.0 * shape[-1] ** 3 * (shape[0] - 1)  # retraction.py adds a zero matrix
 
 
+# Launch nothing.
+_NOTHING = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view")
 _SOLVERS: dict[str, Callable[[Sequence[int]], float]] = {
     "aten::linalg_qr": _qr,
     "aten::_linalg_solve_ex": _solve,
