@@ -9,6 +9,7 @@ what tells it from the others. So a checkpoint moves between all of them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    ids = [group["params"] for group in leaf.optimizer.state_dict()["param_groups"]]
+    count = itertools.count()  # as torch's state_dict, which would also copy every moment
+    ids = [[next(count) for _ in group["params"]] for group in leaf.optimizer.param_groups]
     groups = [{**group, "params": own} for group, own in zip(groups, ids, strict=True)]
     # A shard whose matrices other ranks compute has no state here.
     masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
