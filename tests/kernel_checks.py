@@ -189,6 +189,14 @@ def check_elementwise(run: ModuleType, device: str, m: int, n: int, *, cut: floa
     run.moved(w, g.clone(), ok=yes)
     near(w, expected, u * expected.abs())
 
+    # A moment that is turned: no kernel takes it, so that all devices round to nearest.
+    moment = before.bfloat16()
+    old, expected = moment.clone(), moment.double() + g.double()
+    run.moved(moment, nan.clone(), ok=no)
+    assert torch.equal(moment, old)
+    run.moved(moment, g.clone(), ok=yes)
+    near(moment, expected, (u + 1.01 * U[torch.bfloat16]) * expected.abs())
+
 
 # Triton 3.7's interpreter cuts float32 off where it should round to bfloat16.
 CUT = 2.0**-7
