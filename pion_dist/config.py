@@ -56,7 +56,7 @@ class PionConfig:
         split_gate: treat a gated fc1 as two matrices, gate and up.
         matmul_precision: of products that only decide where a weight moves: generators, the
             matrix sign, and the turning of moments. ``highest``: IEEE float32; ``high``: TF32
-            where the device has it; ``bf16``. Accumulation is float32 always. What moves the
+            where the device has it; ``bf16``. What moves the
             weight itself is IEEE float32 under each, so that its spectrum is kept as well.
         state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
             rank has whole generators (``tp_mode="distributed"`` divides their rows, which stay

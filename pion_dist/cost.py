@@ -135,7 +135,15 @@ class Traffic:
 
 
 def traffic(
-    batch: int, m: int, n: int, config: PionConfig, axis: Axis, *, ranks: int, step: int
+    batch: int,
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis,
+    *,
+    ranks: int,
+    step: int,
+    itemsize: int = 4,
 ) -> Traffic:
     """The collectives of a step of matrices [B, m, n] that ``ranks`` ranks share.
 
@@ -147,7 +155,9 @@ def traffic(
         axis: along which they are cut.
         ranks: that share them.
         step: number of the step, from 1.
+        itemsize: bytes of an element; where one of float32 travels in bf16, two count as one.
     """
+    low = config.matmul_precision == "bf16" and itemsize == 4
     found = Traffic()
     active = order(m, n, config.active_sides(step))
     for side in config.sides if config.momentum == "lie" else active:
@@ -165,7 +175,8 @@ def traffic(
             found.add("reduce_scatter", batch * d * d)
         if side in active:
             first = active[0] == side
-            _divided(found, config, batch, d, m * n // ranks, cut=cut, ranks=ranks, first=first)
+            shard = m * n // ranks
+            _divided(found, config, batch, d, shard, cut=cut, ranks=ranks, first=first, low=low)
     if config.scaling == "rms":
         found.add("all_reduce", batch)
     return found
@@ -181,12 +192,13 @@ def _divided(
     cut: bool,
     ranks: int,
     first: bool,
+    low: bool,
 ) -> None:
     """Count what an active side of ``distributed`` moves after its generator's rows are there."""
     rows = batch * d * d // ranks
     if config.direction == "msign":
         found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
-        found.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1)
+        found.add("all_gather", rows // 2 if low else rows, 2 * len(NEWTON_SCHULZ) + 1)
     if not cut:
         found.add("all_gather", rows)
         return

@@ -181,7 +181,16 @@ class StepPlan:
                     x = self.matrices[batch[0]]
                     assert x.axis is not None, "a shared matrix has an axis"
                     many = sum(self.matrices[i].batch for i in batch)
-                    found = cost.traffic(many, x.m, x.n, self.config, x.axis, ranks=size, step=step)
+                    found = cost.traffic(
+                        many,
+                        x.m,
+                        x.n,
+                        self.config,
+                        x.axis,
+                        ranks=size,
+                        step=step,
+                        itemsize=x.itemsize,
+                    )
                     for op, number in found.calls.items():
                         add(op, number, x.itemsize * found.elements[op])
         return {op: Moved(calls[op], sizes[op]) for op in calls}

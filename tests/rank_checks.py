@@ -157,7 +157,7 @@ class Run:
         config: PionConfig,
         weights: Sequence[Weight],
         *,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
         lr: float = 0.2,
         reference: bool = True,
         elsewhere: Mapping[str, Place] | None = None,
@@ -165,6 +165,9 @@ class Run:
         self.elsewhere = elsewhere or {}  # groups of weights that ``place`` does not share
         self.place, self.config, self.weights, self.lr = place, config, weights, lr
         self.rng = np.random.default_rng(11)
+        if dtype is None:  # bf16 is in place of float32
+            low = "bf16" in (config.matmul_precision, config.state_dtype)
+            dtype = torch.float32 if low else torch.float64
         values = [self._round(0.2 * self.rng.standard_normal(w.shape), dtype) for w in weights]
         self.params = [
             torch.nn.Parameter(self.shard(w, value).to(dtype))
@@ -561,6 +564,7 @@ def named(config: PionConfig) -> str:
     retraction = config.retraction, config.degree
     options = (config.momentum, config.direction, config.nesterov, config.scaling, config.side)
     words = [readable(option) or str(option) for option in (*options, retraction)]
+    words += ["bf16"] if config.state_dtype == "bf16" else []
     blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
     return "-".join([config.tp_mode, *blocks, *words])
 
@@ -574,6 +578,7 @@ FEW: tuple[dict[str, object], ...] = (
     PUBLISHED | {"momentum": "transported", "direction": "momentum", "scaling": "spectral"},
     PUBLISHED | {"direction": "msign", "side": "alternate", "retraction": "cubic"},
 )
+LOW = {"matmul_precision": "bf16", "state_dtype": "bf16"}
 ORTHOGONAL: tuple[dict[str, object], ...] = (
     {"retraction": "cayley", "side": "both"},
     PUBLISHED | {"retraction": "cayley"},
@@ -613,8 +618,8 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for check, tried in (
         (check_float32, ORTHOGONAL),
         (check_nan, FEW),
-        (check_resume, FEW[:3]),
-        (check_collectives, FEW),
+        (check_resume, (*FEW[:3], LOW, LOW | {"momentum": "lie"})),
+        (check_collectives, (*FEW, LOW)),
         (check_work, PRODUCTS),
         (check_nothing_shared, FEW[:2]),
         (check_part_of_the_ranks, FEW[:2]),

@@ -173,8 +173,8 @@ EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=2e-5, drift=2**-2
 # turns by lr = 0.01: 3e-7 of the weight, 20 times (measured: norms 7e-6, weights 4e-6, Adam's
 # 1.4e-5).
 FEW_PLANES = replace(EXACT, grad_norm=3e-5, weights=3e-5, others=3e-5)
-# An adaptive direction divides by the root of a second moment, entry by entry, so that rounding counts
-# for more where that is small (measured: norms 2.5e-6, weights 8e-6, Adam's 2.3e-5).
+# An adaptive direction divides by the root of a second moment, entry by entry, so that rounding
+# counts for more where that is small (measured: norms 2.5e-6, weights 8e-6, Adam's 2.3e-5).
 ADAPTIVE = replace(EXACT, grad_norm=5e-6, others=5e-5)
 # With multi-token prediction the embedding has elements whose gradient is rounding: two of 16,384
 # differ by 6e-4 after 20 steps of Adam's, which moves each by its learning rate (measured: 2e-4 of

@@ -45,8 +45,9 @@ class Products:
 
     Attributes:
         setting: ``ieee`` or ``tf32``, of float32 products; TF32 only where the device has it.
-        stored: what float32 inputs are rounded to first, and results again; accumulation is
-            float32.
+        stored: what float32 inputs are rounded to first, and results again; a product adds up in
+            float32 (on GPUs parts of long sums may be bf16, unless
+            ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` is off).
     """
 
     setting: Literal["ieee", "tf32"] = _IEEE
