@@ -1,7 +1,7 @@
 """What a Pion step executes, read from the step itself: it runs on tensors without data.
 
-Moments and skew parts are read as torch operations (``kernels.reference``), of which Triton's kernels
-need fewer passes.
+Moments and skew parts are read as torch operations (``kernels.reference``), of which Triton's
+kernels need fewer passes.
 """
 
 from __future__ import annotations
