@@ -34,9 +34,10 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from pion_dist import RECIPES, Pion, PionConfig
+from pion_dist.config import Axis
 from pion_dist.cost import forms, step_flop
 from pion_dist.matrices import stacked
-from pion_dist.state import moments
+from pion_dist.state import moments, unfit
 
 FLOAT = 4  # bytes
 EXPERTS = 16  # of the 128: what one of 8 expert-parallel ranks has
@@ -203,9 +204,9 @@ def options(config: PionConfig) -> str:
     )
 
 
-def pion_state(config: PionConfig, weights: Sequence[Weight]) -> int:
-    """Bytes of Pion's moments."""
-    found = (moments(w.count, w.m, w.n, config, None).values() for w in weights)
+def pion_state(config: PionConfig, weights: Sequence[Weight], axis: Axis | None = None) -> int:
+    """Bytes of Pion's moments of weights that are cut along an axis."""
+    found = (moments(w.count, w.m, w.n, config, axis).values() for w in weights)
     return sum(moment.nbytes(FLOAT) for each in found for moment in each)
 
 
@@ -563,19 +564,35 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
 
 def state_table() -> Table:
     """Counted at the models' true sizes."""
-    columns = [c for c in contenders(torch.device("cpu")) if c.kind == "pion"]
+    low: dict[str, Any] = {"state_dtype": "bf16"}
+    adaptive = replace(LIE, direction="adaptive", betas=(0.9, 0.95))
+    columns = {
+        "default": DEFAULT,
+        "the same in bf16": replace(DEFAULT, **low),
+        "lie": LIE,
+        "lie adaptive": adaptive,
+        "dense": replace(adaptive, state_layout="dense"),
+        "in bf16": replace(adaptive, **low),
+        "in 8 blocks": replace(adaptive, tp_mode="blockwise", blocks=8),
+    }
     table = Table(
-        "State of a layer's matrices at the true sizes, counted, over AdamW's",
-        ["", "AdamW, MiB", *(c.name for c in columns), "lie both, QKV by heads"],
+        "State of a layer's matrices at the true sizes, counted, over AdamW's; the last three are "
+        "of lie adaptive",
+        ["", "AdamW, MiB", *columns, "lie, QKV by heads"],
     )
     for key, model in MODELS.items():
         attention, heads, mlp = model.groups(1.0)
-        whole = [*attention.weights, *mlp.weights]
+        # Megatron cuts the output projection and the second weight of an MLP along their columns.
+        rows = [*attention.weights[:-1], *mlp.weights[::2]]
+        cols = [attention.weights[-1], *mlp.weights[1::2]]
         split = [*heads.weights, attention.weights[-1], *mlp.weights]
-        adam = 2 * FLOAT * sum(w.numel for w in whole)
-        row = [f"{c.state(whole) / adam:.2f}" for c in columns]
-        row.append(f"{pion_state(LIE, split) / adam:.2f}")
-        table.rows.append([key, f"{adam / 2**20:.0f}", *row])
+        adam = 2 * FLOAT * sum(w.numel for w in (*rows, *cols))
+        line = [key, f"{adam / 2**20:.0f}"]
+        for config in columns.values():
+            fits = not any(unfit(w.m, w.n, config, "rows", 1) for w in rows)
+            state = pion_state(config, rows, "rows") + pion_state(config, cols, "cols")
+            line.append(f"{state / adam:.2f}" if fits else "no equal blocks")
+        table.rows.append([*line, f"{pion_state(LIE, split) / adam:.2f}"])
     return table
 
 
