@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -53,6 +53,54 @@ class Peers(Protocol):
         """This rank's share, along ``dim``, of the ranks' sum."""
 
 
+@dataclass(frozen=True)
+class Lie:
+    """A side's Lie moments in a step, and what ``kernels.lie_moments`` does with them.
+
+    Attributes:
+        m: the average of generators. (modified in place)
+        v: of their squares, with an adaptive direction. (modified in place)
+        config: the run's options.
+        ok: boolean scalar; where it is False the moments stay.
+        wanted: whether the direction is.
+    """
+
+    m: Tensor
+    v: Tensor | None
+    config: PionConfig
+    ok: Tensor
+    wanted: bool
+
+    def flat(self) -> Lie:
+        """Of the blocks of all matrices, one after the other."""
+        v = self.v.flatten(0, 1) if self.v is not None else None
+        return replace(self, m=self.m.flatten(0, 1), v=v)
+
+    def averaged(self, x: Tensor) -> Tensor | None:
+        """Average X − Xᵀ [B, d, d]; the direction, if it is wanted."""
+        config = self.config
+        return kernels.lie_moments(
+            x,
+            self.m,
+            self.v,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            eps=config.eps,
+            nesterov=config.nesterov,
+            ok=self.ok,
+            wanted=self.wanted,
+        )
+
+    def averaged_rows(self, k: Tensor) -> Tensor | None:
+        """Average rows [B, ., d] of generators, which are of no triangle: moments are dense."""
+        (beta1, beta2), nesterov = self.config.betas, self.config.nesterov and self.wanted
+        a = kernels.average(self.m, k, beta=beta1, nesterov=nesterov, ok=self.ok)
+        if self.v is not None:
+            v = kernels.average(self.v, k.square(), beta=beta2, nesterov=False, ok=self.ok)
+            a = adapted(a, v, eps=self.config.eps) if self.wanted else a
+        return a if self.wanted else None
+
+
 class Arrangement(Protocol):
     """What a step needs to know of how its matrices lie."""
 
@@ -68,22 +116,9 @@ class Arrangement(Protocol):
         """The skew generator that S gives at W."""
 
     def averaged(
-        self,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor | None,
-        *,
-        side: Side,
-        config: PionConfig,
-        ok: Tensor,
-        wanted: bool,
-        matmul: Matmul,
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
     ) -> Tensor | None:
-        """Average the generator of G and its square (modified in place); the direction if wanted.
-
-        ``kernels.lie_moments`` has the rule.
-        """
+        """Average the generator of G and its square; the direction, if it is wanted."""
 
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The matrix sign of what ``product`` has made."""
@@ -109,21 +144,11 @@ class Whole:
         return generator(w, s, side=side, matmul=matmul)
 
     def averaged(
-        self,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor | None,
-        *,
-        side: Side,
-        config: PionConfig,
-        ok: Tensor,
-        wanted: bool,
-        matmul: Matmul,
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
     ) -> Tensor | None:
         """[B, d, d]."""
         a, b = factors(w, g, side=side)
-        return _direction(matmul(a, b.mT), m, v, config=config, ok=ok, wanted=wanted)
+        return lie.averaged(matmul(a, b.mT))
 
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """[B, d, d]."""
@@ -172,27 +197,17 @@ class Blocks:
         return torch.unflatten(k, 0, (-1, self.count))
 
     def averaged(
-        self,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor | None,
-        *,
-        side: Side,
-        config: PionConfig,
-        ok: Tensor,
-        wanted: bool,
-        matmul: Matmul,
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
     ) -> Tensor | None:
         """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
         if side == self.side:
             w, g = (_blocks(x, side=side, count=self.count) for x in (w, g))
-            m, v = m.flatten(0, 1), v.flatten(0, 1) if v is not None else None
+            lie = lie.flat()
         a, b = factors(w, g, side=side)
         x = matmul(a, b.mT)
         if side != self.side and self.peers is not None:
             x = self.peers.total(x)
-        found = _direction(x, m, v, config=config, ok=ok, wanted=wanted)
+        found = lie.averaged(x)
         if found is None or side != self.side:
             return found
         return torch.unflatten(found, 0, (-1, self.count))
@@ -252,26 +267,10 @@ class Divided:
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
 
     def averaged(
-        self,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor | None,
-        *,
-        side: Side,
-        config: PionConfig,
-        ok: Tensor,
-        wanted: bool,
-        matmul: Matmul,
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
     ) -> Tensor | None:
         """This rank's rows, [B, d / ranks, d]: of no triangle, so that moments are dense."""
-        k = self.product(w, g, side=side, matmul=matmul)
-        beta1, beta2 = config.betas
-        a = kernels.average(m, k, beta=beta1, nesterov=config.nesterov, ok=ok)
-        if v is not None:
-            second = kernels.average(v, k.square(), beta=beta2, nesterov=False, ok=ok)
-            a = adapted(a, second, eps=config.eps) if wanted else a
-        return a if wanted else None
+        return lie.averaged_rows(self.product(w, g, side=side, matmul=matmul))
 
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
@@ -345,23 +344,6 @@ class Shard(Wide):
         peers, dim = self.arrangement.peers, _DIM[self.side]
         each = function(peers.gathered(self.matrix, dim), angle)
         return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.arrangement)
-
-
-def _direction(
-    x: Tensor, m: Tensor, v: Tensor | None, *, config: PionConfig, ok: Tensor, wanted: bool
-) -> Tensor | None:
-    beta1, beta2 = config.betas
-    return kernels.lie_moments(
-        x,
-        m,
-        v,
-        beta1=beta1,
-        beta2=beta2,
-        eps=config.eps,
-        nesterov=config.nesterov,
-        ok=ok,
-        wanted=wanted,
-    )
 
 
 def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import PionConfig, Side
-from .arrangement import Arrangement, Blocked, Shard, Whole
+from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, exact
@@ -111,17 +111,9 @@ def _from_lie(
     """Average each side's generators, and turn the active sides' averages into directions."""
     found: dict[Side, Generator] = {}
     for side in config.sides:
-        a = lies.averaged(
-            w,
-            g,
-            moments[f"m_{side}"],
-            moments.get(f"v_{side}"),
-            side=side,
-            config=config,
-            ok=ok,
-            wanted=side in active,
-            matmul=matmul,
-        )
+        m, v = moments[f"m_{side}"], moments.get(f"v_{side}")
+        lie = Lie(m, v, config, ok, wanted=side in active)
+        a = lies.averaged(w, g, lie, side=side, matmul=matmul)
         if a is None:
             continue
         if config.direction == "msign":
