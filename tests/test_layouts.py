@@ -161,8 +161,8 @@ class Limits:
 
 
 # Float32 sums in another order differ by 2**-24 a sum, some hundred in a row, and the run passes
-# that on with a factor of ten or less: 2e-6 (measured: losses 2e-7; norms 1.4e-6, from run to run by
-# half of that, so that they are allowed twice as much). A weight is a sum of 20 steps that Pion and
+# that on with a factor of ten or less: 2e-6 (measured: losses 2e-7; norms 1.4e-6, of which half can
+# change from run to run: twice as much is allowed). A weight is a sum of 20 steps that Pion and
 # Adam divide by their own size, so that small elements keep a larger relative difference: 2e-5.
 # Rounding turns singular values by 2**-24 of the largest a step, at random; layouts' shares differ
 # by 2e-8 and may by 2**-23.
