@@ -131,7 +131,8 @@ FLAGS = (
         "matmul-precision",
         "Precision of products that only decide where a weight moves (generators, matrix sign, "
         "moments): IEEE float32 (highest), TF32 (high) or bf16. What moves the weight is IEEE "
-        "float32 always, so that its spectrum is kept. Torch's global settings have no say.",
+        "float32 always, so that its spectrum is kept. Torch's global float32 settings do not "
+        "count.",
     ),
     _choice(
         "state-layout",
@@ -283,9 +284,16 @@ def pion_config(source: Any) -> PionConfig:
     try:
         return PionConfig(betas=(source.pion_beta1, source.pion_beta2), **values)
     except ValueError as error:
-        raise ValueError(
-            f"--pion-{error}".replace("--pion-betas", "(--pion-beta1, --pion-beta2)")
-        ) from None
+        raise ValueError(_in_flags(str(error))) from None
+
+
+def _in_flags(message: str) -> str:
+    """PionConfig's message with flags in its options' place."""
+    for field in dataclasses.fields(PionConfig):
+        flag = f"--pion-{field.name.replace('_', '-')}="
+        flag = "(--pion-beta1, --pion-beta2)=" if field.name == "betas" else flag
+        message = re.sub(rf"\b{field.name}=", flag, message)
+    return message
 
 
 def check(args: argparse.Namespace) -> None:

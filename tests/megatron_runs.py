@@ -68,6 +68,18 @@ def environment(*first: Path) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
 
 
+def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of tools/, to its end."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
 @dataclass(frozen=True)
 class Launched:
     """A job that has ended.

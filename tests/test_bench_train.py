@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_runs import ROOT, environment
+from megatron_runs import ROOT, tool
 
 TOOLS = ROOT / "tools"
 sys.path[:0] = [str(TOOLS), str(ROOT / "examples")]
@@ -19,14 +19,7 @@ SMALL = ["--seq-length", "32", "--batch-tokens", "128", "--rounds", "1"]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOLS / "bench_train.py"), *arguments],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return tool("bench_train.py", *arguments)
 
 
 @pytest.mark.slow

@@ -10,21 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from megatron_runs import ROOT, environment
+from megatron_runs import ROOT, environment, tool
 
-STUDY = ROOT / "tools" / "study.py"
+TOOLS = ROOT / "tools"
 SMALL = ["--widths", "32", "--iterations", "2", "--seq", "32", "--batch", "2", "--seeds", "2"]
 
 
 def study(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(STUDY), *arguments],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return tool("study.py", *arguments)
 
 
 @pytest.mark.slow
@@ -75,7 +68,7 @@ if __name__ == "__main__":
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "out")],
         env=environment()
-        | {"PYTHONPATH": os.pathsep.join((str(STUDY.parent), str(ROOT))), "MARK": str(tmp_path)},
+        | {"PYTHONPATH": os.pathsep.join((str(TOOLS), str(ROOT))), "MARK": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=400,

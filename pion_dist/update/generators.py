@@ -7,6 +7,7 @@ right one need never be formed: X A_in = (X Sᵀ) W − (X Wᵀ) S, and likewise
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,12 +41,12 @@ class Generator(Protocol):
         """As X is, [B, m, n]."""
 
 
-class Wide:
+class Wide(ABC):
     """A generator that sees all of X."""
 
+    @abstractmethod
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
-        raise NotImplementedError
 
     def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X."""
