@@ -23,7 +23,7 @@ from ..kernels import frobenius
 #   lie adaptive, transported momentum: median     19 to 31%   2 to 3%     0.3 to 0.6%
 #     in 1% of the estimates at least              46 to 64%   22 to 28%   13 to 16%
 #     in the first step at most                    83 to 90%   17 to 65%   0 to 7%
-#   transported msign, of values in [0.7, 1.2]     25%         15%         9%
+#   transported msign, of values in [0.7, 1.2]     25%         15%         9%  (5 steps of the sign)
 #
 # With random gradients, whose largest pair is close to the next, 4 are 2 to 6% below, and 12 to 19%
 # in the first step. A product with a vector costs what one row of W adds to a product with W.
