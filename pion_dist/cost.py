@@ -224,7 +224,7 @@ def _products(config: PionConfig, *, first: bool) -> int:
 
 def _outer(config: PionConfig, *, first: bool) -> int:
     """Products with a side's Q or Qᵀ in a step, where its generator is Q C Qᵀ."""
-    on_w = 2 + (not first)
+    on_w = 1 + (not first)  # Qᵀ W is of the QR decomposition
     if config.side == "both" and config.scaling == "rms":
         on_w += 1  # both first-order terms are summed for their norm
     return on_w + (2 if config.momentum == "transported" else 0)

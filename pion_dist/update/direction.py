@@ -80,4 +80,5 @@ def msign_outer(
     q, r = torch.linalg.qr(torch.cat((u, v), dim=-1))
     r_u, r_v = r.split(u.shape[-1], dim=-1)
     core = kernels.skew(matmul(r_u, r_v.mT))
-    return Framed(side, q, msign(core, eps=eps, matmul=matmul))
+    seen = r_v.mT if side == "in" else r_u  # of U and V, the one that is W
+    return Framed(side, q, msign(core, eps=eps, matmul=matmul), seen)

@@ -40,6 +40,9 @@ class Generator(Protocol):
     def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
         """As X is, [B, m, n]."""
 
+    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """What A makes, narrow, of the weights that it was made at."""
+
 
 class Wide(ABC):
     """A generator that sees all of X."""
@@ -59,6 +62,10 @@ class Wide(ABC):
     def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
         """As it is."""
         return narrow
+
+    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """``apply``."""
+        return self.apply(w_Bmn, matmul=matmul)
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,19 @@ class Outer(Wide):
 
 @dataclass(frozen=True)
 class Framed:
-    """A generator as Q C Qᵀ: orthonormal Q [B, n or m, k], skew C [B, k, k]."""
+    """A generator as Q C Qᵀ: orthonormal Q [B, n or m, k], skew C [B, k, k].
+
+    Attributes:
+        side: that it multiplies from.
+        q: Q.
+        core: C.
+        seen: ``narrow`` of the weights that it was made at, which the QR decomposition has given.
+    """
 
     side: Side
     q: Tensor
     core: Tensor
+    seen: Tensor
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
@@ -117,6 +132,10 @@ class Framed:
     def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
         """[B, m, n]."""
         return matmul(narrow, self.q.mT) if self.side == "in" else matmul(self.q, narrow)
+
+    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
+        """From what is known of W."""
+        return self.inner(self.seen, matmul=matmul)
 
 
 def factors(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def step(
             ok=ok,
             matmul=fast,
         )
-    first_order = [a.inner(a.narrow(w_Bmn, matmul=exact), matmul=exact) for a in generators]
+    first_order = [a.first_order(w_Bmn, matmul=exact) for a in generators]
     angles = _angles(
         w_Bmn, generators, first_order, moments, lies, config=config, active=active, ok=ok
     )
