@@ -131,8 +131,8 @@ FLAGS = (
         "matmul-precision",
         "Precision of products that only decide where a weight moves (generators, matrix sign, "
         "moments): IEEE float32 (highest), TF32 (high) or bf16. What moves the weight is IEEE "
-        "float32 always, so that its spectrum is kept. Torch's global float32 settings do not "
-        "count.",
+        "float32, or with high and bf16 on GPUs three bf16 products of its pieces (2^-16), so that "
+        "its spectrum is kept. Torch's global float32 settings do not count.",
     ),
     _choice(
         "state-layout",

@@ -56,8 +56,9 @@ class PionConfig:
         split_gate: treat a gated fc1 as two matrices, gate and up.
         matmul_precision: of products that only decide where a weight moves: generators, the
             matrix sign, and the turning of moments. ``highest``: IEEE float32; ``high``: TF32
-            where the device has it; ``bf16``. What moves the
-            weight itself is IEEE float32 under each, so that its spectrum is kept as well.
+            where the device has it; ``bf16``. What moves the weight itself is IEEE float32 on CPUs
+            and with ``highest``; else three bf16 products of float32's pieces, which lose less than
+            2^-16, so that its spectrum is kept as well (``update/precision.py``).
         state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
             rank has whole generators (``tp_mode="distributed"`` divides their rows, which stay
             dense); ``dense``. Checkpoints are the same.

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -70,18 +71,22 @@ def test_flop_read_from_the_step_are_those_that_cost_counts(
 
 
 def test_products_at_full_precision_are_told_from_the_others() -> None:
-    """What moves W is exact, and the spectral norm: W A, and A² and A³ or A² of the retraction."""
+    """W A, and A² and A³ of the cubic, move W: each is three bf16 products of its pieces. The
+    generator, the matrix sign and the moment's three follow the precision; the norm is float32.
+    """
     d, other = 16, 24
-    for precision in ("high", "bf16"):
-        for config, full in (
-            (PionConfig(side="in"), 3 * 2 * other * d * d + PRODUCTS * 2 * d * d),
-            (PionConfig(side="in", **{k: v for k, v in PUBLISHED.items() if k != "side"}),
-             2 * 2 * other * d * d),
-        ):  # fmt: skip
-            found = kernels(1, other, d, replace(config, matmul_precision=precision), None)
-            assert sum(k.flop for k in found if k.kind == "exact") == full
-    sign = 3 * len(NEWTON_SCHULZ) * 2 * d**3
-    assert sum(k.flop for k in kernels(1, other, d, PionConfig(side="in"), None)) > full + sign
+    product, sign = 2 * other * d * d, 3 * len(NEWTON_SCHULZ) * 2 * d**3
+    low, norm = product + sign + 3 * product, PRODUCTS * 2 * d * d
+    for precision, expected in (
+        ("highest", {"float32": low + 3 * product + norm}),
+        ("high", {"tf32": low, "bf16": 9 * product, "float32": norm}),
+        ("bf16", {"bf16": low + 9 * product, "float32": norm}),
+    ):
+        config = PionConfig(side="in", matmul_precision=precision)
+        flop: Counter[str] = Counter()
+        for k in kernels(1, other, d, config, None):
+            flop[k.kind] += k.flop
+        assert {kind: x for kind, x in flop.items() if x} == expected
     frame = [k for k in kernels(1, 8, 64, PionConfig(side="in"), None) if k.kind == "qr"]
     assert [k.flop for k in frame] == [4 * 64 * 16**2 - 4 / 3 * 16**3]
 
@@ -110,7 +115,7 @@ def test_products_read_what_they_multiply_and_add() -> None:
     )
     d = 16
     found = kernels(1, d, d, config, None)
-    read = [k.read / (4 * d * d) for k in found if k.kind == "exact"]
+    read = [k.read / (4 * d * d) for k in found if k.kind == "float32"]
     assert read == [2, *(2, 2, 3), *(2, 3, 3), *(2, 3, 3), 2, 2]
 
 
@@ -225,11 +230,16 @@ def test_the_best_flags_are_exact_and_fit() -> None:
 
 def test_every_rate_matters_and_none_helps_when_it_is_halved() -> None:
     model, layout = MODELS["llama-8b"], Layout(gpus=64, tp=2)
-    method = Method(config=PionConfig(tp_mode="distributed", matmul_precision="high"))
-    base = predict(model, layout, H100, method)
-    for rate in ("tf32", "fp32", "memory", "nvlink", "network"):
-        slower = predict(model, layout, replace(H100, **{rate: getattr(H100, rate) / 2}), method)
-        assert slower.step + slower.exposed > base.step + base.exposed, rate
+    for precision, rates in (
+        ("high", ("tf32", "bf16", "memory", "nvlink", "network")),
+        ("highest", ("fp32",)),
+    ):
+        method = Method(config=PionConfig(tp_mode="distributed", matmul_precision=precision))
+        base = predict(model, layout, H100, method)
+        for rate in rates:
+            halved = replace(H100, **{rate: getattr(H100, rate) / 2})
+            slower = predict(model, layout, halved, method)
+            assert slower.step + slower.exposed > base.step + base.exposed, rate
 
 
 def test_collectives_of_rings_compose() -> None:
@@ -243,10 +253,9 @@ def test_large_products_take_their_arithmetic() -> None:
     """A matrix's time is its FLOP over their rates, where bytes and launches are negligible."""
     config = PionConfig(matmul_precision="high")
     found = kernels(1, 8192, 8192, config, None)
-    by_kind = {kind: sum(k.flop for k in found if k.kind == kind) for kind in ("exact", "fast")}
-    least = by_kind["exact"] / (H100.fp32 * H100.matmul)
-    least += by_kind["fast"] / (H100.tf32 * H100.matmul)
-    assert least < priced(found, config, H100) < 1.25 * least
+    rates = {"float32": H100.fp32, "tf32": H100.tf32, "bf16": H100.bf16}
+    least = sum(k.flop / (rates[k.kind] * H100.matmul) for k in found if k.flop)
+    assert least < priced(found, H100) < 1.25 * least
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def _pion(plan: StepPlan, rank: int, local: int, cluster: Cluster) -> _Rank:
     found, moved = [], []
     for step in (1, 2):
         compute = around + sum(
-            priced(kernels(batch, m, n, config, axis, ranks=ranks, step=step), config, cluster)
+            priced(kernels(batch, m, n, config, axis, ranks=ranks, step=step), cluster)
             for batch, m, n, axis, ranks in _work(plan, rank)
         )
         collectives = plan.collectives(place, step)
@@ -424,12 +424,12 @@ class _Group:
         return passes * sent / rate + calls * latency * math.ceil(math.log2(self.size))
 
 
-def priced(launched: Sequence[Kernel], config: PionConfig, cluster: Cluster) -> float:
+def priced(launched: Sequence[Kernel], cluster: Cluster) -> float:
     """Seconds of kernels one after another, each the longest of its arithmetic, memory, launch."""
-    fast = {"highest": cluster.fp32, "high": cluster.tf32, "bf16": cluster.bf16}
     rates = {
-        "exact": cluster.fp32 * cluster.matmul,
-        "fast": fast[config.matmul_precision] * cluster.matmul,
+        "float32": cluster.fp32 * cluster.matmul,
+        "tf32": cluster.tf32 * cluster.matmul,
+        "bf16": cluster.bf16 * cluster.matmul,
         "qr": cluster.fp32 * cluster.qr,
     }
     stream = cluster.memory * cluster.stream
@@ -450,6 +450,6 @@ def largest_matrix(model: Model, layout: Layout, cluster: Cluster, config: PionC
         for _, m, n in w.rotated.view.joined(w.rotated.ranks).values()
     }
     return max(
-        sum(priced(kernels(1, m, n, alone, None, step=s), alone, cluster) for s in (1, 2)) / 2
+        sum(priced(kernels(1, m, n, alone, None, step=s), cluster) for s in (1, 2)) / 2
         for m, n in shapes
     )

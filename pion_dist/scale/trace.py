@@ -21,8 +21,8 @@ from ..config import SIDE_OF, Axis, PionConfig
 from ..update.arrangement import Blocks, Divided
 from ..update.step import step as update
 
-Kind = Literal["exact", "fast", "qr", "other"]
-"""Products at IEEE float32; those that matmul_precision reaches; QR and other solvers; the rest."""
+Kind = Literal["float32", "tf32", "bf16", "qr", "other"]
+"""Products by their precision; QR and other solvers; the rest."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flop = 0.0
         kind: Kind = "other"
         if func._overloadpacket in flop_registry:
-            flop = float(flop_registry[func._overloadpacket](*args, out_val=out, **(kwargs or {})))
+            formula = flop_registry[func._overloadpacket]  # knows no dtype of results
+            given = [x for x in args if isinstance(x, Tensor)]
+            flop = float(formula(*given, out_val=out, **(kwargs or {})))
             low = torch.backends.cuda.matmul.fp32_precision == "tf32"
-            kind = "fast" if low or inputs[-1].dtype == torch.bfloat16 else "exact"
+            kind = "tf32" if low else "float32"
+            if inputs[-1].dtype == torch.bfloat16:
+                kind = "bf16"
             if (kwargs or {}).get("beta", 1.0) == 0.0:
                 inputs = inputs[1:]  # what would be added is not read
         elif name in _SOLVERS:

@@ -94,19 +94,25 @@ def rotate(
 
 
 def factor(matrix: Tensor, angle: Tensor, *, retraction: Literal["cayley", "exp"]) -> Tensor:
-    """The orthogonal factor E(aA) of a generator's matrix A, orthogonal to rounding: [B, d, d].
+    """E(aA) − I of a generator's matrix A, for the factor E that is orthogonal to rounding.
 
-    ``cayley`` is (I − aA/2)⁻¹(I + aA/2); I − aA/2 is never singular for a skew A, so the solver's
-    check, which would wait for the device, is left out.
+    A product with E itself would round what stays in place too. ``cayley``'s E is
+    (I − aA/2)⁻¹(I + aA/2) = I + (I − aA/2)⁻¹aA; I − aA/2 is never singular for a skew A, so the
+    solver's check, which would wait for the device, is left out.
+
+    Returns:
+        [B, d, d].
     """
     a = matrix * angle
     with float32_precision("ieee"):
         if retraction == "exp":
-            return _exponential(a)
-        half, identity = a.mul_(0.5), torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        e: Tensor
-        e, _ = torch.linalg.solve_ex(identity - half, identity + half, check_errors=False)
-        return e
+            e = _exponential(a)
+            e.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+            return e
+        left = (a * -0.5).diagonal_scatter(a.new_ones(a.shape[:-1]), dim1=-2, dim2=-1)
+        solved: Tensor
+        solved, _ = torch.linalg.solve_ex(left, a, check_errors=False)
+        return solved
 
 
 def _exponential(a: Tensor) -> Tensor:

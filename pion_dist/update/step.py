@@ -15,7 +15,7 @@ from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
-from .precision import PRODUCTS, Products, exact
+from .precision import PRODUCTS, Products, moving
 from .retraction import coefficients, factor, rotate
 
 
@@ -57,6 +57,7 @@ def step(
         arrangement: how the matrices lie; whole by default.
     """
     fast = PRODUCTS[config.matmul_precision]
+    moves = moving(config.matmul_precision, w_Bmn.device)
     lies = arrangement if arrangement is not None else Whole()
     if config.momentum == "lie":
         generators = _from_lie(
@@ -74,13 +75,21 @@ def step(
             ok=ok,
             matmul=fast,
         )
-    first_order = [a.first_order(w_Bmn, matmul=exact) for a in generators]
+    first_order = [a.first_order(w_Bmn, matmul=moves) for a in generators]
     angles = _angles(
-        w_Bmn, generators, first_order, moments, lies, config=config, active=active, ok=ok
+        w_Bmn,
+        generators,
+        first_order,
+        moments,
+        lies,
+        config=config,
+        active=active,
+        ok=ok,
+        matmul=moves,
     )
     angles = [angle * lr for angle in angles]
     change_of = _turning(generators, angles, config=config)
-    change = change_of(w_Bmn, first_order, matmul=exact)
+    change = change_of(w_Bmn, first_order, matmul=moves)
     del first_order
     if config.momentum != "transported":
         kernels.moved(w_Bmn, change, ok=ok)
@@ -170,6 +179,7 @@ def _angles(
     config: PionConfig,
     active: Sequence[Side],
     ok: Tensor,
+    matmul: Products,
 ) -> list[Tensor]:
     """α [B, 1, 1] of each active side: one for all, c √(mn) / (‖A_out W + W A_in‖_F + ε) or 1.
 
@@ -188,7 +198,7 @@ def _angles(
         return [w.new_ones(batch, 1, 1)] * len(generators)
     terms = first_order
     if len(terms) == 2:
-        terms = [a.widen(x, matmul=exact) for a, x in zip(generators, terms, strict=True)]
+        terms = [a.widen(x, matmul=matmul) for a, x in zip(generators, terms, strict=True)]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
     return [scale / (lies.norm(*terms) + config.eps)] * len(generators)
 
@@ -213,6 +223,11 @@ def _turning(
         made.append(a.mapped(functools.partial(factor, retraction=config.retraction), angle))
 
     def by_factors(x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products) -> Tensor:
-        return functools.reduce(lambda x, e: e.apply(x, matmul=matmul), made, x).sub_(x)
+        total: Tensor | None = None
+        for e in made:
+            change = e.apply(x if total is None else x + total, matmul=matmul)
+            total = change if total is None else total.add_(change)
+        assert total is not None, "a step has an active side"
+        return total
 
     return by_factors
