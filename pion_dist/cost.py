@@ -204,21 +204,25 @@ def _divided(
         return
     if config.scaling == "spectral":
         found.add("all_gather", batch * d // ranks, PRODUCTS)
-    # The first-order term's W is at hand, and so is what a first orthogonal factor multiplies.
-    products = _products(config, first=first) - 1
+    # W is at hand: for the first-order term, and for the first side's first product.
+    products = _products(config, first=first)
     if config.retraction in ("cayley", "exp"):
         found.add("all_gather", rows)
-        products -= first
+        products -= (config.scaling == "rms") + first
+    else:
+        products -= config.scaling == "rms" or first
     found.add("all_gather", batch * shard, products)
 
 
 def _products(config: PionConfig, *, first: bool) -> int:
     """Products with a side's generator in a step: on W, and on a transported moment."""
     if config.retraction in ("cayley", "exp"):
-        on_w, on_moment = 2, 1  # the first-order term for the norm, then the factor
+        # The first-order term for the norm, then the factor.
+        on_w, on_moment = 1 + (config.scaling == "rms"), 1
     else:
         degree = 3 if config.retraction == "cubic" else config.degree
-        on_w, on_moment = degree + (not first), degree
+        # The second side multiplies what the first has changed, for a known first-order term too.
+        on_w, on_moment = degree + (config.scaling == "rms" and not first), degree
     return on_w + (on_moment if config.momentum == "transported" else 0)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import Side
-from .generators import Framed, factors
+from .generators import Framed
 from .precision import Products
 
 # Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/). From a tight bound
@@ -45,8 +45,9 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
         if step == 0:
             matmul.into(q, p, p)
             r = tight(kernels.frobenius(q))
-            x.mul_(r)
-            q.mul_(c * r**4).add_(p.mul_(-b * r**2))
+            # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
+            x.mul_(r.to(x.dtype))
+            q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
         else:
             matmul.into(q, p, p, add=p, beta=-b, alpha=c)
         x, p = matmul.into(p, x, q, add=x, beta=a), x
@@ -68,17 +69,23 @@ def tight(norm: Tensor) -> Tensor:
     return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125)
 
 
-def msign_outer(
-    w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side, eps: float, matmul: Products
-) -> Framed:
-    """The matrix sign of S's generator at W, without the large matrix.
+def msign_outer(uv: Tensor, *, side: Side, eps: float, matmul: Products) -> Framed:
+    """The matrix sign of a generator in factors, without the large matrix.
 
     The generator is U Vᵀ − V Uᵀ = [U V] J [U V]ᵀ with J = [[0, I], [−I, 0]]; with [U V] = Q R it is
     Q (R J Rᵀ) Qᵀ and its sign Q msign(R J Rᵀ) Qᵀ, well conditioned and exact.
+
+    Args:
+        uv: [U V], [B, n, 2r] for the in side, where V is Wᵀ; [B, m, 2r] for the out side, where U
+            is W.
+        side: of the generator.
+        eps: as for ``msign``.
+        matmul: as for ``msign``.
     """
-    u, v = factors(w_Bmn, s_Bmn, side=side)
-    q, r = torch.linalg.qr(torch.cat((u, v), dim=-1))
-    r_u, r_v = r.split(u.shape[-1], dim=-1)
+    q, r = torch.linalg.qr(uv)
+    del uv  # the sign needs its room, and R's
+    r_u, r_v = r.chunk(2, dim=-1)
     core = kernels.skew(matmul(r_u, r_v.mT))
-    seen = r_v.mT if side == "in" else r_u  # of U and V, the one that is W
-    return Framed(side, q, msign(core, eps=eps, matmul=matmul), seen)
+    weights = (r_v.mT if side == "in" else r_u).clone()
+    del r, r_u, r_v
+    return Framed(side, q, msign(core, eps=eps, matmul=matmul), weights)

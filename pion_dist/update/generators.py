@@ -40,8 +40,8 @@ class Generator(Protocol):
     def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
         """As X is, [B, m, n]."""
 
-    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """What A makes, narrow, of the weights that it was made at."""
+    def seen(self, w_Bmn: Tensor) -> Tensor:
+        """``narrow`` of the weights that A was made at: no product."""
 
 
 class Wide(ABC):
@@ -63,9 +63,9 @@ class Wide(ABC):
         """As it is."""
         return narrow
 
-    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """``apply``."""
-        return self.apply(w_Bmn, matmul=matmul)
+    def seen(self, w_Bmn: Tensor) -> Tensor:
+        """W."""
+        return w_Bmn
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Framed:
         side: that it multiplies from.
         q: Q.
         core: C.
-        seen: ``narrow`` of the weights that it was made at, which the QR decomposition has given.
+        weights: ``seen``, which the QR decomposition has given.
     """
 
     side: Side
     q: Tensor
     core: Tensor
-    seen: Tensor
+    weights: Tensor
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
@@ -133,9 +133,9 @@ class Framed:
         """[B, m, n]."""
         return matmul(narrow, self.q.mT) if self.side == "in" else matmul(self.q, narrow)
 
-    def first_order(self, w_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """From what is known of W."""
-        return self.inner(self.seen, matmul=matmul)
+    def seen(self, w_Bmn: Tensor) -> Tensor:
+        """Of the QR decomposition."""
+        return self.weights
 
 
 def factors(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Orthogonal factors from skew generators, applied without forming them where that is cheaper.
 
-A polynomial retraction E(A) = sum c_k A^k needs only products with A. With the first-order term
-D = A·W at hand, E(aA)W − W = a (c_1 D + a A (c_2 D + a A (c_3 D + ...))): degree − 1 products.
+A polynomial retraction E(A) = sum c_k A^k of degree d needs d products with A, and the weights, the
+generator and two products at a time in memory:
+E(aA)W − W = aA (c_1 W + aA (c_2 W + ... aA c_d W)).
 """
 
 from __future__ import annotations
@@ -30,47 +31,57 @@ def coefficients(retraction: Literal["taylor", "cubic"], *, degree: int) -> Poly
 
 
 def change(
-    first_order: Tensor, generator: Generator, angle: Tensor, *, poly: Polynomial, matmul: Matmul
+    seen: Tensor,
+    generator: Generator,
+    angle: Tensor,
+    *,
+    first_order: Tensor | None,
+    poly: Polynomial,
+    matmul: Matmul,
 ) -> Tensor:
-    """E(aA)X − X (or X E(aA) − X), given the first-order term.
+    """E(aA)X − X (or X E(aA) − X).
 
     Args:
-        first_order: A X (or X A), narrow.
+        seen: X, narrow.
         generator: A.
         angle: a, [B, 1, 1].
+        first_order: A X (or X A), narrow, where it is known. (its values are lost)
         poly: coefficients of E.
         matmul: the product to use.
 
     Returns:
         [B, m, n].
     """
-    *inner, last = poly[1:]
-    total = first_order * last
+    _, *inner, last = poly
+    total = first_order if first_order is not None else generator.inner(seen, matmul=matmul)
+    total.mul_(angle * last)
     for coefficient in reversed(inner):
+        total.add_(seen, alpha=coefficient)
         total = generator.inner(total, matmul=matmul).mul_(angle)
-        total.add_(first_order, alpha=coefficient)
-    return generator.widen(total.mul_(angle), matmul=matmul)
+    return generator.widen(total, matmul=matmul)
+
+
+Known = Sequence[tuple[Tensor, Tensor | None]]
+"""For each generator: the weights that it was made at, narrow, and its product with them or None.
+(The product's values are lost.)"""
 
 
 def rotate(
     x: Tensor,
     generators: Sequence[Generator],
     angles: Sequence[Tensor],
-    first_order: Sequence[Tensor | None],
+    known: Known | None,
     *,
     poly: Polynomial,
     matmul: Matmul,
 ) -> Tensor:
     """The product of the factors E(aA) of up to two sides with X, minus X.
 
-    With Y the first side's change and T = A₂X + A₂Y the second's first-order term, the change is
-    Y + (E(a₂A₂) − 1)(X + Y): a side whose first-order term on X is known costs one product less.
-
     Args:
         x: [B, m, n].
         generators: of different sides, in the order in which they are applied.
         angles: a for each generator, [B, 1, 1].
-        first_order: A X for each generator, narrow, or None where it is not known.
+        known: where X is the weights.
         poly: coefficients of E.
         matmul: the product to use.
 
@@ -78,16 +89,17 @@ def rotate(
         The change of X, [B, m, n].
     """
     total: Tensor | None = None
-    for generator, angle, known in zip(generators, angles, first_order, strict=True):
+    for index, (generator, angle) in enumerate(zip(generators, angles, strict=True)):
+        term = None
         if known is None:
             seen = generator.narrow(x if total is None else x + total, matmul=matmul)
-            term = generator.inner(seen, matmul=matmul)
-        elif total is None:
-            term = known
         else:
-            seen = generator.narrow(total, matmul=matmul)
-            term = generator.inner(seen, matmul=matmul).add_(known)
-        step = change(term, generator, angle, poly=poly, matmul=matmul)
+            seen, term = known[index]
+            if total is not None:
+                more = generator.narrow(total, matmul=matmul)
+                seen = seen + more
+                term = term.add_(generator.inner(more, matmul=matmul)) if term is not None else None
+        step = change(seen, generator, angle, first_order=term, poly=poly, matmul=matmul)
         total = step if total is None else total.add_(step)
     assert total is not None, "a step has an active side"
     return total

@@ -16,16 +16,14 @@ from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, moving
-from .retraction import coefficients, factor, rotate
+from .retraction import Known, coefficients, factor, rotate
 
 
 class Turning(Protocol):
     """Applies a step's orthogonal factors."""
 
-    def __call__(
-        self, x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
-    ) -> Tensor:
-        """The change of X [B, m, n]; first-order terms as for ``rotate``."""
+    def __call__(self, x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
+        """The change of X [B, m, n]; ``known`` as for ``rotate``."""
 
 
 def step(
@@ -75,11 +73,11 @@ def step(
             ok=ok,
             matmul=fast,
         )
-    first_order = [a.first_order(w_Bmn, matmul=moves) for a in generators]
+    known = [(a.seen(w_Bmn), _first_order(a, w_Bmn, config, moves)) for a in generators]
     angles = _angles(
         w_Bmn,
         generators,
-        first_order,
+        [term for _, term in known if term is not None],
         moments,
         lies,
         config=config,
@@ -89,20 +87,20 @@ def step(
     )
     angles = [angle * lr for angle in angles]
     change_of = _turning(generators, angles, config=config)
-    change = change_of(w_Bmn, first_order, matmul=moves)
-    del first_order
+    change = change_of(w_Bmn, known, matmul=moves)
+    del known
     if config.momentum != "transported":
         kernels.moved(w_Bmn, change, ok=ok)
         return
-    m, unknown = moments["m"], [None] * len(generators)
+    m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
-        turn = change_of(m.to(w_Bmn.dtype), unknown, matmul=fast)
+        turn = change_of(m.to(w_Bmn.dtype), None, matmul=fast)
         kernels.moved(w_Bmn, change, ok=ok)
     else:
         kernels.moved(w_Bmn, change, ok=ok)
         del change
-        turn = change_of(m.to(w_Bmn.dtype), unknown, matmul=fast)
+        turn = change_of(m.to(w_Bmn.dtype), None, matmul=fast)
     kernels.moved(m, turn, ok=ok)
 
 
@@ -152,21 +150,32 @@ def _from_average(
         square = m.to(g.dtype).square()
         v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
         s = adapted(s, v, eps=config.eps)
-    found: list[Generator] = []
+    low_rank = [side for side in active if lies.low_rank and forms[side] == "factors"]
     sign = config.direction == "msign"
+    made: dict[Side, Tensor] = {}
+    found: dict[Side, Generator] = {}
     for side in active:
-        if lies.low_rank and forms[side] == "factors":
-            found.append(
-                msign_outer(w, s, side=side, eps=config.eps, matmul=matmul)
-                if sign
-                else Outer(side, *factors(w, s, side=side))
-            )
-            continue
-        k = lies.product(w, s, side=side, matmul=matmul)
-        if sign:
-            k = lies.sign(k, side=side, eps=config.eps, matmul=matmul)
-        found.append(lies.generator(k, side=side))
-    return found
+        if side not in low_rank:
+            made[side] = lies.product(w, s, side=side, matmul=matmul)
+        elif sign:
+            made[side] = torch.cat(factors(w, s, side=side), dim=-1)
+        else:
+            found[side] = Outer(side, *factors(w, s, side=side))
+    del s  # the sign needs its room, and below that of what it is made from
+    for side in list(made):
+        if side in low_rank:
+            found[side] = msign_outer(made.pop(side), side=side, eps=config.eps, matmul=matmul)
+        elif sign:
+            k = lies.sign(made.pop(side), side=side, eps=config.eps, matmul=matmul)
+            found[side] = lies.generator(k, side=side)
+        else:
+            found[side] = lies.generator(made.pop(side), side=side)
+    return [found[side] for side in active]
+
+
+def _first_order(a: Generator, w: Tensor, config: PionConfig, matmul: Products) -> Tensor | None:
+    """A's product with W, narrow, where the angle depends on it."""
+    return a.inner(a.seen(w), matmul=matmul) if config.scaling == "rms" else None
 
 
 def _angles(
@@ -210,10 +219,8 @@ def _turning(
     if config.retraction == "taylor" or config.retraction == "cubic":
         poly = coefficients(config.retraction, degree=config.degree)
 
-        def by_polynomial(
-            x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
-        ) -> Tensor:
-            return rotate(x, generators, angles, first_order, poly=poly, matmul=matmul)
+        def by_polynomial(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
+            return rotate(x, generators, angles, known, poly=poly, matmul=matmul)
 
         return by_polynomial
 
@@ -222,7 +229,7 @@ def _turning(
         assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
         made.append(a.mapped(functools.partial(factor, retraction=config.retraction), angle))
 
-    def by_factors(x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products) -> Tensor:
+    def by_factors(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
         total: Tensor | None = None
         for e in made:
             change = e.apply(x if total is None else x + total, matmul=matmul)
