@@ -141,8 +141,9 @@ FLAGS = (
     ),
     _choice(
         "state-dtype",
-        "Of Pion's moments: as computed (fp32), or rounded to bf16 when stored, half the bytes; "
-        "betas up to 0.99.",
+        "Of Pion's moments: as computed (fp32), or rounded when stored: to bf16, half the bytes, "
+        "for betas up to 0.99, or to int8 with a scale for each 128 elements, for betas up to "
+        "0.95.",
     ),
     _choice(
         "tp-mode",

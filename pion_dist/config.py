@@ -16,7 +16,7 @@ QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
 Axis = Literal["rows", "cols"]
 StateLayout = Literal["packed", "dense"]
-StateDtype = Literal["fp32", "bf16"]
+StateDtype = Literal["fp32", "bf16", "int8"]
 TpMode = Literal["owner", "duplicated", "distributed", "blockwise"]
 
 SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
@@ -64,7 +64,8 @@ class PionConfig:
             dense); ``dense``. Checkpoints are the same.
         state_dtype: of moments. ``fp32``: as they are computed (float64 for float64 weights);
             ``bf16``: rounded to nearest when stored, for betas up to 0.99: of an average over more
-            steps the changes would be lost.
+            steps the changes would be lost; ``int8``: likewise, with a scale for each 128 elements
+            of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
         tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
             ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
             ``distributed``: each rank its rows of the generators and its shard of the products.
@@ -130,20 +131,38 @@ class PionConfig:
             raise ValueError(
                 f"rms={self.rms} is of scaling='rms'; with scaling={self.scaling!r} leave it out"
             )
-        # bf16 has 8 bits: (1 − β) of a difference is lost where that is below 2^-9 / (1 − β) of m,
-        # a fifth of it at 0.99, twice it at 0.999.
-        used = self.betas if self.direction == "adaptive" else self.betas[:1]
-        if self.state_dtype == "bf16" and max(used) > 0.99:
-            raise ValueError(
-                f"state_dtype='bf16' would lose most of what betas={self.betas} average: use betas "
-                "up to 0.99, or state_dtype='fp32'"
-            )
+        self._check_state()
         if self.tp_mode == "blockwise" and self.blocks == 1:
             raise ValueError("blocks=1: tp_mode='blockwise' needs 2 or more")
         if self.tp_mode != "blockwise" and self.blocks != 1:
             raise ValueError(
                 f"blocks={self.blocks} is of tp_mode='blockwise'; with tp_mode={self.tp_mode!r} "
                 "leave it out"
+            )
+
+    def _check_state(self) -> None:
+        # bf16 has 8 bits: (1 − β) of a difference is lost where that is below 2^-9 / (1 − β) of m,
+        # a fifth of it at 0.99, twice it at 0.999. In 8 bits half a code is 1/254 of the largest
+        # of 128, whose root mean square is about a third of it: 1/85 / (1 − β) of m, a quarter of
+        # it at 0.95, and of a root, which changes half as much, half.
+        used = self.betas if self.direction == "adaptive" else self.betas[:1]
+        limit = {"fp32": 1.0, "bf16": 0.99, "int8": 0.95}[self.state_dtype]
+        if max(used) > limit:
+            raise ValueError(
+                f"state_dtype={self.state_dtype!r} would lose most of what betas={self.betas} "
+                f"average: use betas up to {limit}, or state_dtype='fp32'"
+            )
+        if self.state_dtype != "int8":
+            return
+        if self.tp_mode not in ("owner", "duplicated"):
+            raise ValueError(
+                "state_dtype='int8' has scales for parts of whole matrices, which "
+                f"tp_mode={self.tp_mode!r} divides: use tp_mode='owner', or state_dtype='bf16'"
+            )
+        if self.momentum == "lie" and self.state_layout != "packed":
+            raise ValueError(
+                "state_dtype='int8' has scales for parts of packed moments: use "
+                "state_layout='packed', or state_dtype='bf16'"
             )
 
     def lines(self) -> list[str]:

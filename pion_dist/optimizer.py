@@ -14,7 +14,7 @@ from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
-from .kernels import fold, unfold
+from .kernels import fold, from_eight_bit, to_eight_bit, unfold
 from .matrices import MatrixView, compute_dtype, whole
 from .plan import MatrixPlan, StepPlan, build_plan
 from .update.arrangement import Arrangement, Blocks, Divided
@@ -392,17 +392,28 @@ class Pion(torch.optim.Optimizer):
     ) -> None:
         """Step a batch of matrices, or of their shards (modified in place)."""
         group = self.param_groups[x.param_group]
+        ok = ok.to(w.device, non_blocking=True)
+        coded = {
+            name: moment
+            for name, moment in state.moments(len(w), x.m, x.n, self.config, x.axis).items()
+            if moment.held_in(w.itemsize) == "int8"
+        }
+        used = dict(moments)
+        for name, moment in coded.items():
+            used[name] = from_eight_bit(moments[name], moment.used(1), root=_is_root(name))
         update(
             w,
             g,
-            moments,
+            used,
             config=self.config,
             lr=group["lr"],
             active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
             forms=cost.forms(x.m, x.n, self.config),
-            ok=ok.to(w.device, non_blocking=True),
+            ok=ok,
             arrangement=self._arrangement(x),
         )
+        for name in coded:
+            to_eight_bit(used[name], moments[name], root=_is_root(name), ok=ok)
 
     def _arrangement(self, x: MatrixPlan) -> Arrangement | None:
         """How ``_update``'s matrices lie; None for whole."""
@@ -436,17 +447,18 @@ class Pion(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken.
 
-        Moments that are held packed are in it as matrices, so that it is the same for each
-        ``state_layout``; they are made on the CPU, since devices may not have room for all.
+        Moments that are held packed or coded are in it as matrices, so that it is the same for each
+        ``state_layout`` and ``int8`` can be loaded as ``fp32``; they are made on the CPU, since
+        devices may not have room for all.
         """
         self._guard.report()
         found = super().state_dict()
         params = (p for group in self.param_groups for p in group["params"])
         for index, p in enumerate(params):
             for key, (moment, ranks) in self._held_moments(p).items():
-                if moment.packed:
+                if moment.held(ranks, compute_dtype(p).itemsize) != moment.local(ranks):
                     own = found["state"][index] = dict(found["state"][index])
-                    own[key] = _unpacked(own[key].cpu(), moment.local(ranks), key)
+                    own[key] = _matrices(own[key].cpu(), moment, ranks, key)
         return found
 
     @torch.no_grad()
@@ -465,9 +477,8 @@ class Pion(torch.optim.Optimizer):
                 self.state[p] = {}  # also where this rank holds no moment of it
                 for key, (moment, ranks) in self._held_moments(p).items():
                     value = state_dict["state"][index][key]
-                    held = _zeros(p, moment, ranks)
-                    held.copy_(_packed(value, held.shape) if moment.packed else value)
-                    self.state[p][key] = held
+                    self.state[p][key] = held = _zeros(p, moment, ranks)
+                    _hold(value, held, moment, ranks, key)
         self._compare()
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
@@ -495,19 +506,39 @@ class Pion(torch.optim.Optimizer):
 
 def _zeros(p: Tensor, moment: state.Moment, ranks: int) -> Tensor:
     computed = compute_dtype(p)
-    dtype = torch.bfloat16 if moment.low and computed == torch.float32 else computed
-    return torch.zeros(moment.held(ranks), dtype=dtype, device=p.device)
+    held_in = {"fp32": computed, "bf16": torch.bfloat16, "int8": torch.int8}
+    return torch.zeros(
+        moment.held(ranks, computed.itemsize),
+        dtype=held_in[moment.held_in(computed.itemsize)],
+        device=p.device,
+    )
 
 
-def _packed(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Matrices [..., d, d] folded to ``shape``."""
-    return fold(x.reshape(-1, *x.shape[-2:])).view(shape)
+def _hold(x: Tensor, held: Tensor, moment: state.Moment, ranks: int, key: str) -> None:
+    """Write a moment's matrices as they are held."""
+    if moment.packed:
+        x = fold(x.reshape(-1, *x.shape[-2:])).view(moment.used(ranks))
+    if held.dtype == torch.int8:
+        x = x.to(held.device, torch.float32)
+        to_eight_bit(x, held, root=_is_root(key), ok=held.new_ones((), dtype=torch.bool))
+    else:
+        held.copy_(x)
 
 
-def _unpacked(x: Tensor, shape: Sequence[int], key: str) -> Tensor:
-    """The inverse of ``_packed``: first moments are skew, second ones symmetric."""
-    flat = unfold(x.reshape(-1, *x.shape[-3:]), shape[-1], skew=key.startswith("m"))
-    return flat.view(tuple(shape))
+def _matrices(held: Tensor, moment: state.Moment, ranks: int, key: str) -> Tensor:
+    """The inverse of ``_hold``: first moments are skew, second ones symmetric."""
+    shape = moment.local(ranks)
+    if held.dtype == torch.int8:
+        held = from_eight_bit(held, moment.used(ranks), root=_is_root(key))
+    if not moment.packed:
+        return held
+    flat = unfold(held.reshape(-1, *held.shape[-3:]), shape[-1], skew=not _is_root(key))
+    return flat.view(shape)
+
+
+def _is_root(key: str) -> bool:
+    """Whether a moment is a second one, whose root is kept in 8 bits; by its name or key."""
+    return key.startswith("v")
 
 
 def _batch_size(m: int, n: int, p: Tensor) -> int:

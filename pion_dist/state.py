@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .config import Axis, PionConfig
+from .config import Axis, PionConfig, StateDtype
+from .kernels.eight_bit import eight_bit_shape
 from .kernels.fold import folded_shape
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
@@ -28,13 +29,13 @@ class Moment:
         shape: on all ranks together.
         dim: that the ranks which share the matrices divide; None where one rank, or each, has all.
         packed: whether it is held folded, see ``kernels.fold``; not in checkpoints.
-        low: whether it is held in bf16 where it is computed in float32.
+        dtype: it is held in where it is computed in float32, ``fp32``.
     """
 
     shape: tuple[int, ...]
     dim: int | None
     packed: bool = False
-    low: bool = False
+    dtype: StateDtype = "fp32"
 
     def local(self, ranks: int) -> tuple[int, ...]:
         """The shape on one of ``ranks`` ranks."""
@@ -43,25 +44,34 @@ class Moment:
             shape[self.dim] //= ranks
         return tuple(shape)
 
-    def held(self, ranks: int) -> tuple[int, ...]:
-        """The shape in which one of ``ranks`` ranks holds it."""
+    def used(self, ranks: int) -> tuple[int, ...]:
+        """The shape in which one of ``ranks`` ranks computes with it: packed or not."""
         shape = self.local(ranks)
         return (*shape[:-2], *folded_shape(shape[-1])) if self.packed else shape
 
+    def held(self, ranks: int, itemsize: int) -> tuple[int, ...]:
+        """The shape in which one of ``ranks`` ranks holds it; bytes of a computed element."""
+        shape = self.used(ranks)
+        return eight_bit_shape(shape) if self.held_in(itemsize) == "int8" else shape
+
+    def held_in(self, itemsize: int) -> StateDtype:
+        """The dtype it is held in (``fp32``: as computed); bytes of a computed element."""
+        return self.dtype if itemsize == 4 else "fp32"
+
     def nbytes(self, itemsize: int) -> int:
-        """Bytes on all ranks together, by those of a computed element."""
-        return prod(self.held(1)) * (2 if self.low and itemsize == 4 else itemsize)
+        """On all ranks together; bytes of a computed element."""
+        each = {"fp32": itemsize, "bf16": 2, "int8": 1}[self.held_in(itemsize)]
+        return prod(self.held(1, itemsize)) * each
 
 
 def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -> dict[str, Moment]:
     """Every moment of a batch of matrices [B, m, n] cut along ``axis``, by name."""
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
     divided = axis is not None and config.tp_mode in ("distributed", "blockwise")
-    low = config.state_dtype == "bf16"
     found: dict[str, Moment] = {}
     if config.momentum != "lie":
         dim = _DIM[axis] if axis is not None and divided else None
-        found = {name: Moment((batch, m, n), dim, low=low) for name in names}
+        found = {name: Moment((batch, m, n), dim, dtype=config.state_dtype) for name in names}
     blocks = config.blocks_of(axis)
     for side in config.sides:
         count = blocks.get(side, 1)
@@ -71,7 +81,7 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
             # Blockwise repeats what all blocks share, distributed divides its rows.
             dim = 1 if divided and not blocks else of_blocks
             packed = config.state_layout == "packed" and (not divided or bool(blocks))
-            moment = Moment((*start, d, d), dim, packed, low)
+            moment = Moment((*start, d, d), dim, packed, config.state_dtype)
             found |= {f"{name}_{side}": moment for name in names}
         if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
             vector = (1, d) if side == "in" else (d, 1)

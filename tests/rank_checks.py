@@ -165,8 +165,8 @@ class Run:
         self.elsewhere = elsewhere or {}  # groups of weights that ``place`` does not share
         self.place, self.config, self.weights, self.lr = place, config, weights, lr
         self.rng = np.random.default_rng(11)
-        if dtype is None:  # bf16 is in place of float32
-            low = "bf16" in (config.matmul_precision, config.state_dtype)
+        if dtype is None:  # bf16 and 8 bits are in place of float32
+            low = config.matmul_precision == "bf16" or config.state_dtype != "fp32"
             dtype = torch.float32 if low else torch.float64
         values = [self._round(0.2 * self.rng.standard_normal(w.shape), dtype) for w in weights]
         self.params = [
@@ -564,7 +564,7 @@ def named(config: PionConfig) -> str:
     retraction = config.retraction, config.degree
     options = (config.momentum, config.direction, config.nesterov, config.scaling, config.side)
     words = [readable(option) or str(option) for option in (*options, retraction)]
-    words += ["bf16"] if config.state_dtype == "bf16" else []
+    words += [config.state_dtype] if config.state_dtype != "fp32" else []
     blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
     return "-".join([config.tp_mode, *blocks, *words])
 
@@ -631,6 +631,9 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for mode, options in itertools.product(("owner", "duplicated"), ({}, PUBLISHED)):
         config = PionConfig(**options, tp_mode=mode)
         add(check_exact_volume, named(config), config)
+        coded = PionConfig(**options, tp_mode=mode, state_dtype="int8")
+        for check in check_resume, check_collectives, check_nan:
+            add(check, named(coded), coded)
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
         add(check_other_plan, what, what)
     add(check_blocks_of_ranks, "")

@@ -569,6 +569,7 @@ def state_table() -> Table:
     columns = {
         "default": DEFAULT,
         "the same in bf16": replace(DEFAULT, **low),
+        "in int8": replace(DEFAULT, state_dtype="int8"),
         "lie": LIE,
         "lie adaptive": adaptive,
         "dense": replace(adaptive, state_layout="dense"),

@@ -1,7 +1,8 @@
 """The elementwise parts and the norms of a step, fused in Triton or in plain torch operations.
 
 ``reference`` says what each function computes, and on what runs it: the results differ by rounding
-alone. ``fold`` is the layout in which half of a skew matrix is kept.
+alone. ``fold`` is the layout in which half of a skew matrix is kept; ``eight_bit`` holds moments
+in 8 bits.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from typing import Literal
 import torch
 
 from . import reference
+from .eight_bit import eight_bit_shape, from_eight_bit, to_eight_bit
 from .fold import fold, folded_shape, unfold
 
 __all__ = [
     "average",
     "backend",
+    "eight_bit_shape",
     "fold",
     "folded_shape",
     "frobenius",
+    "from_eight_bit",
     "lie_moments",
     "moved",
     "skew",
+    "to_eight_bit",
     "unfold",
 ]
 

@@ -1,7 +1,7 @@
 """What a Pion step executes, read from the step itself: it runs on tensors without data.
 
 Moments and skew parts are read as torch operations (``kernels.reference``), of which Triton's
-kernels need fewer passes.
+kernels need fewer passes. What makes moments of 8 bits float32 ones, and back, is left out.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def kernels(
         arrangement = Divided(SIDE_OF[axis], Peers(ranks))
     held = {
         name: torch.empty(
-            moment.held(ranks), dtype=torch.bfloat16 if moment.low else w.dtype, device="meta"
+            moment.used(ranks),
+            dtype=torch.bfloat16 if moment.dtype == "bf16" else w.dtype,
+            device="meta",
         )
         for name, moment in state.moments(batch, m, n, config, axis).items()
     }
