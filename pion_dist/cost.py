@@ -21,7 +21,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
     """For each side, how its generator is held: as its matrix, or in factors where that is cheaper.
 
     Lie moments are dense, and ``cayley`` and ``exp`` need the matrix; the averages of the gradient
-    (``transported``, ``ambient``) allow either, and the smaller count of FLOP decides.
+    (``transported``, ``ambient``) allow either, and FLOP over their rates decide: with bf16
+    products a QR decomposition costs more than the large matrix.
 
     Args:
         m: rows of the matrix.
@@ -32,7 +33,6 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
         ``dense`` or ``factors`` for each of ``config.sides``.
     """
     chosen: dict[Side, Form] = {}
-    products, outer = _products(config, first=False), _outer(config, first=False)
     for side in config.sides:
         d, other = (n, m) if side == "in" else (m, n)
         in_factors = (
@@ -40,8 +40,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
             and config.retraction in ("taylor", "cubic")
             # Q of the matrix sign has 2·other columns: it must be the narrower one.
             and (config.direction != "msign" or 2 * other < d)
-            and sum(_side_flop(d, other, config, form="factors", products=products, outer=outer))
-            < sum(_side_flop(d, other, config, form="dense", products=products, outer=outer))
+            and _work(d, other, config, form="factors", first=False).weighed(config)
+            < _work(d, other, config, form="dense", first=False).weighed(config)
         )
         chosen[side] = "factors" if in_factors else "dense"
     return chosen
@@ -79,15 +79,9 @@ def step_flop(
         made = 2.0 if divided and cut else 1.0
         size, count = (d // blocks[side], blocks[side]) if side in blocks else (d, 1)
         dense = bool(blocks) or divided
-        always, once = _side_flop(
-            size,
-            other,
-            config,
-            form="dense" if dense else chosen[side],
-            products=_products(config, first=alone),
-            outer=_outer(config, first=alone),
-        )
-        always *= made * count / ranks
+        form: Form = "dense" if dense else chosen[side]
+        work = _work(size, other, config, form=form, first=alone)
+        always, once = made * count / ranks * work.generator, work.flop - work.generator
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
         alike += _sign_flop(size, config) if blocks and not cut else 0.0
@@ -205,7 +199,7 @@ def _divided(
     if config.scaling == "spectral":
         found.add("all_gather", batch * d // ranks, PRODUCTS)
     # W is at hand: for the first-order term, and for the first side's first product.
-    products = _products(config, first=first)
+    products = sum(_products(config, first=first))
     if config.retraction in ("cayley", "exp"):
         found.add("all_gather", rows)
         products -= (config.scaling == "rms") + first
@@ -214,7 +208,7 @@ def _divided(
     found.add("all_gather", batch * shard, products)
 
 
-def _products(config: PionConfig, *, first: bool) -> int:
+def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
     """Products with a side's generator in a step: on W, and on a transported moment."""
     if config.retraction in ("cayley", "exp"):
         # The first-order term for the norm, then the factor.
@@ -223,32 +217,80 @@ def _products(config: PionConfig, *, first: bool) -> int:
         degree = 3 if config.retraction == "cubic" else config.degree
         # The second side multiplies what the first has changed, for a known first-order term too.
         on_w, on_moment = degree + (config.scaling == "rms" and not first), degree
-    return on_w + (on_moment if config.momentum == "transported" else 0)
+    return on_w, on_moment if config.momentum == "transported" else 0
 
 
-def _outer(config: PionConfig, *, first: bool) -> int:
-    """Products with a side's Q or Qᵀ in a step, where its generator is Q C Qᵀ."""
+def _outer(config: PionConfig, *, first: bool) -> tuple[int, int]:
+    """``_products`` with a side's Q or Qᵀ, where its generator is Q C Qᵀ."""
     on_w = 1 + (not first)  # Qᵀ W is of the QR decomposition
     if config.side == "both" and config.scaling == "rms":
         on_w += 1  # both first-order terms are summed for their norm
-    return on_w + (2 if config.momentum == "transported" else 0)
+    return on_w, 2 if config.momentum == "transported" else 0
 
 
-def _side_flop(
-    d: int, other: int, config: PionConfig, *, form: Form, products: int, outer: int
-) -> tuple[float, float]:
-    """FLOP of one side's generator [d, d], and of all else with ``products`` products with it."""
+# Of a GPU's rate of large IEEE float32 products, by matmul_precision: that of its products, and of
+# what moves W (three bf16 products for one); and of QR. From H100's data sheet, and for QR what
+# ``scale.describe`` assumes; one core had 0.45 (tools/fit_scale.py).
+_RATES = {"highest": (1.0, 1.0), "high": (7.4, 5.0), "bf16": (15.0, 5.0)}
+_SOLVER_RATE = 0.4
+
+
+@dataclass(frozen=True)
+class _Work:
+    """FLOP of one side of a step, by what decides their rate.
+
+    Attributes:
+        generator: products that make it, at matmul_precision.
+        other: further ones at matmul_precision: the matrix sign, the turning of a moment.
+        moving: products that move W.
+        vectors: float32 products with vectors.
+        solvers: QR, LU and exponentials.
+    """
+
+    generator: float = 0.0
+    other: float = 0.0
+    moving: float = 0.0
+    vectors: float = 0.0
+    solvers: float = 0.0
+
+    @property
+    def flop(self) -> float:
+        """All."""
+        return self.generator + self.other + self.moving + self.vectors + self.solvers
+
+    def weighed(self, config: PionConfig) -> float:
+        """All, each over its rate."""
+        follows, moves = _RATES[config.matmul_precision]
+        products = (self.generator + self.other) / follows + self.moving / moves
+        return products + self.vectors + self.solvers / _SOLVER_RATE
+
+
+def _work(d: int, other: int, config: PionConfig, *, form: Form, first: bool) -> _Work:
+    """The work of the side whose generator is [d, d]."""
     vectors = PRODUCTS if config.scaling == "spectral" else 0
-    rows = products * other + vectors
+    on_w, on_moment = (other * x for x in _products(config, first=first))
     if form == "dense":
-        flop = rows * 2.0 * d * d
-        return 2.0 * other * d * d, flop + _sign_flop(d, config) + _factor_flop(d, config)
+        row = 2.0 * d * d
+        return _Work(
+            generator=other * row,
+            other=on_moment * row + _sign_flop(d, config),
+            moving=on_w * row,
+            vectors=vectors * row,
+            solvers=_factor_flop(d, config),
+        )
     if config.direction != "msign":
-        return 0.0, rows * 8.0 * other * d
+        row = 8.0 * other * d
+        return _Work(other=on_moment * row, moving=on_w * row, vectors=vectors * row)
     k = 2 * other
-    qr = 4.0 * d * k * k - 4.0 / 3.0 * k**3
-    core = 2.0 * k * k * other + _sign_flop(k, config)
-    return qr, core + rows * 2.0 * k * k + (outer * other + 2 * vectors) * 2.0 * d * k
+    row, outer = 2.0 * k * k, 2.0 * d * k
+    outer_w, outer_moment = (other * x for x in _outer(config, first=first))
+    return _Work(
+        generator=other * row,
+        other=on_moment * row + outer_moment * outer + _sign_flop(k, config),
+        moving=on_w * row + outer_w * outer,
+        vectors=vectors * (row + 2 * outer),
+        solvers=4.0 * d * k * k - 4.0 / 3.0 * k**3,
+    )
 
 
 def _sign_flop(d: int, config: PionConfig) -> float:

@@ -13,7 +13,7 @@ import torch
 from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, launch
 from reference import PUBLISHED
 
-from pion_dist import Pion, PionConfig
+from pion_dist import Pion, PionConfig, cost
 from pion_dist.config import Axis
 from pion_dist.cost import step_flop, traffic
 from pion_dist.scale.__main__ import main
@@ -89,6 +89,26 @@ def test_products_at_full_precision_are_told_from_the_others() -> None:
         assert {kind: x for kind, x in flop.items() if x} == expected
     frame = [k for k in kernels(1, 8, 64, PionConfig(side="in"), None) if k.kind == "qr"]
     assert [k.flop for k in frame] == [4 * 64 * 16**2 - 4 / 3 * 16**3]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "bf16"])
+@pytest.mark.parametrize(
+    "shape", [(28672, 8192), (11008, 4096), (4096, 1024), (16384, 2048), (2048, 16384)], ids=str
+)
+def test_generators_are_held_in_the_form_that_is_predicted_faster(
+    shape: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 25%: forms weigh FLOP by H100's rates, and not the bytes of elementwise work."""
+    config = PionConfig(matmul_precision=precision)
+    larger = "out" if shape[0] > shape[1] else "in"
+    chosen, seconds = cost.forms(*shape, config), {}
+    for form in ("dense", "factors"):
+        kernels.cache_clear()
+        monkeypatch.setattr(cost, "forms", lambda *_, it=form: {**chosen, larger: it})
+        launched = kernels(1, *shape, config, None, step=2 if larger == "out" else 1)
+        seconds[form] = priced(launched, H100)
+    kernels.cache_clear()
+    assert seconds[chosen[larger]] <= 1.25 * min(seconds.values())
 
 
 def test_elementwise_bytes_are_read_and_written() -> None:
