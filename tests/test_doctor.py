@@ -58,6 +58,7 @@ def test_broken_torch_hides_nothing_else(overlay: Path) -> None:
     assert f"  torch is broken: {doctor.INSTALL}" in lines
 
 
+@pytest.mark.slow
 def test_a_moved_seam_is_named(overlay: Path) -> None:
     moved = "from megatron_patches import check, seams\n"
     moved += "seams.CORE = (seams.Seam('json', 'gone', 'shows it'),)\nseams.TRAINING = ()\n"
