@@ -18,8 +18,9 @@ nitpicky = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # as GitHub has them
 smartquotes = False  # would make dashes of flags
+highlight_language = "none"  # of blocks that name none
 html_theme = "alabaster"
-html_theme_options = {"page_width": "1100px", "fixed_sidebar": True}
+html_theme_options = {"page_width": "1200px", "fixed_sidebar": True}
 
 # GitHub would show a toctree as code. Every page is in this one, so that the index has only links.
 TOCTREE = """
