@@ -229,10 +229,14 @@ CHECKS = (
 
 def examine(check: Check) -> Finding:
     """Run a check and judge it by its exit status."""
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
-            check.command(), capture_output=True, text=True, env=environment, timeout=LIMIT_S
+            check.command(),
+            env=os.environ | {"PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired:
         return Finding(check.what, "broken", check.needed, [f"no answer within {LIMIT_S} s"])
@@ -281,8 +285,7 @@ def main() -> None:
     parser.add_argument("--check", choices=own, help="one check alone, in this process")
     options = parser.parse_args()
     if options.check:
-        run = own[options.check]
-        run()
+        own[options.check]()
         return
     with ThreadPoolExecutor(AT_ONCE) as pool:
         findings = list(pool.map(examine, CHECKS))
