@@ -32,7 +32,7 @@ MEGATRON_018 := $(VENV)/megatron-0.18.2
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types constraints clean
+.PHONY: help demo test lint types docs constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,10 @@ lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 
 types: $(DEV_STAMP) ## check the types: mypy, strict
 	@$(RUN) -m mypy
+
+docs: $(DEV_STAMP) ## build the documentation in .venv/docs and check its links
+	@$(RUN) -m sphinx -c docs -W --keep-going -q -d $(VENV)/docs/doctrees . $(VENV)/docs/html
+	@echo "$(VENV)/docs/html/docs/index.html"
 
 clean: ## remove .venv and demo_out
 	rm -rf $(VENV) demo_out

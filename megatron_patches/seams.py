@@ -224,6 +224,11 @@ def has_training() -> bool:
     return importlib.util.find_spec("megatron.training") is not None
 
 
+def checked() -> list[tuple[Seam, str | None]]:
+    """Every seam that is needed here, with what is missing or None."""
+    return [(seam, seam.check()) for seam in (CORE + TRAINING if has_training() else CORE)]
+
+
 def check() -> None:
     """Check every seam.
 
@@ -231,8 +236,7 @@ def check() -> None:
         SeamError: names the version and every seam that is missing or has moved.
     """
     version = megatron_version()
-    seams = CORE + TRAINING if has_training() else CORE
-    missing = [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]
+    missing = [f"  {what} ({seam.why})" for seam, what in checked() if what is not None]
     if missing:
         raise SeamError(
             f"megatron-core {version} does not have what pion_dist holds on to; 0.19.2 does:\n"

@@ -1,0 +1,300 @@
+"""``python -m pion_dist.doctor``: what is installed here, whether it works, and what that means.
+
+Every check is a program of its own, so that a package that crashes or hangs hides nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+# An import from a cold file system of a cluster takes minutes.
+LIMIT_S = 120
+ERROR_LINES = 6
+AT_ONCE = 4  # programs that import torch, of half a GB each
+ABSENT = 3  # exit status of a check whose package is not here
+DRIFT = 1e-5  # in two steps: 3e-8 in float32 (measured); TF32 rounds by 2**-11
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        what: was looked at.
+        state: ok, absent or broken.
+        needed: ``--optimizer pion`` cannot run without.
+        lines: what there is to say.
+    """
+
+    what: str
+    state: str
+    needed: bool
+    lines: list[str]
+
+
+def absent(meaning: str) -> None:
+    """End the check of a package that is not here."""
+    print(meaning)
+    sys.exit(ABSENT)
+
+
+def check_python() -> None:
+    """Python itself."""
+    print(f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+
+
+def check_torch() -> None:
+    """Torch, CUDA, the GPUs and nccl."""
+    import torch
+
+    print(f"{torch.__version__}, {built_for()}")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        print(f"GPU {index}: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
+    if not torch.cuda.is_available():
+        print("no GPU that torch can use: run with `python -m megatron_patches --cpu SCRIPT ...`")
+    elif torch.cuda.get_device_capability() >= (8, 0):
+        print("TF32 and bf16 products: --pion-matmul-precision high, bf16 (default: float32)")
+
+
+def built_for() -> str:
+    """The CUDA and the nccl of this torch."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "built without CUDA: CPU only"
+    nccl: Any = torch.cuda.nccl  # untyped
+    return f"CUDA {torch.version.cuda}, nccl {'.'.join(map(str, nccl.version()))}"
+
+
+def check_pion() -> None:
+    """Two steps, one of each side, on the device that there is."""
+    import torch
+
+    from . import Pion
+    from .kernels import backend
+    from .spectrum import drift, singular_values
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(2, 96, 64, generator=generator).to(device)
+    weight = torch.nn.Parameter(start.clone())
+    weight.grad = gradient
+    optimizer = Pion([weight], lr=1e-2)
+    optimizer.step()
+    optimizer.step()
+    moved = drift(singular_values(start), singular_values(weight)).item()
+    print(f"two steps on the {device.type} changed singular values by {moved:.0e} of their size")
+    if not moved < DRIFT:
+        raise RuntimeError(f"that is above {DRIFT:.0e}: products are not float32 here")
+    if backend(device) == "triton":
+        print("moments, skew parts and norms are computed in Triton")
+    elif device.type == "cuda":
+        print("moments, skew parts and norms are computed in torch: Triton is not installed")
+    else:
+        print("moments, skew parts and norms are computed in torch, as always without a GPU")
+
+
+def check_triton() -> None:
+    """Triton, which has the kernels."""
+    if find_spec("triton") is None:
+        absent("Pion works in torch operations; pip install triton for kernels on a GPU")
+    importlib.import_module("triton")
+    print(version("triton"))
+
+
+def check_emerging_optimizers() -> None:
+    """What Megatron needs for every optimizer that is not Adam or SGD."""
+    if find_spec("emerging_optimizers") is None:
+        absent("needed by Megatron: pip install emerging-optimizers==0.3.0")
+    importlib.import_module("emerging_optimizers")
+    print(version("emerging-optimizers"))
+
+
+def check_transformer_engine() -> None:
+    """Transformer Engine: a layer on a GPU; without one it imports and can do no more."""
+    if find_spec("transformer_engine") is None:
+        print("no FP8 and no context parallelism; Megatron needs --transformer-impl local and")
+        absent("more: PLAIN_FLAGS in examples/megatron_job.py")
+    import torch
+
+    te = importlib.import_module("transformer_engine.pytorch")
+    print(version("transformer-engine"))
+    if not torch.cuda.is_available():
+        print("imports, and cannot work without a GPU; --cpu hides it from Megatron, whose Adam")
+        print("would else be Transformer Engine's and fail")
+        return
+    layer = te.Linear(64, 64, params_dtype=torch.bfloat16, device="cuda")
+    layer(torch.ones(32, 64, dtype=torch.bfloat16, device="cuda")).sum().backward()
+    print("a bf16 layer ran forward and backward")
+    fp8, why = te.is_fp8_available(return_reason=True)
+    print("FP8 is available" if fp8 else f"no FP8: {why}")
+
+
+def check_apex() -> None:
+    """Apex, told from the package of that name on the index, which is something else."""
+    if find_spec("amp_C") is None:
+        other = "; the installed `apex` is another package" if find_spec("apex") else ""
+        absent(f"not needed: Megatron takes Adam from Transformer Engine, apex or torch{other}")
+    importlib.import_module("torch")  # its libraries come first
+    importlib.import_module("amp_C")
+    importlib.import_module("apex.multi_tensor_apply")
+    print("amp_C and apex.multi_tensor_apply import")
+
+
+def check_mpi4py() -> None:
+    """mpi4py with its library, not started: that can end a process which mpirun did not start."""
+    if find_spec("mpi4py") is None:
+        absent("only to start ranks with mpirun: pip install -e '.[mpi]'")
+    importlib.import_module("mpi4py").rc.initialize = False
+    mpi = importlib.import_module("mpi4py.MPI")  # RuntimeError without libmpi
+    print(f"{version('mpi4py')}, {mpi.Get_library_version().strip().splitlines()[0].strip()}")
+
+
+def check_slurm() -> None:
+    """SLURM's commands, and the job that this is in."""
+    commands = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name)]
+    job = os.environ.get("SLURM_JOB_ID")
+    if not commands and job is None:
+        absent("only to start ranks with srun or sbatch")
+    if commands:
+        told = subprocess.run([commands[0], "--version"], capture_output=True, text=True)
+        if told.returncode:  # without a slurm.conf
+            raise RuntimeError(f"{commands[0]} --version: {told.stderr.strip()}")
+        print(f"{told.stdout.strip()}: {', '.join(commands)}")
+    if job is None:
+        print("not in a job")
+    else:
+        step, tasks = os.environ.get("SLURM_STEP_ID"), os.environ.get("SLURM_NTASKS", "1")
+        task = f"task {os.environ.get('SLURM_PROCID')} of {tasks}" if step else "no task of srun's"
+        print(f"in job {job}, {task}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A thing to look at.
+
+    Attributes:
+        what: its name in the report.
+        run: the check; None for a program of its own.
+        needed: see Finding.
+        fix: what to do where it is needed and not there.
+    """
+
+    what: str
+    run: Callable[[], None] | None
+    needed: bool = False
+    fix: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name on the command line."""
+        return self.what.lower().replace(" ", "-")
+
+    def command(self) -> list[str]:
+        """The program that prints what it found."""
+        if self.run is None:
+            return [sys.executable, "-m", "megatron_patches.check"]
+        return [sys.executable, "-m", "pion_dist.doctor", "--check", self.key]
+
+
+INSTALL = "pip install -e . in pion_dist's folder brings the tested one"
+CHECKS = (
+    Check("Python", check_python),
+    Check("torch", check_torch, needed=True, fix=INSTALL),
+    Check("Pion", check_pion, needed=True, fix="it says why above"),
+    Check("Triton", check_triton),
+    Check("Megatron", None, needed=True, fix=INSTALL),
+    Check("emerging-optimizers", check_emerging_optimizers, needed=True, fix=INSTALL),
+    Check("Transformer Engine", check_transformer_engine),
+    Check("apex", check_apex),
+    Check("mpi4py", check_mpi4py),
+    Check("SLURM", check_slurm),
+)
+
+
+def examine(check: Check) -> Finding:
+    """Run a check and judge it by its exit status."""
+    try:
+        done = subprocess.run(
+            check.command(),
+            env=os.environ | {"PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(check.what, "broken", check.needed, [f"no answer within {LIMIT_S} s"])
+    lines = done.stdout.splitlines()
+    if done.returncode in (0, ABSENT):
+        state = "ok" if done.returncode == 0 else "absent"
+        return Finding(check.what, state, check.needed, lines)
+    lines += error_of(done.stderr)
+    if done.returncode < 0:
+        lines.append(f"crashed: signal {-done.returncode}")
+    lines.append(f"all of it: python {' '.join(check.command()[1:])}")
+    return Finding(check.what, "broken", check.needed, lines)
+
+
+def error_of(stderr: str) -> list[str]:
+    """What was raised, without the traceback; else the last line."""
+    lines = stderr.splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    after = range(frames[-1], len(lines)) if frames else ()
+    raised = next((number for number in after if not lines[number].startswith(" ")), None)
+    return lines[-1:] if raised is None else lines[raised : raised + ERROR_LINES]
+
+
+def report(findings: list[Finding]) -> list[str]:
+    """The findings as a text, and what follows from them."""
+    text = []
+    for found in findings:
+        first, *more = found.lines or [""]
+        text.append(f"{found.state:7} {found.what:20} {first}")
+        text += [" " * 29 + line for line in more]
+    fixes = {check.what: check.fix for check in CHECKS}
+    lacks = [found for found in findings if found.needed and found.state != "ok"]
+    text += ["", "`--optimizer pion` cannot run here:" if lacks else "`--optimizer pion` can run."]
+    return text + [f"  {found.what} is {found.state}: {fixes[found.what]}" for found in lacks]
+
+
+def main() -> None:
+    """Print the report; exit status 1 if ``--optimizer pion`` could not run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pion_dist.doctor",
+        description="Say what is installed here, whether it works, and what that means; exit "
+        "status 1 if --optimizer pion could not run.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    own = {check.key: check.run for check in CHECKS if check.run is not None}
+    parser.add_argument("--check", choices=own, help="one check alone, in this process")
+    options = parser.parse_args()
+    if options.check:
+        own[options.check]()
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        findings = list(pool.map(examine, CHECKS))
+    if options.json:
+        print(json.dumps([asdict(found) for found in findings], indent=2))
+    else:
+        print("\n".join(report(findings)))
+    sys.exit(any(found.needed and found.state != "ok" for found in findings))
+
+
+if __name__ == "__main__":
+    main()
