@@ -51,14 +51,25 @@ echo "NodeName=n[1-2] Name=gpu File=$folder/gpu[0-3]" > "$folder/gres.conf"
 export SLURM_CONF=$folder/slurm.conf TEST_SLURM=1
 
 daemons=()
-stop() {
-    timeout 10 scancel --quiet --user="$(id -un)" || true
-    for _ in $(seq 100); do
-        [ -n "$(timeout 10 squeue --noheader 2> /dev/null)" ] || break
-        sleep 0.1
+others() ( # what SLURM started, by what it inherits: not the daemons and the controller's helper
+    mark=SLURM_CONF=$SLURM_CONF
+    unset SLURM_CONF
+    for file in $(grep -lsz "^$mark$" /proc/[0-9]*/environ); do
+        name=$(cat "${file%environ}comm" 2> /dev/null)
+        case $name in munged | slurmctld | slurmscriptd | slurmd | '') ;; *) basename "${file%/*}" ;; esac
     done
-    kill "${daemons[@]}" 2> /dev/null || true
-    wait "${daemons[@]}" || true
+)
+stop() {
+    set +o errexit +o pipefail
+    timeout 20 scancel --quiet --user="$(id -un)"
+    for _ in $(seq 40); do # SLURM itself has KillWait, 30 s, for what does not end
+        left=$(others)
+        [ "$left" ] || break
+        sleep 1
+    done
+    [ -z "$left" ] || kill -KILL $left
+    kill "${daemons[@]}"
+    wait "${daemons[@]}"
 }
 trap stop EXIT
 
