@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-STEP = 6
+STEP = 4
 WAITS = "a rank waits for USR1"
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 # TP within a node and DP between them: with 4 ranks both the same for both scripts.
 LAYOUT = ["--tensor-model-parallel-size", "2", "--micro-batch-size", "4"]
-FLAGS = [*PION, *NO_DROPOUT, *LAYOUT]
+FLAGS = [*PION, *NO_DROPOUT, *LAYOUT, "--train-iters", "8"]
 JOB = ROOT / "tests" / "slurm_job.py"
 # sbatch options that stand in the script's block, for the small nodes here.
 ONE_NODE = ["--gpus-per-node=2", "--cpus-per-task=1"]

@@ -56,7 +56,7 @@ others() ( # what SLURM started, by what it inherits: not the daemons and the co
     unset SLURM_CONF
     for file in $(grep -lsz "^$mark$" /proc/[0-9]*/environ); do
         name=$(cat "${file%environ}comm" 2> /dev/null)
-        case $name in munged | slurmctld | slurmscriptd | slurmd | '') ;; *) basename "${file%/*}" ;; esac
+        [[ $name =~ ^(munged|slurmctld|slurmscriptd|slurmd|)$ ]] || basename "${file%/*}"
     done
 )
 stop() {
