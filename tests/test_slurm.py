@@ -15,7 +15,7 @@ from slurm_job import STEP, WAITS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="in make test-slurm"),
+    pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="make test-slurm runs it"),
 ]
 
 # TP within a node and DP between them: with 4 ranks both the same for both scripts.
