@@ -23,7 +23,7 @@ def wait_for_usr1() -> None:
     from megatron.training.global_vars import get_signal_handler
 
     print(WAITS, flush=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not get_signal_handler()._signal_received:
         if time.monotonic() > end:
             raise TimeoutError(f"no USR1 came to rank {os.environ['RANK']}")

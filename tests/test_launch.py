@@ -209,15 +209,16 @@ def test_a_rank_of_mpiruns_that_raises_ends_the_others(tmp_path: Path) -> None:
     assert done.returncode != 0 and "ArithmeticError: rank 2 cannot go on" in done.stderr
 
 
-def test_a_missing_mpi_is_named() -> None:
+def test_mpi4py_is_imported_only_under_mpirun_and_named_if_missing() -> None:
     program = (
-        "import sys\n"
-        "sys.modules['mpi4py'] = None\n"
-        "from megatron_patches import LaunchError, set_ranks\n"
-        "assert 'mpi4py.MPI' not in sys.modules\n"
+        "import os, sys\n"
+        "sys.modules['mpi4py'] = None\n"  # an import raises
+        "from megatron_patches import set_ranks\n"
+        "assert set_ranks() is None\n"
+        f"os.environ.update({MPICH})\n"
         "set_ranks()\n"
     )
-    env = {**environment(), **MPICH}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert "LaunchError: mpirun started this process, but mpi4py is missing" in done.stderr
     assert "pip install 'pion_dist[mpi]'" in done.stderr

@@ -52,7 +52,7 @@ class Job:
 
     def wait(self, *states: str, log: str = "", times: int = 1) -> str:
         """Wait for one of these states and so many lines in the log; return the state."""
-        end = time.monotonic() + 180
+        end = time.monotonic() + 400
         while time.monotonic() < end:
             state = self.shown("JobState")
             if state in states and self.log.count(log) >= times:
@@ -106,6 +106,7 @@ def test_a_job_that_gets_usr1_goes_on_where_it_was(
 ) -> None:
     folder = str(cluster.folder / "checkpoint")
     keep = ["--save", folder, "--load", folder, "--ckpt-format", "torch_dist"]
+    keep += ["--save-interval", "1000"]  # which Megatron wants; never comes
     job = cluster.submit(name, str(JOB), "stop", *keep)
     job.wait("RUNNING", log=WAITS, times=4)
     slurm("scancel", "--batch", "--signal=USR1", job.number)

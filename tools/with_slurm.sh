@@ -30,6 +30,8 @@ CredType=cred/munge
 # As with cgroups, and unlike with linuxproc, a signal to a task is not one to all below it.
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
+# A machine that is busy with trainings answers late.
+MessageTimeout=60
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0
