@@ -25,7 +25,8 @@ LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 # A process's number and how many there are: of Open MPI's mpirun, and of MPICH's and srun's PMI.
 MPI_RANKS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 SLURM_RANKS = ("SLURM_PROCID", "SLURM_NTASKS")
-
+# From here on SLURM's numbers stand for what is no task: the shell of salloc, a batch script.
+NO_STEP = 0xFFFFFFFA
 
 AS_TORCHRUN = f"unset {', '.join(RANKS)} to have them found, or set all that torchrun sets"
 
@@ -91,11 +92,9 @@ def set_ranks() -> Launch | None:
             found = of_mpi(os.environ)
     os.environ.update(found.variables)
     if found.rank == 0:
-        print(
-            f"launch: {found.size} ranks by {found.source}'s variables, which meet at "
-            f"{found.address}, port {found.port}",
-            flush=True,
-        )
+        ranks = "1 rank" if found.size == 1 else f"{found.size} ranks"
+        where = f"at {found.address}, port {found.port}"
+        print(f"launch: {ranks} by {found.source}'s variables, meeting {where}", flush=True)
     return found
 
 
@@ -108,16 +107,14 @@ def source(env: Environment) -> Source | None:
     if any(name in env for name in RANKS):
         _need(env, RANKS, f"{' and '.join(n for n in RANKS if n in env)} is set", AS_TORCHRUN)
         return "environment"
-    in_step = "SLURM_STEP_ID" in env
-    if in_step and not _started_by_mpirun(env):
+    if _is_task(env) and not _started_by_mpirun(env):
         return "SLURM"
     if "PMIX_RANK" in env or any(rank in env for rank, _ in MPI_RANKS):
         return "MPI"
     if "SLURM_JOB_ID" in env and _number(env, "SLURM_NTASKS", "1") > 1:
         raise LaunchError(
-            f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process (no "
-            "SLURM_STEP_ID): it would be one rank alone. Put srun before the command, or "
-            "'srun --ntasks 1' if one process is meant"
+            f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process: it would be "
+            "one rank alone. Put srun before the command, or 'srun --ntasks 1' if one is meant"
         )
     return None
 
@@ -189,10 +186,8 @@ def of_slurm(env: Environment) -> Launch:
 
 def first_node(nodes: str) -> str:
     """The first of SLURM's list of nodes: gpu07 of gpu[07-09,12],login1."""
-    item = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # up to a comma that is outside brackets
-    if item is None:
-        raise LaunchError(f"SLURM_STEP_NODELIST={nodes!r} names no node: set MASTER_ADDR")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", item[0])
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma that is outside brackets
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -256,7 +251,7 @@ def of_mpi(env: Environment) -> Launch:
             )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     local, local_size = node.Get_rank(), node.Get_size()
-    where: tuple[str, int] | LaunchError | None = None
+    where: Any = None
     if rank == 0:
         address = "127.0.0.1" if local_size == size else socket.gethostname()
         address, port = env.get("MASTER_ADDR", address), 0
@@ -270,8 +265,8 @@ def of_mpi(env: Environment) -> Launch:
     # Not at exit, where a rank that has raised would wait for the others.
     MPI.Finalize()
     atexit.register(_end_all_if_raised)
-    if where is None or isinstance(where, LaunchError):
-        raise where or LaunchError("rank 0 said nothing")
+    if isinstance(where, LaunchError):
+        raise where
     return Launch("MPI", rank, size, local, local_size, *where)
 
 
@@ -291,6 +286,11 @@ def _open_store(address: str, port: int) -> Any:
     )
 
 
+def _is_task(env: Environment) -> bool:
+    step = env.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < NO_STEP
+
+
 def _started_by_mpirun(env: Environment) -> bool:
     """In a step: srun starts mpirun's helpers, one a node, and they the processes."""
     if MPI_RANKS[0][0] in env:
@@ -302,7 +302,7 @@ def _started_by_mpirun(env: Environment) -> bool:
 
 def _compare(env: Environment, rank: int, size: int) -> None:
     """Refuse ranks that cannot be those of the processes which srun or mpirun started."""
-    pairs = [*MPI_RANKS, *([SLURM_RANKS] if "SLURM_STEP_ID" in env else [])]
+    pairs = [*MPI_RANKS, *([SLURM_RANKS] if _is_task(env) else [])]
     for theirs in pairs:  # the innermost
         if all(name in env for name in theirs):
             number, count = (_number(env, name) for name in theirs)

@@ -87,6 +87,10 @@ def test_whose_variables_count(found: str | None, env: dict[str, str]) -> None:
     [
         ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE and LOCAL_RANK: unset RANK, WORLD_SIZE"),
         (TASK | {"WORLD_SIZE": "8"}, "WORLD_SIZE is set, but not RANK and LOCAL_RANK: unset"),
+        (
+            changed(BATCH, SLURM_STEP_ID="4294967290"),
+            "but srun did",
+        ),  # salloc's shell, a step itself
         (BATCH, "SLURM_NTASKS=8, but srun did not start this process"),
         (changed(BATCH, SLURM_NTASKS="many"), "SLURM_NTASKS='many' is not a number"),
     ],

@@ -12,7 +12,7 @@ if [ ${#missing[@]} = 0 ]; then
     exit
 fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-    echo "SLURM's ${missing[*]} are missing, and only root installs them, on Debian or Ubuntu:" \
+    echo "not here: ${missing[*]}. As root, on Debian or Ubuntu:" \
         "apt-get install --no-install-recommends ${packages[*]}" >&2
     exit 1
 fi
