@@ -110,6 +110,9 @@ def test_a_job_that_gets_usr1_goes_on_where_it_was(
     job = cluster.submit(name, str(JOB), "stop", *keep)
     job.wait("RUNNING", log=WAITS, times=4)
     slurm("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait("PENDING")
+    # SLURM would have it wait for two minutes.
+    slurm("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     job.wait("COMPLETED")
     assert job.shown("Restarts") == "1"
     # STEP is the last before the checkpoint: no step is missing, and none was done twice.
