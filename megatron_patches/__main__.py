@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from .launch import LaunchError, set_ranks
 from .registration import apply
 from .seams import SeamError
 
@@ -16,7 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_patches",
         description="Run a Megatron training script, unedited, with --optimizer pion registered. "
-        "Alone or under torchrun: torchrun --nproc-per-node 8 -m megatron_patches SCRIPT ...",
+        "Alone or started by srun, mpirun or torchrun, whose ranks it finds: "
+        "torchrun --nproc-per-node 8 -m megatron_patches SCRIPT ...",
     )
     parser.add_argument(
         "--cpu", action="store_true", help="put Megatron on CPU and gloo instead of GPU and nccl"
@@ -32,8 +34,9 @@ def main() -> None:
 
             cpu_device.install()
             cpu_device.patch_megatron()
+        set_ranks()
         apply()
-    except SeamError as error:
+    except (LaunchError, SeamError) as error:
         sys.exit(f"python -m megatron_patches: {error}")
     sys.argv = [str(options.script), *options.args]
     sys.path.insert(0, str(options.script.resolve().parent))
