@@ -135,9 +135,9 @@ class Checkpoint:
             )
         return target.view(weight.shape)
 
-    def origin(self, weight: Weight) -> str:
+    def origin(self, weight: Weight, *, master: bool = True) -> str:
         """What ``read`` reads: the float32 master, or the weight in the model's own dtype."""
-        if self._source(weight) != weight.key:
+        if master and self._source(weight) != weight.key:
             return "float32 master"
         return str(self._tensors[weight.key].properties.dtype).removeprefix("torch.")
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette without its yellow, told apart by colour-blind readers too; and lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,10 +37,10 @@ STYLE = {
     "svg.fonttype": "none",
 }
 TRENDS = (  # of a matrix: what, its label, whether its axis is logarithmic
-    ("drift", "largest relative change of a\nsingular value since the start", True),
-    ("condition", "condition number", True),
-    ("effective", "effective rank / number of singular values", False),
-    ("energy", "hyperspherical energy, mean of a pair", False),
+    ("drift", "drift", True),
+    ("condition", "condition number / at the start", True),
+    ("effective_rank", "effective rank / at the start", False),
+    ("energy", "hyperspherical energy / at the start", False),
 )
 TABLE = (  # column, its explanation
     ("matrix", "layer and expert numbers count from 0"),
@@ -98,10 +98,10 @@ def summary(found: dict[str, Any]) -> list[dict[str, str]]:
     """A row of text for every run."""
     rows = []
     for i, run in enumerate(found["runs"]):
-        last = {m["name"]: m["runs"][i][-1] for m in found["matrices"]}
+        last = {m["name"]: m["runs"][i]["checkpoints"][-1] for m in found["matrices"]}
         drifts = {name: each["drift"] for name, each in last.items()}
         worst = max(drifts, key=lambda name: drifts[name])
-        reads = [each["read"] for m in found["matrices"] for each in m["runs"][i]]
+        reads = [each["read"] for m in found["matrices"] for each in m["runs"][i]["checkpoints"]]
         row = {
             "run": run["name"],
             "optimizer": run["optimizer"],
@@ -131,7 +131,7 @@ def low_precision(found: dict[str, Any]) -> set[str]:
         each["read"]
         for m in found["matrices"]
         for run in m["runs"]
-        for each in run
+        for each in run["checkpoints"]
         if each["read"] not in ("float32 master", "float32", "float64")
     }
 
@@ -155,7 +155,7 @@ def worst_of(found: dict[str, Any]) -> dict[tuple[int | None, str], list[dict[st
     for m in found["matrices"]:
         groups.setdefault((m["layer"], m["kind"]), []).append(m)
     for group in groups.values():
-        group.sort(key=lambda m: -max(each["drift"] for run in m["runs"] for each in run))
+        group.sort(key=lambda m: -max(run["checkpoints"][-1]["drift"] for run in m["runs"]))
     return groups
 
 
@@ -171,7 +171,7 @@ def overview(found: dict[str, Any]) -> str:
     for i in shown:
         rows = [[math.nan] * len(numbers) for _ in kinds]
         for (layer, kind), group in groups.items():
-            value = max(m["runs"][i][-1]["drift"] for m in group)
+            value = max(m["runs"][i]["checkpoints"][-1]["drift"] for m in group)
             column = numbers.index(-1 if layer is None else layer)
             rows[kinds.index(kind)][column] = max(EPSILON, value)
         cells.append(rows)
@@ -207,64 +207,61 @@ def overview(found: dict[str, Any]) -> str:
     return picture(figure)
 
 
-def value_of(m: dict[str, Any], each: dict[str, Any], what: str) -> float | None:
+def change_of(m: dict[str, Any], run: int, checkpoint: int, what: str) -> float | None:
     """A number of TRENDS."""
-    if what == "effective":
-        return float(each["effective_rank"]) / min(m["shape"])
+    each = m["runs"][run]
+    now, start = each["checkpoints"][checkpoint][what], each["start"][what]
     if what == "drift":
-        return max(EPSILON, each["drift"])
-    value = each[what]
-    return None if value is None else float(value)
+        return max(EPSILON, float(now))
+    return float(now / start) if now and start else None
 
 
 def trends(found: dict[str, Any]) -> str:
     """Over iterations: the median and the range over all matrices of a run."""
-    if not any(len(run["checkpoints"]) > 1 for run in found["runs"]):
+    shown = [i for i in range(len(found["runs"])) if moved(found, i)]
+    if not shown:
         return ""
     figure, panels = plt.subplots(1, len(TRENDS), figsize=(15, 3.3), layout="constrained")
     for axes, (what, label, logarithmic) in zip(panels, TRENDS, strict=True):
-        for i, run in enumerate(found["runs"]):
-            points = []
-            for c, checkpoint in enumerate(run["checkpoints"]):
-                if what == "drift" and c == 0 and not found["start"]:
-                    continue  # the start itself
-                values = [value_of(m, m["runs"][i][c], what) for m in found["matrices"]]
-                if known := sorted(value for value in values if value is not None):
-                    middle = statistics.median(known)
-                    points.append((checkpoint["iteration"], known[0], middle, known[-1]))
-            if not points:
-                continue
-            x, low, middle, high = zip(*points, strict=True)
-            if len(x) > 1:
-                axes.fill_between(x, low, high, color=color(i), alpha=0.15, lw=0)
-            else:
-                axes.vlines(x, low, high, color=color(i), alpha=0.3, lw=4)
-            axes.plot(x, middle, line(i), color=color(i), marker="o", ms=4, label=run["name"])
+        for i in shown:
+            draw_trend(axes, found, i, what)
         if logarithmic:
             axes.set_yscale("log")
-        axes.set_title(label)
+        axes.set_title(label, loc="left")
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="y", alpha=0.3)
     return picture(figure)
 
 
+def draw_trend(axes: Axes, found: dict[str, Any], run: int, what: str) -> None:
+    points = []
+    for c, checkpoint in enumerate(found["runs"][run]["checkpoints"]):
+        if what == "drift" and c == 0 and not found["start"]:
+            continue  # the start itself
+        values = [change_of(m, run, c, what) for m in found["matrices"]]
+        if known := sorted(value for value in values if value is not None):
+            points.append((checkpoint["iteration"], known[0], statistics.median(known), known[-1]))
+    if points:
+        x, low, middle, high = zip(*points, strict=True)
+        axes.vlines(x, low, high, color=color(run), alpha=0.25, lw=5)
+        axes.fill_between(x, low, high, color=color(run), alpha=0.12, lw=0)
+        axes.plot(x, middle, line(run), color=color(run), marker="o", ms=4)
+
+
 def legend(found: dict[str, Any]) -> str:
-    """Which line is which run's: the same in every plot of spectra."""
-    handles = [Line2D([], [], color=GREY, lw=5, label="start")]
-    if not found["start"]:
-        handles[0].set_label("each run's first checkpoint")
+    """Which line is which run's: the same in every plot."""
+    label = "start" if found["start"] else "each run's first checkpoint"
+    handles = [Line2D([], [], color=GREY, lw=5, label=label)]
     for i, run in enumerate(found["runs"]):
-        last = run["checkpoints"][-1]["iteration"]
-        handles.append(
-            Line2D([], [], color=color(i), ls=line(i), lw=1.5, label=f"{run['name']}, {last}")
-        )
-        if len(run["checkpoints"]) > 2:
-            handles.append(
-                Line2D([], [], color=color(i), ls=line(i), lw=1.5, alpha=0.4, label="before it")
-            )
-    figure = Figure(figsize=(min(15, 2.6 * len(handles)), 0.35))
-    figure.legend(handles=handles, loc="center", ncols=len(handles), frameon=False)
+        style: dict[str, Any] = {"color": color(i), "ls": line(i), "lw": 1.5}
+        *before, last = (str(c["iteration"]) for c in run["checkpoints"])
+        handles.append(Line2D([], [], label=f"{run['name']}, iteration {last}", **style))
+        if before := before if found["start"] else before[1:]:
+            text = before[0] if len(before) == 1 else f"{before[0]} to {before[-1]}"
+            handles.append(Line2D([], [], alpha=0.4, label=text, **style))
+    figure = Figure(figsize=(15, 0.3 * -(-len(handles) // 8)))
+    figure.legend(handles=handles, loc="center left", ncols=8, frameon=False)
     return picture(figure)
 
 
@@ -292,37 +289,43 @@ def spectra(found: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
     )
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
+    told = [i for i in range(len(found["runs"])) if moved(found, i)][:6]
     for axes, m in zip(panels.flat, shown, strict=False):
-        x = [rank + 1 for rank in m["ranks"]]
-        draw_spectra(axes, x, m["runs"], bool(found["start"]))
+        for i, run in enumerate(m["runs"]):
+            draw_spectra(axes, [rank + 1 for rank in m["ranks"]], run, i, moved(found, i))
         short = m["name"].partition(f".{m['layer']}.")[2] if m["layer"] is not None else m["name"]
         axes.set_title("{}  {}×{}".format(short, *m["shape"]), loc="left")
-        told = [i for i in range(len(found["runs"])) if moved(found, i)]
-        for place, i in enumerate(told if len(told) <= 6 else []):
+        for place, i in enumerate(reversed(told)):
             axes.text(
                 0.03,
-                0.04 + 0.09 * (len(told) - 1 - place),
-                f"drift {m['runs'][i][-1]['drift']:.1e}",
+                0.04 + 0.09 * place,
+                f"drift {m['runs'][i]['checkpoints'][-1]['drift']:.1e}",
                 color=color(i),
                 transform=axes.transAxes,
             )
-        axes.set_xlabel("rank of the singular value")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for axes in panels[:, 0]:
         axes.set_ylabel("singular value")
+    figure.supxlabel("rank of the singular value, largest first", fontsize=9)
     return picture(figure)
 
 
 def draw_spectra(
-    axes: Axes, x: Sequence[int], runs: Sequence[Sequence[dict[str, Any]]], common_start: bool
+    axes: Axes, x: Sequence[int], run: dict[str, Any], index: int, with_start: bool
 ) -> None:
     """Zeros are left out of the logarithmic axis."""
-    for i, run in enumerate(runs):
-        for c, each in enumerate(run):
-            is_start = c == 0 and len(run) > 1 and not common_start
-            style: dict[str, Any] = {"color": GREY, "lw": 5, "zorder": 1, "solid_capstyle": "butt"}
-            if not is_start:
-                style = {"color": color(i), "ls": line(i), "lw": 1.3, "alpha": shade(c, len(run))}
+    marker = "." if len(x) == 1 else ""
+    style: dict[str, Any] = {"color": color(index), "ls": line(index), "lw": 1.3}
+    if with_start:
+        start = [value or math.nan for value in run["start"]["values"]]
+        axes.semilogy(x, start, marker, color=GREY, lw=5, zorder=1, solid_capstyle="butt")
+    count = len(run["checkpoints"])
+    for c, each in enumerate(run["checkpoints"]):
+        if each["values"] != run["start"]["values"] or not with_start:
             values = [value or math.nan for value in each["values"]]
-            axes.semilogy(x, values, marker="." if len(x) == 1 else "", **style)
+            axes.semilogy(x, values, marker=marker, alpha=shade(c, count), **style)
 
 
 def table(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
@@ -330,7 +333,7 @@ def table(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
     rows = []
     for m in found["matrices"]:
         for i, run in enumerate(found["runs"]):
-            each = m["runs"][i][-1]
+            each = m["runs"][i]["checkpoints"][-1]
             sampled = "*" if each["energy_rows"] < m["shape"][0] else ""
             drifts = [number(each[k], ".1e") for k in ("drift", "drift_of_largest")]
             rows.append(

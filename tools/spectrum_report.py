@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,13 @@ class Run:
     Attributes:
         name: tells it from the others.
         checkpoints: at least one.
-        found: for each matrix what was measured at each checkpoint.
+        starts: of each matrix what it is compared with: the common start or the first checkpoint.
+        found: of each matrix what was measured at each checkpoint.
     """
 
     name: str
     checkpoints: list[Checkpoint]
+    starts: dict[str, Measured] = field(default_factory=dict)
     found: dict[str, list[Measured]] = field(default_factory=dict)
 
     @property
@@ -328,27 +330,37 @@ def measure_weight(
 ) -> None:
     """Fill in what the runs have of one weight's matrices; only this weight is in memory."""
 
-    def split(checkpoint: Checkpoint, *, master: bool = True) -> Iterator[tuple[Matrix, Tensor]]:
+    def look(
+        checkpoint: Checkpoint, starts: dict[str, Tensor], *, master: bool = True
+    ) -> dict[str, Measured]:
+        """Measure the matrices; those without a spectrum at the start get theirs noted there."""
         weight = checkpoint.weights[name]
-        found = view(weight, guide.args, config)
-        assert not isinstance(found, Scalar)
-        parts = found.split(checkpoint.read(weight, master=master))
-        return ((matrix, parts[matrix.part[0]][matrix.part[1]]) for matrix in chosen)
+        cut = view(weight, guide.args, config)
+        assert not isinstance(cut, Scalar)
+        parts = cut.split(checkpoint.read(weight, master=master))
+        read = checkpoint.origin(weight, master=master)
+        found = {}
+        for matrix in chosen:
+            x = parts[matrix.part[0]][matrix.part[1]]
+            spectrum = singular_values(x)
+            start = starts.setdefault(matrix.name, spectrum)
+            by = checkpoint.optimizer(weight)
+            found[matrix.name] = measure(x, spectrum, start, read=read, by=by)
+        return found
 
-    common: dict[bool, dict[str, Tensor]] = {}
+    common: dict[bool, tuple[dict[str, Tensor], dict[str, Measured]]] = {}
     for run in runs:
-        master = run.from_masters
-        if start and master not in common:
-            common[master] = {m.name: singular_values(x) for m, x in split(start, master=master)}
-        starts = dict(common.get(master, {}))
+        starts: dict[str, Tensor] = {}
+        if start:
+            master = run.from_masters
+            if master not in common:
+                common[master] = starts, look(start, starts, master=master)
+            starts, measured = common[master]
+            run.starts |= measured
         for checkpoint in run.checkpoints:
-            weight = checkpoint.weights[name]
-            read, by = checkpoint.origin(weight), checkpoint.optimizer(weight)
-            for matrix, x in split(checkpoint):
-                spectrum = singular_values(x)
-                against = starts.setdefault(matrix.name, spectrum)
-                found = measure(x, spectrum, against, read=read, by=by)
-                run.found.setdefault(matrix.name, []).append(found)
+            for matrix, found in look(checkpoint, starts).items():
+                run.starts.setdefault(matrix, found)
+                run.found.setdefault(matrix, []).append(found)
 
 
 class Progress:
@@ -394,7 +406,13 @@ def as_json(report: Report) -> dict[str, Any]:
                 "layer": matrix.layer,
                 "shape": matrix.shape,
                 "ranks": ranks(min(matrix.shape)),
-                "runs": [[vars(found) for found in run.found[matrix.name]] for run in report.runs],
+                "runs": [
+                    {
+                        "start": vars(run.starts[matrix.name]),
+                        "checkpoints": [vars(found) for found in run.found[matrix.name]],
+                    }
+                    for run in report.runs
+                ],
             }
             for matrix in report.matrices
         ],
