@@ -72,7 +72,6 @@ class Checkpoint:
         iteration: of the training.
         args: Megatron's arguments of the training; empty where the checkpoint does not have them.
         weights: all 2-D weights by name, in the model's order.
-        buckets: masters are there in a form that only the training's own layout can read.
 
     Raises:
         CheckpointError: there is no readable torch_dist checkpoint.
@@ -93,7 +92,6 @@ class Checkpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._masters, self._moments = self._optimizer_state()
-        self.buckets = any(".gbuf_idx_" in key for key in self._tensors)
         common = self._common()
         self.args: Namespace = common.get("args") or Namespace()
         numbered = re.fullmatch(r"iter_(\d+)", folder.name)
@@ -136,9 +134,9 @@ class Checkpoint:
         return target.view(weight.shape)
 
     def origin(self, weight: Weight, *, master: bool = True) -> str:
-        """What ``read`` reads: the float32 master, or the weight in the model's own dtype."""
+        """What ``read`` reads: the fp32 master, or the weight in the model's own dtype."""
         if master and self._source(weight) != weight.key:
-            return "float32 master"
+            return "fp32 master"
         return str(self._tensors[weight.key].properties.dtype).removeprefix("torch.")
 
     def optimizer(self, weight: Weight) -> str:
@@ -282,7 +280,7 @@ def _check_format(folder: Path) -> None:
         backend = json.loads(file.read_text())["sharded_backend"]
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is no torch_dist checkpoint: it has no metadata.json and no iter_* folder"
+            f"{folder} is no torch_dist checkpoint, an iter_* folder with metadata.json in it"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read: {_words(error)}") from error

@@ -110,8 +110,8 @@ def summary(found: dict[str, Any]) -> list[dict[str, str]]:
         }
         if moved(found, i):
             row |= {
-                "largest drift": f"{drifts[worst]:.1e}",
-                "median": f"{statistics.median(drifts.values()):.1e}",
+                "largest drift": f"{drifts[worst]:.2g}",
+                "median": f"{statistics.median(drifts.values()):.2g}",
                 "largest in": worst,
             }
         else:
@@ -132,7 +132,7 @@ def low_precision(found: dict[str, Any]) -> set[str]:
         for m in found["matrices"]
         for run in m["runs"]
         for each in run["checkpoints"]
-        if each["read"] not in ("float32 master", "float32", "float64")
+        if each["read"] not in ("fp32 master", "float32", "float64")
     }
 
 
@@ -335,7 +335,7 @@ def table(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
         for i, run in enumerate(found["runs"]):
             each = m["runs"][i]["checkpoints"][-1]
             sampled = "*" if each["energy_rows"] < m["shape"][0] else ""
-            drifts = [number(each[k], ".1e") for k in ("drift", "drift_of_largest")]
+            drifts = [number(each[k], ".2g") for k in ("drift", "drift_of_largest")]
             rows.append(
                 [
                     (m["name"], ""),

@@ -60,7 +60,7 @@ class Measured:
     """A matrix at one checkpoint; the JSON's entry.
 
     Attributes:
-        read: the float32 master, or the dtype of the model's weight.
+        read: the fp32 master, or the dtype of the model's weight.
         optimizer: that steps it.
         drift: largest relative change of a singular value since the run's start.
         drift_of_largest: largest change of a singular value, to the largest one at the start.
