@@ -13,7 +13,8 @@ import pickle
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,7 @@ class Checkpoint:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._places: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._masters, self._moments = self._optimizer_state()
         common = self._common()
         self.args: Namespace = common.get("args") or Namespace()
@@ -112,7 +114,7 @@ class Checkpoint:
             CheckpointError: a file is missing or damaged, or an element is not finite.
         """
         key = self._source(weight) if master else weight.key
-        entry = self._tensors[key]
+        entry = replace(self._tensors[key], chunks=self._pieces(key).get(weight.place, []))
         offsets = torch.Size((*weight.place, 0, 0))
         sizes = torch.Size((*(1 for _ in weight.place), *weight.shape))
         # NaN stays where the checkpoint has no piece.
@@ -145,6 +147,16 @@ class Checkpoint:
         ours = not self._moments or weight.key in self._moments
         return name if name != "pion" or ours else "adam"
 
+    def _pieces(self, key: str) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """A tensor's pieces by the layer and expert of which they have rows."""
+        if key not in self._places:
+            places = self._places[key] = {}
+            for chunk in self._tensors[key].chunks:
+                pairs = list(zip(chunk.offsets, chunk.sizes, strict=True))[:-2]
+                for place in product(*(range(start, start + n) for start, n in pairs)):
+                    places.setdefault(place, []).append(chunk)
+        return self._places[key]
+
     def _source(self, weight: Weight) -> str:
         return self._masters.get(weight.key, weight.key)
 
@@ -176,18 +188,9 @@ class Checkpoint:
         leading = stacked + (_EXPERTS in key)
         if len(size) - leading != 2:
             return []
-        places = (
-            [()]
-            if leading == 0
-            else list(
-                torch.cartesian_prod(*(torch.arange(n) for n in size[:leading]))
-                .view(-1, leading)
-                .tolist()
-            )
-        )
+        places = product(*(range(count) for count in size[:leading]))
         return [
-            Weight(_name(key, tuple(place), stacked), key, tuple(place), (size[-2], size[-1]))
-            for place in places
+            Weight(_name(key, place, stacked), key, place, (size[-2], size[-1])) for place in places
         ]
 
     def _common(self) -> dict[str, Any]:
