@@ -38,9 +38,9 @@ from pion_dist.state import is_key
 
 _STACKED = ".layers."  # followed by no number: all layers of a kind in one tensor
 _EXPERTS = ".experts.experts."  # a layer's routed experts, likewise
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(.+)")
 # Where optimizers keep a float32 master: one that is not distributed, or Megatron's layer-wise one;
 # Megatron's distributed one with --dist-ckpt-optim-fully-reshardable.
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(.+)")
 _MASTERS = ("fp32_param.", "param.")
 
 
@@ -255,6 +255,10 @@ class _Unknown(dict[Any, Any]):
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+
+    def __setstate__(self, _: Any) -> None: ...
+
     def append(self, _: Any) -> None: ...
 
 
@@ -319,7 +323,7 @@ def pion_config(args: Namespace) -> PionConfig:
 
 def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Scalar:
     """A weight as the matrices that Pion rotates; whole where the arguments do not say how."""
-    linear = weight.name.split(".")[-2]
+    linear = weight.name.rpartition(".")[0].rpartition(".")[2]
     geometry: dict[str, Any] = {}
     if linear == "linear_qkv" and (group := _query_group(args)):
         groups = weight.shape[0] / sum(rows for _, rows in group)

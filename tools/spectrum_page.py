@@ -227,6 +227,10 @@ def trends(found: dict[str, Any]) -> str:
             draw_trend(axes, found, i, what)
         if logarithmic:
             axes.set_yscale("log")
+        if what == "condition":  # it may well stay within a decade
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label, loc="left")
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -299,7 +303,7 @@ def spectra(found: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
             axes.text(
                 0.03,
                 0.04 + 0.09 * place,
-                f"drift {m['runs'][i]['checkpoints'][-1]['drift']:.1e}",
+                f"drift {m['runs'][i]['checkpoints'][-1]['drift']:.2g}",
                 color=color(i),
                 transform=axes.transAxes,
             )

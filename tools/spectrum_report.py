@@ -343,9 +343,9 @@ def measure_weight(
         for matrix in chosen:
             x = parts[matrix.part[0]][matrix.part[1]]
             spectrum = singular_values(x)
-            start = starts.setdefault(matrix.name, spectrum)
+            against = starts.setdefault(matrix.name, spectrum)
             by = checkpoint.optimizer(weight)
-            found[matrix.name] = measure(x, spectrum, start, read=read, by=by)
+            found[matrix.name] = measure(x, spectrum, against, read=read, by=by)
         return found
 
     common: dict[bool, tuple[dict[str, Tensor], dict[str, Measured]]] = {}
