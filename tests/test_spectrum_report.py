@@ -18,13 +18,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from layout_table import GROUPS, HEAD_DIM, HEADS, MODELS
-from megatron_runs import COMMON, NO_DROPOUT, PION, ROOT, environment, launch, tool
+from megatron_runs import COMMON, NO_DROPOUT, PION, ROOT, environment, launch
 
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from checkpoint_weights import Checkpoint, CheckpointError, view  # noqa: E402
-from spectrum_report import as_json, build, hyperspherical_energy, runs_of  # noqa: E402
+from spectrum_report import as_json, build, hyperspherical_energy, main, runs_of  # noqa: E402
 
 from pion_dist import PionConfig  # noqa: E402
 
@@ -389,11 +389,16 @@ def test_damage_is_named(
 
 
 @slow
-def test_errors_of_the_command(runs: Path, tmp_path: Path) -> None:
+def test_errors_of_the_command(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def says(*arguments: str) -> str:
-        done = tool("spectrum_report.py", *arguments, "--out", str(tmp_path / "out"))
-        assert done.returncode and not (tmp_path / "out").exists(), done.stdout
-        return done.stderr.splitlines()[-1]
+        command = ["spectrum_report.py", *arguments, "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code not in (0, None) and not (tmp_path / "out").exists()
+        return f"{stop.value.code} {capsys.readouterr().err}"
 
     pion = str(runs / "pion")
     other = says(pion, str(runs / "experts"))

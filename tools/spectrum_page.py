@@ -228,7 +228,7 @@ def trends(found: dict[str, Any]) -> str:
         if logarithmic:
             axes.set_yscale("log")
         if what == "condition":  # it may well stay within a decade
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label, loc="left")
