@@ -24,7 +24,14 @@ TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from checkpoint_weights import Checkpoint, CheckpointError, view  # noqa: E402
-from spectrum_report import as_json, build, hyperspherical_energy, main, runs_of  # noqa: E402
+from spectrum_report import (  # noqa: E402
+    as_json,
+    build,
+    hyperspherical_energy,
+    main,
+    ranks,
+    runs_of,
+)
 
 from pion_dist import PionConfig  # noqa: E402
 
@@ -496,3 +503,10 @@ def test_energy_of_known_directions_and_of_a_sample() -> None:
     # standard deviation 0.2 each, is 7e-5 off; four times that.
     assert count == 4096 and energy == pytest.approx(exact, abs=3e-4)
     assert hyperspherical_energy(many) == (energy, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 64, 65, 8192])
+def test_kept_singular_values_have_both_ends(count: int) -> None:
+    kept = ranks(count)
+    assert kept == sorted(set(kept)) and (kept[0], kept[-1]) == (0, count - 1)
+    assert len(kept) == count if count <= 64 else 40 < len(kept) <= 64

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ from pion_dist import PionConfig
 from pion_dist.classify import Scalar
 from pion_dist.spectrum import drift, singular_values
 
-POINTS = 128  # singular values that are kept of a matrix, at even distances, for plots and JSON
+POINTS = 64  # singular values at most that are kept of a matrix, for plots and JSON
 ENERGY_ROWS = 4096  # more rows than these are sampled for the hyperspherical energy
 _NEAR = 1e-6  # distances below it count as it: equal rows would make the energy infinite
 
@@ -135,9 +136,11 @@ class Report:
 
 
 def ranks(count: int) -> list[int]:
-    """Which of so many singular values are kept: the first, the last and some between, from 0."""
-    points = min(count, POINTS)
-    return [round(i * (count - 1) / max(1, points - 1)) for i in range(points)]
+    """Which of so many singular values are kept, from 0: closest together at both ends."""
+    if count <= POINTS:
+        return list(range(count))
+    angles = (math.pi * i / (POINTS - 1) for i in range(POINTS))
+    return sorted({round((1 - math.cos(angle)) / 2 * (count - 1)) for angle in angles})
 
 
 def effective_rank(values: Tensor) -> float:
