@@ -30,18 +30,19 @@ EPSILON = 1e-9  # drifts below it are drawn as it: float64's own noise, and no l
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.dpi": 100,
     "svg.hashsalt": "spectrum_report",  # the same page for the same checkpoints
     "svg.fonttype": "none",
 }
-TRENDS = (  # of a matrix: what, its label, whether its axis is logarithmic
-    ("drift", "drift", True),
-    ("condition", "condition number / at the start", True),
-    ("effective_rank", "effective rank / at the start", False),
-    ("energy", "hyperspherical energy / at the start", False),
-)
+TRENDS = {  # of a matrix: what, and its label
+    "drift": "drift",
+    "condition": "condition number / at the start",
+    "effective_rank": "effective rank / at the start",
+    "energy": "hyperspherical energy / at the start",
+}
 TABLE = (  # column, its explanation
     ("matrix", "layer and expert numbers count from 0"),
     ("size", "rows × columns"),
@@ -222,13 +223,14 @@ def trends(found: dict[str, Any]) -> str:
     if not shown:
         return ""
     figure, panels = plt.subplots(1, len(TRENDS), figsize=(15, 3.3), layout="constrained")
-    for axes, (what, label, logarithmic) in zip(panels, TRENDS, strict=True):
+    for axes, (what, label) in zip(panels, TRENDS.items(), strict=True):
         for i in shown:
             draw_trend(axes, found, i, what)
-        if logarithmic:
+        if what == "drift":
             axes.set_yscale("log")
-        if what == "condition":  # it may well stay within a decade
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        elif axes.get_ylim()[1] > 3:  # times the start: a few matrices would flatten the rest
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label, loc="left")
