@@ -1,0 +1,357 @@
+"""Weights of Megatron's torch_dist checkpoints, one at a time: no GPU, no Megatron, any layout.
+
+Megatron writes whole tensors' names and sizes, whatever ranks shared them, so a weight is found by
+its name and put together from the pieces that hold its rows and columns. Layers of a kind, and a
+layer's experts, are one tensor there; here they are weights of their own, named as in the model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from argparse import Namespace
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from pion_dist import PionConfig
+from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.matrices import MatrixView
+from pion_dist.state import is_key
+
+_STACKED = ".layers."  # followed by no number: all layers of a kind in one tensor
+_EXPERTS = ".experts.experts."  # a layer's routed experts, likewise
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(.+)")
+# Where optimizers keep a float32 master: one that is not distributed, or Megatron's layer-wise one;
+# Megatron's distributed one with --dist-ckpt-optim-fully-reshardable.
+_MASTERS = ("fp32_param.", "param.")
+
+
+class CheckpointError(Exception):
+    """What is wrong with a checkpoint and what to do, for the user."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 2-D weight of the model.
+
+    Attributes:
+        name: in the whole model, with the numbers of its layer and expert.
+        key: of the checkpoint's tensor that has it.
+        place: which layer and expert of that tensor.
+        shape: rows and columns.
+    """
+
+    name: str
+    key: str
+    place: tuple[int, ...]
+    shape: tuple[int, int]
+
+
+class Checkpoint:
+    """A torch_dist checkpoint of one iteration.
+
+    Attributes:
+        folder: that holds it.
+        iteration: of the training.
+        args: Megatron's arguments of the training; empty where the checkpoint does not have them.
+        weights: all 2-D weights by name, in the model's order.
+
+    Raises:
+        CheckpointError: there is no readable torch_dist checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _check_format(folder)
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        try:
+            self._metadata: Metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._metadata, True)
+        except Exception as error:  # whatever unpickling a broken file raises
+            raise CheckpointError(f"{folder}/.metadata cannot be read: {_words(error)}") from error
+        self._tensors = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._places: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._masters, self._moments = self._optimizer_state()
+        common = self._common()
+        self.args: Namespace = common.get("args") or Namespace()
+        numbered = re.fullmatch(r"iter_(\d+)", folder.name)
+        self.iteration = int(numbered[1] if numbered else common.get("iteration", 0))
+        found = [weight for key in self._tensors for weight in self._weights_of(key)]
+        self.weights = {w.name: w for w in sorted(found, key=lambda weight: natural(weight.name))}
+        if not self.weights:
+            raise CheckpointError(f"{folder} has no 2-D weight")
+
+    def read(self, weight: Weight, *, master: bool = True) -> Tensor:
+        """A weight [R, C] as float32.
+
+        Args:
+            weight: of ``weights``.
+            master: the optimizer's float32 one, where there is one; else the model's.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or an element is not finite.
+        """
+        key = self._source(weight) if master else weight.key
+        entry = replace(self._tensors[key], chunks=self._pieces(key).get(weight.place, []))
+        offsets = torch.Size((*weight.place, 0, 0))
+        sizes = torch.Size((*(1 for _ in weight.place), *weight.shape))
+        # NaN stays where the checkpoint has no piece.
+        target = torch.full(sizes, torch.nan, dtype=torch.float32)
+        items = create_read_items_for_chunk_list(
+            key, entry, [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+        )
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except Exception as error:  # torch.load raises whatever its zip or pickle reader does
+            raise CheckpointError(
+                f"{self.folder}: {key} cannot be read: {_words(error)}"
+            ) from error
+        if not target.isfinite().all():
+            raise CheckpointError(
+                f"{self.folder}: {key} has elements that are NaN, infinite or missing; "
+                "leave this checkpoint out"
+            )
+        return target.view(weight.shape)
+
+    def origin(self, weight: Weight, *, master: bool = True) -> str:
+        """What ``read`` reads: the fp32 master, or the weight in the model's own dtype."""
+        if master and self._source(weight) != weight.key:
+            return "fp32 master"
+        return str(self._tensors[weight.key].properties.dtype).removeprefix("torch.")
+
+    def optimizer(self, weight: Weight) -> str:
+        """Who steps the weight: Pion leaves to Adam what --pion-exclude names."""
+        name: str = getattr(self.args, "optimizer", "unknown")
+        ours = not self._moments or weight.key in self._moments
+        return name if name != "pion" or ours else "adam"
+
+    def _pieces(self, key: str) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """A tensor's pieces by the layer and expert of which they have rows."""
+        if key not in self._places:
+            places = self._places[key] = {}
+            for chunk in self._tensors[key].chunks:
+                pairs = list(zip(chunk.offsets, chunk.sizes, strict=True))[:-2]
+                for place in product(*(range(start, start + n) for start, n in pairs)):
+                    places.setdefault(place, []).append(chunk)
+        return self._places[key]
+
+    def _source(self, weight: Weight) -> str:
+        return self._masters.get(weight.key, weight.key)
+
+    def _optimizer_state(self) -> tuple[dict[str, str], set[str]]:
+        """Keys of the masters by weight, and the weights of which there are moments of Pion's."""
+        masters, moments = {}, set()
+        for key in self._tensors:
+            if not (found := _STATE.fullmatch(key)):
+                continue
+            for prefix in _MASTERS:
+                weight = found[1].removeprefix(prefix)
+                # Older Megatrons wrote them flattened, in other sizes: not read here.
+                if weight != found[1] and self._same_size(weight, key):
+                    masters[weight] = key
+            moment, _, weight = found[1].partition(".")
+            part, _, weight = weight.partition(".")
+            if is_key(f"{moment}.{part}"):
+                moments.add(weight)
+        return masters, moments
+
+    def _same_size(self, weight: str, key: str) -> bool:
+        return weight in self._tensors and self._tensors[weight].size == self._tensors[key].size
+
+    def _weights_of(self, key: str) -> list[Weight]:
+        size = self._tensors[key].size
+        if "optimizer." in key or not self._tensors[key].properties.dtype.is_floating_point:
+            return []
+        stacked = _STACKED in key and not re.search(r"\.layers\.\d", key)
+        leading = stacked + (_EXPERTS in key)
+        if len(size) - leading != 2:
+            return []
+        places = product(*(range(count) for count in size[:leading]))
+        return [
+            Weight(_name(key, place, stacked), key, place, (size[-2], size[-1])) for place in places
+        ]
+
+    def _common(self) -> dict[str, Any]:
+        """What is no tensor: an entry of the checkpoint, or a file of older Megatrons'."""
+        file = self.folder / "common.pt"
+        key = "common_state/shard_0_1"
+        try:
+            if file.exists():
+                data = io.BytesIO(file.read_bytes())
+            elif isinstance(self._metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+                data = self._bytes(key)
+            else:
+                return {}
+            found = torch.load(data, weights_only=False, pickle_module=_SAFE)
+        except Exception as error:  # as in read
+            what = file if file.exists() else f"{self.folder}: {key}"
+            raise CheckpointError(f"{what} cannot be read: {_words(error)}") from error
+        return found[0] if isinstance(found, list) else found
+
+    def _bytes(self, key: str) -> io.BytesIO:
+        (index,) = (index for index in self._reader.storage_data if index.fqn == key)
+        nothing = torch.Size((0,))
+        item = ReadItem(
+            LoadItemType.BYTE_IO,
+            dest_index=index,
+            dest_offsets=nothing,
+            storage_index=index,
+            storage_offsets=nothing,
+            lengths=nothing,
+        )
+        into = _Into(torch.empty(0))
+        self._reader.read_data(LoadPlan([item]), into).wait()
+        return into.bytes
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads a part of one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+        self.bytes = io.BytesIO()
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self.target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            found = found.narrow(dim, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass  # it was read into its place
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.bytes = value
+
+
+class _Unknown(dict[Any, Any]):
+    """Stands for what Megatron pickled and nobody needs here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def append(self, _: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds no objects but plain ones: no import of Megatron, and nothing in the file is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {("argparse", "Namespace"): Namespace, ("collections", "OrderedDict"): OrderedDict}
+        return known.get((module, name), _Unknown)
+
+
+_SAFE = SimpleNamespace(__name__="plain objects", Unpickler=_Unpickler)
+
+
+def _check_format(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if any(folder.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{folder} is a checkpoint of --ckpt-format torch, each rank's own; torch_dist is "
+            "needed: start the training's command with --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER, which loads, saves to FOLDER/torch_dist and ends"
+        )
+    file = folder / "metadata.json"
+    try:
+        backend = json.loads(file.read_text())["sharded_backend"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is no torch_dist checkpoint, an iter_* folder with metadata.json in it"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read: {_words(error)}") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{folder} is of format {backend}; torch_dist is needed")
+    if not (folder / ".metadata").exists():
+        raise CheckpointError(f"{folder} is not complete: it has no .metadata")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def natural(name: str) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _name(key: str, place: tuple[int, ...], stacked: bool) -> str:
+    numbers = list(place)
+    if stacked:
+        key = key.replace(_STACKED, f"{_STACKED}{numbers.pop(0)}.", 1)
+    if numbers:
+        key = key.replace(_EXPERTS, f".experts.{numbers[0]}.", 1)
+    return key
+
+
+def pion_config(args: Namespace) -> PionConfig:
+    """The training's options that say how Pion cuts weights into matrices, or the defaults."""
+    names = {"qkv": "pion_qkv", "split_gate": "pion_split_gate"}
+    return PionConfig(**{k: getattr(args, v) for k, v in names.items() if hasattr(args, v)})
+
+
+def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Scalar:
+    """A weight as the matrices that Pion rotates; whole where the arguments do not say how."""
+    linear = weight.name.rpartition(".")[0].rpartition(".")[2]
+    geometry: dict[str, Any] = {}
+    if linear == "linear_qkv" and (group := _query_group(args)):
+        groups = weight.shape[0] / sum(rows for _, rows in group)
+        if groups == _query_groups(args):  # else these are not the arguments' heads
+            geometry = {"qkv": group, "head_dim": args.kv_channels}
+    elif linear == "linear_fc1":
+        gated = getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False)
+        interleave = getattr(args, "moe_mlp_glu_interleave_size", None) or 0
+        geometry = {"gated": gated, "gate_interleave": interleave}
+    info = ParamInfo(
+        name=weight.name,
+        shape=weight.shape,
+        embedding_or_output=bool(re.search(r"(^|\.)(embedding|output_layer)\.", weight.name)),
+        **geometry,
+    )
+    decision = classify(info, config)
+    return decision.view if isinstance(decision, Rotated) else decision
+
+
+def _query_groups(args: Namespace) -> int:
+    grouped = getattr(args, "group_query_attention", False)
+    return int(args.num_query_groups if grouped else args.num_attention_heads)
+
+
+def _query_group(args: Namespace) -> tuple[tuple[str, int], ...]:
+    """What one query group of a fused QKV weight stores; empty where nothing says it."""
+    if not getattr(args, "kv_channels", None) or not getattr(args, "num_attention_heads", None):
+        return ()
+    dim, heads = args.kv_channels, args.num_attention_heads // _query_groups(args)
+    gate = (("gate", heads * dim),) if getattr(args, "attention_output_gate", False) else ()
+    return (("q", heads * dim), *gate, ("k", dim), ("v", dim))
