@@ -118,7 +118,7 @@ def user_files(paths: list[Path]) -> list[Path]:
 def read_text(path: Path, limit: int) -> str:
     """The file's first bytes; nothing when they are not UTF-8 text."""
     with path.open("rb") as file:
-        data = file.read(limit)
+        data = file.read(min(limit, path.stat().st_size))
     try:
         # The limit may cut a character.
         text = codecs.getincrementaldecoder("utf-8")().decode(data)

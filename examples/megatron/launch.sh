@@ -3,7 +3,7 @@
 #
 # The environment says the rest:
 #
-#   DATA       prefix of Megatron's dataset, from ../prepare_corpus.py; --smoke makes its own
+#   DATA       prefix of Megatron's dataset, from ../prepare_corpus.py; --smoke can do without
 #   TOKENIZER  Hugging Face's, name or folder, that DATA was made with; bytes if not set
 #   SAVE       folder of the checkpoints, from which the run also resumes; none if not set
 #   GPUS       on this machine; default: all. For more machines: ../slurm, or TORCHRUN_ARGS
@@ -45,14 +45,16 @@ export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 LAUNCHER=()
 if [[ ${1:-} == --smoke ]]; then
     shift
-    DIR=$(mktemp -d)
-    trap 'rm -rf "$DIR"' EXIT
-    DATA=$DIR/corpus TOKENIZER=
-    "$PYTHON" "$EXAMPLES/prepare_corpus.py" "$DATA" --max-bytes 400000
+    if [[ -z ${DATA:-} ]]; then
+        DIR=$(mktemp -d)
+        trap 'rm -rf "$DIR"' EXIT
+        DATA=$DIR/corpus TOKENIZER=
+        "$PYTHON" "$EXAMPLES/prepare_corpus.py" "$DATA" --max-bytes 400000
+    fi
     GPUS=$SMOKE_PROCESSES LAUNCHER=(--cpu) TORCHRUN_ARGS=--standalone
     ARGS+=(
         "${PLAIN_ARGS[@]}" "${SMOKE_ARGS[@]}" --distributed-backend gloo --num-workers 0
-        --train-iters 10 --log-interval 1 --eval-iters 1 --split 9,1,0
+        --train-iters 20 --log-interval 1 --eval-iters 1 --split 9,1,0
     )
 elif ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("transformer_engine"))'
 then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama 1.3B with Pion, as published (arXiv 2605.12492), or with this package's defaults:
 #
-#     examples/megatron/llama_1.3b.sh --smoke           # ten iterations of a tiny one on the CPU
+#     examples/megatron/llama_1.3b.sh --smoke           # a tiny one, on the CPU
 #     DATA=corpus TOKENIZER=folder examples/megatron/llama_1.3b.sh [MEGATRON'S FLAGS]
 #     RECIPE=pretrain DATA=... examples/megatron/llama_1.3b.sh
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama 60M with Pion, as published (arXiv 2605.12492), or with this package's defaults:
 #
-#     examples/megatron/llama_60m.sh --smoke            # ten iterations of a tiny one on the CPU
+#     examples/megatron/llama_60m.sh --smoke            # a tiny one, on the CPU
 #     DATA=corpus TOKENIZER=folder examples/megatron/llama_60m.sh [MEGATRON'S FLAGS]
 #     RECIPE=pretrain DATA=... examples/megatron/llama_60m.sh
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama 60M without any normalisation layer, otherwise RECIPE=pretrain llama_60m.sh:
 #
-#     examples/megatron/norm_free.sh --smoke            # ten iterations of a tiny one on the CPU
+#     examples/megatron/norm_free.sh --smoke            # a tiny one, on the CPU
 #     DATA=corpus TOKENIZER=folder examples/megatron/norm_free.sh [MEGATRON'S FLAGS]
 #
 # Published (arXiv 2605.12492): at 60M Pion finishes so, AdamW and Muon end in NaN; its settings were

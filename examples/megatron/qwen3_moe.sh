@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A mixture of experts like Qwen3-30B-A3B with Pion, from scratch, on 8 GPUs or a multiple:
 #
-#     examples/megatron/qwen3_moe.sh --smoke            # ten iterations of a tiny one, 2 processes
+#     examples/megatron/qwen3_moe.sh --smoke            # a tiny one, on the CPU
 #     DATA=corpus TOKENIZER=Qwen/Qwen3-30B-A3B examples/megatron/qwen3_moe.sh [MEGATRON'S FLAGS]
 #
 # launch.sh says what else the environment sets. --load and --finetune with --pion-recipe finetune
