@@ -28,7 +28,7 @@ def run(command: list[str], **more: str) -> str:
         env={**environment(), "PYTHON": sys.executable, **more},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
