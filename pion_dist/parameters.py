@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,9 +32,10 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
         Names and parameters for ``Pion`` and for AdamW, in the model's order.
     """
     outside = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    if hasattr(model, "get_output_embeddings"):
-        outside.append(model.get_output_embeddings())
-    kept = {p for module in outside if module is not None for p in module.parameters()}
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    if find_output is not None and (output := find_output()) is not None:
+        outside.append(output)
+    kept = {p for module in outside for p in module.parameters()}
     pion: Named = []
     others: Named = []
     for name, p in model.named_parameters():
