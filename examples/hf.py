@@ -96,12 +96,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def prompt_text(tokenizer: Any, prompt: str) -> str:
-    """The prompt in the model's chat format, if it has one."""
+def prompt_text(tokenizer: Any, prompt: str) -> tuple[str, bool]:
+    """The prompt in the model's chat format, if it has one; whether special tokens are to come."""
     if not tokenizer.chat_template:
-        return prompt
+        return prompt, True
     messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(text), False
 
 
 def tiny_model(folder: Path) -> None:

@@ -30,8 +30,14 @@ def answers(
         Tokens [N, T], prompts filled up on the left, and a mask [N, T] of the answers with their
         end of text.
     """
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    inputs = tokenizer(
+        [text for text, _ in texts],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=texts[0][1],
+    )
     start = inputs["input_ids"].shape[1]
     how: dict[str, Any] = {"do_sample": False}
     if group:  # from the model's own probabilities, whatever its generation_config says
@@ -83,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     model.eval()  # no dropout: the probabilities are those that the answers were drawn with
-    pairs = [(prompt_text(tokenizer, p), r) for p, r in read_pairs(args.data)]
+    pairs = read_pairs(args.data)
     optimizers = Optimizers(
         model, recipe=args.recipe, lr=args.lr, adam_lr=args.adam_lr, steps=args.steps
     )

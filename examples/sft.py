@@ -30,7 +30,8 @@ Example = tuple[list[int], list[int]]  # tokens, labels
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int) -> Example:
     """Tokens of both, and labels of the response and the end of text."""
-    before = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    text, special = prompt_text(tokenizer, prompt)
+    before = tokenizer(text, add_special_tokens=special)["input_ids"]
     after = tokenizer(response, add_special_tokens=False)["input_ids"]
     after = [*after, tokenizer.eos_token_id]
     return (before + after)[:max_length], ([IGNORED] * len(before) + after)[:max_length]
@@ -69,8 +70,8 @@ def chosen(step: int, batch: int, count: int) -> list[int]:
     return [order(place // count, count)[place % count] for place in places]
 
 
-def train(args: argparse.Namespace) -> list[float]:
-    """Train and save the model; the losses of this process's steps."""
+def train(args: argparse.Namespace) -> None:
+    """Train and save the model."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")  # the process's own, see main
@@ -90,7 +91,6 @@ def train(args: argparse.Namespace) -> list[float]:
     start = resume(checkpoint, model, optimizers)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     model.train()
-    losses = []
     for step in range(start, steps):
         torch.manual_seed(step * ranks + rank)  # of dropout: a run that goes on has the same
         indices = chosen(step, args.batch * ranks, len(examples))[rank::ranks]
@@ -99,16 +99,14 @@ def train(args: argparse.Namespace) -> list[float]:
             loss = wrapped(**batch).loss
         loss.backward()
         optimizers.step()
-        losses.append(loss.item())
         if rank == 0 and (step % args.log_every == 0 or step == steps - 1):
-            print(f"step {step + 1}/{steps}  loss {losses[-1]:.6f}", flush=True)
+            print(f"step {step + 1}/{steps}  loss {loss.item():.6f}", flush=True)
         if rank == 0 and (step + 1) % args.save_every == 0:
             save(checkpoint, model, optimizers, step + 1)
     if rank == 0:
         save(checkpoint, model, optimizers, steps)
         model.save_pretrained(args.out / "model")
         tokenizer.save_pretrained(args.out / "model")
-    return losses
 
 
 def arguments() -> argparse.ArgumentParser:
