@@ -1,11 +1,16 @@
 """What a library does that drives Megatron without its arguments: run by tests/test_bridge.py.
 
 ``library_run.py`` takes Megatron's own config, ``library_run.py bridge`` Megatron-Bridge's, and its
-way of making an optimizer from it. Imports are in the order that a user's script has.
+way of making an optimizer from it: real, but for names of Transformer Engine where that is not
+installed. Imports are in the order that a user's script has.
 """
 
+import importlib.abc
+import importlib.util
 import sys
+import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
@@ -67,7 +72,7 @@ def check(
     config_class: type, optimizer_of: Callable[[OptimizerConfig, DistributedDataParallel], Any]
 ) -> None:
     """Pion has its matrices, redrawn as the recipe says, and rotates them."""
-    common = {"optimizer": "pion", "lr": 1e-2, "bf16": True, "clip_grad": 1.0}
+    common = {"optimizer": "pion", "lr": 1e-2, "min_lr": 1e-3, "bf16": True, "clip_grad": 1.0}
     chunk = model()
     weights = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     optimizer = optimizer_of(
@@ -119,6 +124,33 @@ def check(
             raise AssertionError(f"not refused: {fields}")
 
 
+class Names(types.ModuleType):
+    """A module in which every name is a class, but for ``ops``, of which every name is one."""
+
+    __path__: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = Names(f"{self.__name__}.ops") if name == "ops" else type(name, (), {})
+        setattr(self, name, found)
+        return found
+
+
+class NoTransformerEngine(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports of Transformer Engine where it is not: Bridge's LoRA layers name its classes."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        mine = name.split(".")[0] == "transformer_engine"
+        return ModuleSpec(name, self, is_package=True) if mine else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return Names(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__version__ = "2.20.2"  # type: ignore[attr-defined]
+
+
 def by_bridge(config: Any, chunk: DistributedDataParallel) -> Any:
     """As megatron.bridge.training.setup does."""
     from megatron.bridge.training.config import SchedulerConfig
@@ -140,6 +172,8 @@ def main() -> None:
     if sys.argv[1:] == ["bridge"]:
         # Hidden from Megatron, which would take its kernels; Bridge does not import without it.
         del sys.modules["transformer_engine"]
+        if importlib.util.find_spec("transformer_engine") is None:
+            sys.meta_path.append(NoTransformerEngine())
         from megatron.bridge.training.config import OptimizerConfig as BridgeConfig
 
         check(BridgeConfig, by_bridge)
