@@ -17,6 +17,8 @@ sys.path.insert(0, str(EXAMPLES))
 
 import prepare_corpus  # noqa: E402
 
+from pion_dist import split_parameters  # noqa: E402
+
 slow = pytest.mark.slow
 LOSS = re.compile(r"step (\d+)/\d+  loss (\S+)")
 
@@ -200,6 +202,31 @@ def losses(output: str) -> dict[int, str]:
     return {int(step): loss for step, loss in LOSS.findall(output)}
 
 
+@pytest.mark.usefixtures("transformers")
+def test_matrices_of_hugging_face_models() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_hidden_layers=2, **small))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    attention = [f"self_attn.{x}_proj" for x in "qkvo"]
+    layer = [*attention, *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+    assert [name for name, _ in split_parameters(llama)[0]] == [
+        f"model.layers.{i}.{name}.weight" for i in range(2) for name in layer
+    ]
+    assert [name for name, _ in split_parameters(gpt2)[0]] == [
+        f"transformer.h.0.{name}.weight"
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+
+
+def spectra(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    return {n: torch.linalg.svdvals(w.double()) for n, w in weights.items() if "_proj" in n}
+
+
 @slow
 @pytest.mark.usefixtures("transformers")
 def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
@@ -210,6 +237,10 @@ def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     straight = losses(run(command(tmp_path / "straight")))
     assert len(straight) == 60
     assert float(straight[60]) < 0.2 * float(straight[1])
+    before = spectra(tmp_path / "straight" / "tiny")
+    for name, now in spectra(tmp_path / "straight" / "model").items():
+        # Rounding to float32 at each of 60 steps, 6e-8 of the weight's norm, which may add up.
+        assert (now - before[name]).abs().max() < 60 * 1e-7 * before[name].max(), name
     with subprocess.Popen(
         command(tmp_path / "killed"), env=environment(), stdout=subprocess.PIPE, text=True
     ) as job:
