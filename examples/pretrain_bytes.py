@@ -1,10 +1,11 @@
-"""Pretrain a byte-level GPT with Megatron; every size and option comes from Megatron's own flags.
+"""Pretrain a GPT with Megatron; every size and option comes from Megatron's own flags.
 
     python -m megatron_patches [--cpu] examples/pretrain_bytes.py \\
         --num-layers 4 --hidden-size 128 ... --data-path PREFIX  # PREFIX.bin from prepare_corpus.py
 
-Two flags are its own: --save-initial writes the weights that training starts from, --norm-free
-leaves all normalisation layers out.
+Bytes or any tokenizer that Megatron builds. Three flags are its own: --save-initial writes the
+weights that training starts from, --norm-free leaves all normalisation layers out, and
+--no-depth-scaled-init starts output projections with the standard deviation of the others.
 """
 
 from argparse import ArgumentParser
@@ -41,6 +42,11 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="no normalisation layers (--transformer-impl local)",
     )
+    group.add_argument(
+        "--no-depth-scaled-init",
+        action="store_true",
+        help="start output projections with --init-method-std, not divided by sqrt(2 layers)",
+    )
     return parser
 
 
@@ -61,6 +67,8 @@ def model_provider(
 ) -> GPTModel:
     args = get_args()
     config = config or core_transformer_config_from_args(args)
+    if args.no_depth_scaled_init:
+        config.output_layer_init_method = config.init_method
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=args.transformer_impl == "transformer_engine",

@@ -1,7 +1,8 @@
 """Pion in an unmodified Megatron: ``apply()``, or ``python -m megatron_patches SCRIPT [ARGS…]``."""
 
+from .arguments import recipe
 from .launch import LaunchError, set_ranks
 from .registration import apply
 from .seams import SeamError
 
-__all__ = ["LaunchError", "SeamError", "apply", "set_ranks"]
+__all__ = ["LaunchError", "SeamError", "apply", "recipe", "set_ranks"]

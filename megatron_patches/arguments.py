@@ -250,6 +250,23 @@ def recipe_values(name: str) -> dict[str, Any]:
     return {f"pion_{option}": value for option, value in values.items()}
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """The fields of OptimizerConfig that a recipe sets, for scripts that make the config.
+
+    ``OptimizerConfig(optimizer="pion", **recipe("paper-60m"))``. Change what is to differ before it
+    is made: a field is what it is given, whatever ``pion_recipe`` says.
+
+    Args:
+        name: of the recipe.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name!r}: must be one of {', '.join(map(repr, RECIPES))}")
+    return {"pion_recipe": name, **recipe_values(name)}
+
+
 def _default_of(flag: Flag) -> str:
     if flag.options.get("action") in ("store_true", "store_false", "append"):
         return ""

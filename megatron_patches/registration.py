@@ -129,6 +129,8 @@ def _with_pion(original: Any) -> Any:
         from .parameters import decide
 
         options = pion_config(config)
+        if config.optimizer == "pion":
+            _check_config(options, config, model_chunks)
         _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
         if config.pion_init != "keep":
@@ -196,6 +198,36 @@ def _mup_of_adam(original: Any) -> Any:
         return {of_adam(key): override for key, override in overrides.items()}
 
     return get_mup_config_overrides
+
+
+def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> None:
+    """Refuse what parsing arguments refuses or mends, where a config came about without it.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    from pion_dist import RECIPES, PionConfig
+
+    for field in ("fp16", "optimizer_cpu_offload", "use_precision_aware_optimizer"):
+        if getattr(config, field, False):
+            raise ValueError(f"optimizer='pion' does not support {field}=True")
+    name = config.pion_recipe
+    if options == PionConfig() != RECIPES[name]:
+        raise ValueError(
+            f"pion_recipe={name!r} alone sets nothing in a config: "
+            f"OptimizerConfig(**megatron_patches.recipe({name!r}), ...)"
+        )
+    ddp = (getattr(chunk, "ddp_config", None) for chunk in model_chunks)
+    sharded = any(getattr(each, "use_distributed_optimizer", False) for each in ddp)
+    # Adam's, in which Pion would get gradients that are summed in its rank's shard alone.
+    if (
+        sharded or config.use_distributed_optimizer
+    ) and not config.use_layer_wise_distributed_optimizer:
+        raise ValueError(
+            "optimizer='pion' with use_distributed_optimizer=True: set it to False, in "
+            "DistributedDataParallelConfig too, and use_layer_wise_distributed_optimizer=True in "
+            "OptimizerConfig"
+        )
 
 
 def _compare_options(options: Any, config: Any) -> None:

@@ -1,5 +1,6 @@
 """Pion: a spectrum-preserving optimizer for weight matrices, in torch."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import PionConfig
@@ -7,14 +8,15 @@ from .recipes import RECIPES
 
 if TYPE_CHECKING:
     from .optimizer import Pion
+    from .parameters import split_parameters
 
-__all__ = ["RECIPES", "Pion", "PionConfig"]
+__all__ = ["RECIPES", "Pion", "PionConfig", "split_parameters"]
+
+# Not imported above: the doctor has to start where torch does not.
+_WITH_TORCH = {"Pion": ".optimizer", "split_parameters": ".parameters"}
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported above: the doctor has to start where torch does not.
-    if name == "Pion":
-        from .optimizer import Pion
-
-        return Pion
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WITH_TORCH[name], __name__), name)
