@@ -9,17 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
 class SeamError(RuntimeError):
-    """This Megatron lacks a seam, or it has moved."""
+    """Megatron or Transformer Engine lacks a seam, or it has moved."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """A named object of Megatron with the parameters or attributes that the patches use.
+    """A named object of another package with the parameters or attributes that the patches use.
 
     Attributes:
         module: where it is.
@@ -224,19 +225,23 @@ def has_training() -> bool:
     return importlib.util.find_spec("megatron.training") is not None
 
 
+def missing(seams: Iterable[Seam]) -> list[str]:
+    """A line for each seam that is missing or has moved."""
+    return [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]
+
+
 def check() -> None:
-    """Check every seam.
+    """Check every seam in Megatron.
 
     Raises:
         SeamError: names the version and every seam that is missing or has moved.
     """
     version = megatron_version()
     seams = CORE + TRAINING if has_training() else CORE
-    missing = [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]
-    if missing:
+    if moved := missing(seams):
         raise SeamError(
             f"megatron-core {version} does not have what pion_dist holds on to; 0.19.2 does:\n"
-            + "\n".join(missing)
+            + "\n".join(moved)
         )
     emerging = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
     if not emerging.HAVE_EMERGING_OPTIMIZERS:
