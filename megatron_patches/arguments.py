@@ -393,10 +393,10 @@ def _check_fp8_weights(args: argparse.Namespace) -> None:
         )
     if not args.use_distributed_optimizer:
         raise ValueError(f"{what} needs --use-distributed-optimizer")
-    if not getattr(args, "use_layer_wise_param_layout", False):  # Megatron 0.18 has none
+    if not getattr(args, "use_layer_wise_param_layout", False):
         raise ValueError(
-            f"{what} needs the layer-wise optimizer's parameter layout: leave "
-            "--no-use-layer-wise-param-layout out, or --fp8-param-gather"
+            f"{what} needs the layer-wise optimizer's parameter layout, which megatron-core 0.19 "
+            "has without --no-use-layer-wise-param-layout: or leave --fp8-param-gather out"
         )
 
 

@@ -118,6 +118,12 @@ CORE = (
         "tells Pion of the float32 masters",
     ),
     Seam(
+        "megatron.core.fp8_utils",
+        "is_float8tensor",
+        "tells weights that are kept in FP8",
+        parameters=("tensor",),
+    ),
+    Seam(
         "megatron.core.optimizer.optimizer",
         "FP32Optimizer",
         "holds Pion in the layer-wise optimizer in float32",

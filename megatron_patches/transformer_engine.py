@@ -95,12 +95,6 @@ FP8_WEIGHTS = (
     ),
     Seam(
         "megatron.core.fp8_utils",
-        "is_float8tensor",
-        "tells weights that are kept in FP8",
-        parameters=("tensor",),
-    ),
-    Seam(
-        "megatron.core.fp8_utils",
         "quantize_param_shard",
         "writes masters into FP8",
         parameters=("model_params", "main_params", "start_offsets", "data_parallel_group"),

@@ -82,6 +82,8 @@ def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]
             generator = torch.Generator().manual_seed(hash_of(name) + step)
             p.main_grad.copy_(torch.randn(p.shape, generator=generator) * 1e-3)
         assert optimizer.step()[0]
+        if ARGS.overlap_param_gather:  # else the forward pass gathers
+            model[0].start_param_sync(force_sync=True)
         yield masters(optimizer)
 
 
@@ -136,14 +138,18 @@ def check_fp8(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
 def check_resume(
     recipe: str, model: list[Any], optimizer: Any, trained: dict[str, torch.Tensor]
 ) -> None:
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
-    records = {"optimizer": optimizer.sharded_state_dict(model[0].sharded_state_dict())}
-    dist_checkpointing.save(records, folder[0])
-    model, optimizer = setup(recipe)
-    records = {"optimizer": optimizer.sharded_state_dict(model[0].sharded_state_dict(), True)}
-    optimizer.load_state_dict(dist_checkpointing.load(records, folder[0])["optimizer"])
-    assert_equal(masters(optimizer), trained, f"{recipe}: resumed")
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        records = {"optimizer": optimizer.sharded_state_dict(model[0].sharded_state_dict())}
+        dist_checkpointing.save(records, folder[0])
+        for into in (recipe, None):
+            model, optimizer = setup(into)
+            wanted = optimizer.sharded_state_dict(model[0].sharded_state_dict(), True)
+            found = dist_checkpointing.load({"optimizer": wanted}, folder[0])["optimizer"]
+            optimizer.load_state_dict(found)
+            assert_equal(masters(optimizer), trained, f"{recipe}: resumed with {into or 'bf16'}")
+        dist.barrier()
 
 
 def assert_equal(
