@@ -34,7 +34,7 @@ setup(
         "pyyaml",  # Megatron 0.18 imports it and does not require it
     ],
     extras_require={
-        # Its PyTorch part builds from source, and needs torch and te-build installed first: see
+        # Its PyTorch part builds from source, and needs torch and te-build installed first; see
         # docs/fp8.md.
         "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
         "te-build": [

@@ -19,6 +19,7 @@ import transformer_engine.pytorch as te
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
@@ -60,19 +61,27 @@ def rotated(model: list[Any]) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def masters(optimizer: Any) -> dict[str, torch.Tensor]:
-    """All ranks' float32 masters of Pion's weights, by name."""
-    mine = {}
+def shard(p: Any) -> tuple[int, int]:
+    """Which shard of the weights, or which of the experts, this rank has."""
+    if getattr(p, "allreduce", True):
+        return mpu.get_tensor_model_parallel_rank(), 0
+    return mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_model_parallel_rank()
+
+
+def masters(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
+    """The float32 masters of this rank's weights of Pion's, whichever rank has them, by name."""
+    found = {}
     for leaf, _ in leaves(optimizer):
         if isinstance(leaf.optimizer, Pion):
             for weights, own in zip(
                 leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True
             ):
                 for p, master in zip(weights, own, strict=True):
-                    mine[decided(p)[0].name] = master.detach().clone()
+                    found[decided(p)[0].name, shard(p)] = master.detach().clone()
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: master for each in everyone for name, master in each.items()}
+    dist.all_gather_object(everyone, found)
+    found = {place: master for each in everyone for place, master in each.items()}
+    return {name: found[name, shard(p)] for name, p in rotated(model).items()}
 
 
 def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -84,7 +93,7 @@ def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]
         assert optimizer.step()[0]
         if ARGS.overlap_param_gather:  # else the forward pass gathers
             model[0].start_param_sync(force_sync=True)
-        yield masters(optimizer)
+        yield masters(model, optimizer)
 
 
 def hash_of(name: str) -> int:
@@ -122,7 +131,7 @@ def check_fp8(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
     model, optimizer = setup(recipe)
     weights = {name: p for name, p in rotated(model).items() if is_fp8(p)}
     assert len(weights) >= len(plain[0]) // 2, "the model was not built in FP8"
-    assert_equal(masters(optimizer), plain[0], f"{recipe}: at the start")
+    assert_equal(masters(model, optimizer), plain[0], f"{recipe}: at the start")
     for step, found in enumerate(train(model, optimizer), 1):
         assert_equal(found, plain[step], f"{recipe}: after step {step}")
         for name, p in weights.items():
@@ -148,7 +157,9 @@ def check_resume(
             wanted = optimizer.sharded_state_dict(model[0].sharded_state_dict(), True)
             found = dist_checkpointing.load({"optimizer": wanted}, folder[0])["optimizer"]
             optimizer.load_state_dict(found)
-            assert_equal(masters(optimizer), trained, f"{recipe}: resumed with {into or 'bf16'}")
+            assert_equal(
+                masters(model, optimizer), trained, f"{recipe}: resumed with {into or 'bf16'}"
+            )
         dist.barrier()
 
 
@@ -197,7 +208,7 @@ def main() -> None:
     check_other_names_are_refused()
     check_names()
     model, optimizer = setup()
-    plain = [masters(optimizer), *train(model, optimizer)]
+    plain = [masters(model, optimizer), *train(model, optimizer)]
     assert len(plain[0]) >= 4 * ARGS.num_layers
     for recipe in RECIPES:
         check_fp8(recipe, plain)
