@@ -28,11 +28,17 @@ DEMO_STAMP := $(VENV)/demo-$(KEY)
 DEV_STAMP := $(VENV)/dev-$(KEY)
 # The older Megatron that is supported, for the tests.
 MEGATRON_018 := $(VENV)/megatron-0.18.2
+# Transformer Engine has an environment of its own: where it is installed Megatron uses it. Its wheel
+# is kept while its version and torch's stay.
+TE := $(VENV)/te
+TE_STAMP := $(VENV)/te-$(KEY)
+TE_WHEELS := $(VENV)/te-wheels-$(shell { pwd; grep -i -E '^(torch|transformer)' constraints.txt; } \
+	| cksum | cut -d ' ' -f 1)
 # Wheels of gigabytes pass through here once: no cache, and no use of a small /tmp.
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm lint types docs constraints clean
+.PHONY: help demo test test-slurm test-te lint types docs constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,6 +53,10 @@ test-slurm: $(DEV_STAMP) ## submit examples/slurm to a SLURM of two nodes, here 
 	@tools/install_slurm.sh
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/with_slurm.sh $(VENV)/slurm python -m pytest \
 		-o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest tests/test_slurm.py
+
+test-te: $(TE_STAMP) ## build Transformer Engine into .venv/te, once (20 minutes, 6 GB), and run the tests of FP8
+	@$(TE)/bin/python -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest-te \
+		tests/test_transformer_engine.py tests/test_fp8.py
 
 lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 	@$(RUN) -m ruff check .
@@ -79,6 +89,17 @@ $(DEV_STAMP): | $(DEMO_STAMP)
 		megatron-core==0.18.2
 	@touch $@
 
+$(TE_STAMP): | $(RUN)
+	@echo "installing Transformer Engine into $(TE) (several GB; if it has to be built, 20 minutes) ..."
+	@mkdir -p $(VENV)/tmp $(TE_WHEELS) && rm -rf $(TE) $(VENV)/te-[0-9]* && $(RUN) -m venv $(TE)
+	@$(call PIP,$(TE)/bin/python) -e '.[dev,te-build]'
+	@ls $(TE_WHEELS)/*.whl > /dev/null 2>&1 || TMPDIR="$(CURDIR)/$(VENV)/tmp" \
+		NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$${MAX_JOBS:-$$(nproc)} \
+		$(TE)/bin/python -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation \
+		--wheel-dir $(TE_WHEELS) transformer-engine-torch
+	@$(call PIP,$(TE)/bin/python) --find-links $(TE_WHEELS) -e '.[te]'
+	@touch $@
+
 # The lines above "Resolved" in constraints.txt are chosen by hand; this resolves the rest anew.
 FRESH := $(VENV)/constraints
 constraints: PIP_CONSTRAINT := $(FRESH)/chosen.txt
@@ -86,7 +107,7 @@ constraints: PIP_BUILD_CONSTRAINT := $(FRESH)/chosen.txt
 constraints: ## resolve constraints.txt anew, in a fresh environment
 	@rm -rf $(FRESH) && mkdir -p $(VENV)/tmp && "$$(tools/find_python.sh)" -m venv $(FRESH)
 	@sed '/^# Resolved/,$$d' constraints.txt > $(FRESH)/chosen.txt
-	@$(call PIP,$(FRESH)/bin/python) -e '.[dev]' setuptools
+	@$(call PIP,$(FRESH)/bin/python) -e '.[dev,te-build]' setuptools
 	@{ cat $(FRESH)/chosen.txt; echo '# Resolved by `make constraints`.'; \
 		$(FRESH)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
 		| grep -v -x -F -f $(FRESH)/chosen.txt; } > $(FRESH)/constraints.txt

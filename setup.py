@@ -37,8 +37,20 @@ setup(
         "pyyaml",  # Megatron 0.18 imports it and does not require it
     ],
     extras_require={
-        # Its PyTorch part builds from source and needs torch installed first: see docs/fp8.md.
+        # Its PyTorch part builds from source, and needs torch and te-build installed first; see
+        # docs/fp8.md.
         "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
+        "te-build": [
+            "transformer-engine-cu13==2.20.2",
+            # CUDA's headers, of torch's CUDA.
+            "nvidia-cuda-crt>=13.0,<13.1",
+            "nvidia-cuda-cccl>=13.0,<13.1",
+            "nvidia-nvml-dev>=13.0,<13.1",
+            # What its PyTorch part is built with, and needs.
+            *("ninja", "packaging", "pybind11", "wheel"),
+            *("einops", "nvdlfw-inspect", "onnx", "onnxscript", "pydantic"),
+            "nvidia-cudnn-frontend>=1.29.0",
+        ],
         "mpi": MPI,
         "demo": DEMO,
         "study": STUDY,

@@ -188,6 +188,9 @@ FLAGS = (
     ),
 )
 
+# Of weights kept in FP8 (transformer_engine.py says why not the others).
+FP8_WEIGHT_RECIPES = ("delayed", "tensorwise", "blockwise")
+
 # Not a flag: args.seed, which OptimizerConfig does not carry, for --pion-init.
 SEED_FIELD, SEED_DEFAULT = "pion_seed", 1234
 
@@ -339,7 +342,7 @@ def check(args: argparse.Namespace) -> None:
     refused = {
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
-        "--fp8-param-gather": getattr(args, "fp8_param_gather", False),
+        "--fp4-param-gather": getattr(args, "fp4_param_gather", False),
         "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
     }
     for flag, given in refused.items():
@@ -358,6 +361,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if getattr(args, "use_distributed_optimizer", False):
         _check_distributed_optimizer(args)
+    _check_fp8_weights(args)
 
 
 def _check_lr_mult(args: argparse.Namespace) -> None:
@@ -389,6 +393,29 @@ def _check_distributed_optimizer(args: argparse.Namespace) -> None:
     what = "--optimizer pion with --use-distributed-optimizer"
     if (args.save or args.load) and args.ckpt_format != "torch_dist":
         raise ValueError(f"{what} needs --ckpt-format torch_dist")
+
+
+def _check_fp8_weights(args: argparse.Namespace) -> None:
+    """Demand what Pion needs to write weights that are kept in FP8.
+
+    Raises:
+        ValueError: says which flag to change.
+    """
+    if not getattr(args, "fp8_param_gather", False):
+        return
+    what = "--optimizer pion with --fp8-param-gather"
+    if args.fp8_recipe not in FP8_WEIGHT_RECIPES:
+        raise ValueError(
+            f"{what} does not support --fp8-recipe {args.fp8_recipe}: choose one of "
+            f"{', '.join(FP8_WEIGHT_RECIPES)}, or leave --fp8-param-gather out"
+        )
+    if not args.use_distributed_optimizer:
+        raise ValueError(f"{what} needs --use-distributed-optimizer")
+    if not getattr(args, "use_layer_wise_param_layout", False):
+        raise ValueError(
+            f"{what} needs the layer-wise optimizer's parameter layout, which megatron-core 0.19 "
+            "has without --no-use-layer-wise-param-layout: or leave --fp8-param-gather out"
+        )
 
 
 def extend_config(config_cls: type) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from math import sqrt
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
 from pion_dist.matrices import MatrixView
 
-from .parameters import places
+from . import transformer_engine
+from .parameters import entries, pieces
 
 
 @torch.no_grad()
@@ -46,13 +47,18 @@ def draw(
         ValueError: a weight's matrices cannot be told from its pieces in a checkpoint.
     """
     rotated = [(info, p) for info, p, decision in decisions if isinstance(decision, Rotated)]
-    found = places(model_chunks, [p for _, p in rotated])
+    found = entries(model_chunks, [p for _, p in rotated])
     views = [
-        _whole_view(info, pieces, config, kind)
-        for (info, _), pieces in zip(rotated, found, strict=True)
+        _whole_view(
+            info, _pieces(entry, torch.empty(p.shape, dtype=p.dtype, device="meta")), config, kind
+        )
+        for (info, p), entry in zip(rotated, found, strict=True)
     ]
-    for (_, p), pieces, view in zip(rotated, found, views, strict=True):
-        sources = _sources(pieces)
+    for (info, p), entry, view in zip(rotated, found, views, strict=True):
+        fp8 = transformer_engine.is_fp8(p)
+        own = torch.empty(p.shape, dtype=p.dtype, device=p.device) if fp8 else p
+        parts = _pieces(entry, own)
+        sources = _sources(parts)
         drawn = [_gaussian(piece, source, seed) for source, piece in sources.items()]
         whole = torch.cat(drawn).to(p.device)
         matrices = view.split(whole)
@@ -61,11 +67,18 @@ def draw(
                 matrix.copy_(KINDS[kind](matrix, scale))
         view.merge(matrices, whole)
         shaped = dict(zip(sources, torch.split(whole, [len(x) for x in drawn]), strict=True))
-        for piece in pieces:
+        for piece in parts:
             row, col = piece.global_offset[piece.prepend_axis_num :]
             height, width = piece.local_shape
             assert piece.data is not None
             piece.data.copy_(shaped[_source(piece)][row : row + height, col : col + width])
+        if fp8:
+            transformer_engine.start_from(p, own, info.name)
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[ShardedTensor]:
+    """The pieces of a parameter's entry, as views of a tensor in its place."""
+    return pieces(dataclasses.replace(entry, data=data))
 
 
 def _sources(pieces: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:

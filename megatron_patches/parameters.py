@@ -151,9 +151,9 @@ def is_scalar(param: torch.Tensor) -> bool:
     return isinstance(decided(param)[1], Scalar)
 
 
-def places(
+def entries(
     model_chunks: Sequence[torch.nn.Module], params: Sequence[torch.nn.Parameter]
-) -> list[list[ShardedTensor]]:
+) -> list[ShardedTensor | ShardedTensorFactory]:
     """Where each parameter's data lies in the whole model, as Megatron's checkpoints name it.
 
     Args:
@@ -161,8 +161,8 @@ def places(
         params: parameters of these chunks.
 
     Returns:
-        For each parameter its pieces, whose ``data`` are views of the parameter: one, or two for a
-        gated weight.
+        For each parameter its entry in a checkpoint, whose ``pieces`` are views of the parameter:
+        one, or two for a gated weight.
 
     Raises:
         RuntimeError: a parameter is in no chunk's sharded state.
@@ -176,7 +176,7 @@ def places(
         raise RuntimeError(
             f"{len(params) - len(found)} parameters are not in the model's sharded_state_dict()"
         )
-    return [pieces(found[index]) for index in range(len(params))]
+    return [found[index] for index in range(len(params))]
 
 
 def pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

@@ -123,7 +123,7 @@ def _with_pion(original: Any) -> Any:
     ) -> Any:
         if config.optimizer != "pion" and config.pion_init == "keep":
             return original(config, model_chunks, *args, **kwargs)
-        from . import optimizer_state
+        from . import optimizer_state, transformer_engine
         from .arguments import pion_config
         from .initialization import draw
         from .parameters import decide
@@ -133,6 +133,9 @@ def _with_pion(original: Any) -> Any:
             _check_config(options, config, model_chunks)
         _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
+        transformer_engine.check(model_chunks, decisions)
+        if config.optimizer == "pion":
+            transformer_engine.refuse_unwritable(model_chunks, decisions, config)
         if config.pion_init != "keep":
             draw(
                 model_chunks,
@@ -146,6 +149,7 @@ def _with_pion(original: Any) -> Any:
             return original(config, model_chunks, *args, **kwargs)
         optimizer = original(config, model_chunks, *args, **kwargs)
         _adopt_masters(optimizer)
+        transformer_engine.attach(optimizer, decisions)
         optimizer_state.attach(optimizer)
         if config.pion_print_plan:
             lines = _option_lines(options, config)

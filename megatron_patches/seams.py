@@ -9,17 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
 class SeamError(RuntimeError):
-    """This Megatron lacks a seam, or it has moved."""
+    """Megatron or Transformer Engine lacks a seam, or it has moved."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """A named object of Megatron with the parameters or attributes that the patches use.
+    """A named object of another package with the parameters or attributes that the patches use.
 
     Attributes:
         module: where it is.
@@ -115,6 +116,12 @@ CORE = (
         "megatron.core.optimizer.optimizer",
         "Float16OptimizerWithFloat16Params",
         "tells Pion of the float32 masters",
+    ),
+    Seam(
+        "megatron.core.fp8_utils",
+        "is_float8tensor",
+        "tells weights that are kept in FP8",
+        parameters=("tensor",),
     ),
     Seam(
         "megatron.core.optimizer.optimizer",
@@ -224,23 +231,32 @@ def has_training() -> bool:
     return importlib.util.find_spec("megatron.training") is not None
 
 
+def needed() -> tuple[Seam, ...]:
+    """The seams of what is here of Megatron."""
+    return CORE + TRAINING if has_training() else CORE
+
+
 def checked() -> list[tuple[Seam, str | None]]:
     """Every seam that is needed here, with what is missing or None."""
-    return [(seam, seam.check()) for seam in (CORE + TRAINING if has_training() else CORE)]
+    return [(seam, seam.check()) for seam in needed()]
+
+
+def missing(seams: Iterable[Seam]) -> list[str]:
+    """A line for each seam that is missing or has moved."""
+    return [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]
 
 
 def check() -> None:
-    """Check every seam.
+    """Check every seam in Megatron.
 
     Raises:
         SeamError: names the version and every seam that is missing or has moved.
     """
     version = megatron_version()
-    missing = [f"  {what} ({seam.why})" for seam, what in checked() if what is not None]
-    if missing:
+    if moved := missing(needed()):
         raise SeamError(
             f"megatron-core {version} does not have what pion_dist holds on to; 0.19.2 does:\n"
-            + "\n".join(missing)
+            + "\n".join(moved)
         )
     emerging = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
     if not emerging.HAVE_EMERGING_OPTIMIZERS:

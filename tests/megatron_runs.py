@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ LLAMA = [
 MODEL = [*COMMON, *LLAMA]
 NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 PION = ["--optimizer", "pion"]
+LAUNCHER = ("-m", "megatron_patches")
 PUBLISHED_FLAGS = (
     *(f"--pion-{name}={value}" for name, value in PUBLISHED.items() if isinstance(value, str)),
     "--no-pion-nesterov",
@@ -109,9 +111,10 @@ def run(
     *arguments: str,
     processes: int = 1,
     before: tuple[Path, ...] = (),
+    launcher: Sequence[str] = (*LAUNCHER, "--cpu"),
     timeout: float = 300,
 ) -> Launched:
-    """Run a script through the launcher on the CPU, with folders before the installed packages.
+    """Run a script, through the launcher on the CPU, with folders before the installed packages.
 
     Raises:
         AssertionError: it does not end in time; with what it printed.
@@ -120,7 +123,7 @@ def run(
     if processes > 1:  # --standalone takes a free port
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         python += [str(processes)]
-    command = [*python, "-m", "megatron_patches", "--cpu", str(script), *arguments]
+    command = [*python, *launcher, str(script), *arguments]
     mark = uuid.uuid4().hex
     env = {**environment(*before), "PION_TEST_LAUNCH": mark}
     # Files, because a pipe stays open as long as an orphan has it.
@@ -168,7 +171,7 @@ def launch(script: Path, *arguments: str, **options: Any) -> str:
 
 def refused(script: Path, *arguments: str) -> str:
     """What a run that must be refused prints, before any training."""
-    command = [sys.executable, "-m", "megatron_patches", "--cpu", str(script), *arguments]
+    command = [sys.executable, *LAUNCHER, "--cpu", str(script), *arguments]
     done = subprocess.run(
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
     )
