@@ -5,6 +5,7 @@ A moment belongs to a part's matrices, not to the rank or the weight: ``m_in.<pa
 of N blocks; ``m.<part>`` [B, m, n] for averages of the gradient; ``v`` likewise, where the
 direction is adaptive. With spectral scaling also the vectors that its norms come from:
 ``u_in.<part>`` [B, 1, n] and ``u_out.<part>`` [B, m, 1], or [B, N, 1, n/N] and [B, N, m/N, 1].
+And where spectra are reset, ``s.<part>`` [B, k], the singular values to put back, k = min(m, n).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from .config import Axis, PionConfig
 from .kernels.fold import folded_shape
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
-_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out")
+_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out", "s")
+START = "s"  # zeros until it is measured, at the first step
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Moment:
         dim: that the ranks which share the matrices divide; None where one rank, or each, has all.
         packed: whether it is held folded, see ``kernels.fold``; not in checkpoints.
         low: whether it is held in bf16 where it is computed in float32.
+        wide: whether it is held in float64 whatever is computed.
     """
 
     shape: tuple[int, ...]
     dim: int | None
     packed: bool = False
     low: bool = False
+    wide: bool = False
 
     def local(self, ranks: int) -> tuple[int, ...]:
         """The shape on one of ``ranks`` ranks."""
@@ -50,6 +54,8 @@ class Moment:
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes on all ranks together, by those of a computed element."""
+        if self.wide:
+            itemsize = 8
         return prod(self.held(1)) * (2 if self.low and itemsize == 4 else itemsize)
 
 
@@ -76,6 +82,8 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
         if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
             vector = (1, d) if side == "in" else (d, 1)
             found[f"u_{side}"] = Moment((*start, *vector), of_blocks)
+    if config.spectrum_reset_interval:
+        found[START] = Moment((batch, min(m, n)), None, wide=True)
     return found
 
 
@@ -106,6 +114,11 @@ def is_key(name: str) -> bool:
     """Whether a state key is of one of Pion's moments."""
     moment, dot, _ = name.partition(".")
     return bool(dot) and moment in _NAMES
+
+
+def is_start(name: str) -> bool:
+    """Whether a state key is of spectra at start."""
+    return name.partition(".")[0] == START
 
 
 def identity(config: PionConfig) -> dict[str, Any]:

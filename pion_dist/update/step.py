@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +15,8 @@ from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, exact
+from .readings import Turning, read
 from .retraction import coefficients, factor, rotate
-
-
-class Turning(Protocol):
-    """Applies a step's orthogonal factors."""
-
-    def __call__(
-        self, x: Tensor, first_order: Sequence[Tensor | None], *, matmul: Products
-    ) -> Tensor:
-        """The change of X [B, m, n]; first-order terms as for ``rotate``."""
 
 
 def step(
@@ -39,7 +30,8 @@ def step(
     forms: Mapping[Side, str],
     ok: Tensor,
     arrangement: Arrangement | None = None,
-) -> None:
+    watched: bool = False,
+) -> Tensor | None:
     """Move the moments and the weights by one step (modified in place).
 
     Args:
@@ -55,6 +47,10 @@ def step(
         forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
         ok: boolean scalar on the weights' device; where it is False nothing moves.
         arrangement: how the matrices lie; whole by default.
+        watched: whether to measure what the step does.
+
+    Returns:
+        ``readings.read``'s, if it is watched.
     """
     fast = PRODUCTS[config.matmul_precision]
     lies = arrangement if arrangement is not None else Whole()
@@ -75,16 +71,21 @@ def step(
             matmul=fast,
         )
     first_order = [a.inner(a.narrow(w_Bmn, matmul=exact), matmul=exact) for a in generators]
-    angles = _angles(
+    alphas = _alphas(
         w_Bmn, generators, first_order, moments, lies, config=config, active=active, ok=ok
     )
-    angles = [angle * lr for angle in angles]
+    angles = [alpha * lr for alpha in alphas]
     change_of = _turning(generators, angles, config=config)
     change = change_of(w_Bmn, first_order, matmul=exact)
     del first_order
+    found = None
+    if watched:
+        each = zip(generators, angles, strict=True)
+        turnings = [_turning([a], [angle], config=config) for a, angle in each]
+        found = read(change, generators, alphas, turnings, lies, active=active, ok=ok)
     if config.momentum != "transported":
         kernels.moved(w_Bmn, change, ok=ok)
-        return
+        return found
     m, unknown = moments["m"], [None] * len(generators)
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
@@ -95,6 +96,7 @@ def step(
         del change
         turn = change_of(m.to(w_Bmn.dtype), unknown, matmul=fast)
     kernels.moved(m, turn, ok=ok)
+    return found
 
 
 def _from_lie(
@@ -160,7 +162,7 @@ def _from_average(
     return found
 
 
-def _angles(
+def _alphas(
     w: Tensor,
     generators: Sequence[Generator],
     first_order: Sequence[Tensor],
