@@ -68,15 +68,26 @@ def read(
         x = lies.share(x, side=side)
         for vector in (x, _in_largest_plane(a, x, lies)):
             moved = turned(vector, [None], matmul=exact).double()
-            before = lies.norm(vector.double())
-            unit = before.clamp_min(torch.finfo(before.dtype).tiny)
-            after = lies.norm(vector.double() + moved)
-            errors.append(((after / unit).square() - (before / unit).square()).abs())
-            angles.append(2.0 * torch.asin((0.5 * lies.norm(moved) / unit).clamp_max(1.0)))
+            error, angle = _turn(vector.double(), moved, lies)
+            errors.append(error)
+            angles.append(angle)
     rms = lies.norm(change_Bmn).double() / (lies.shares * m * n) ** 0.5
     columns = [_largest(errors), _largest(angles), _largest(alphas), rms.flatten()]
     found = torch.stack([column.double() for column in columns], -1)
     return torch.where(ok, found, torch.zeros_like(found))
+
+
+def _turn(x: Tensor, moved: Tensor, lies: Arrangement) -> tuple[Tensor, Tensor]:
+    """|‖E x‖² / ‖x‖² − 1| and the angle between x and E x, of x's change: zeros for x = 0.
+
+    Of a triangle of sides 1, r and c the angle φ between the first two has c² = (r − 1)² +
+    4 r sin²(φ/2), which is exact to rounding where φ is small too.
+    """
+    length, tiny = lies.norm(x), torch.finfo(x.dtype).tiny
+    ratio = torch.where(length > 0, lies.norm(x + moved) / length.clamp_min(tiny), 1.0)
+    chord = lies.norm(moved) / length.clamp_min(tiny)
+    sine = (chord.square() - (ratio - 1.0).square()) / (4.0 * ratio.clamp_min(tiny))
+    return (ratio.square() - 1.0).abs(), 2.0 * torch.asin(sine.clamp(0.0, 1.0).sqrt())
 
 
 def _in_largest_plane(a: Generator, x: Tensor, lies: Arrangement) -> Tensor:
