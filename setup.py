@@ -39,7 +39,7 @@ setup(
         "mpi": ["mpi4py", "mpich"],
         "demo": DEMO,
         "study": STUDY,
-        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": [*STUDY, "hypothesis", "mypy", "pytest", "ruff", "tensorboard"],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

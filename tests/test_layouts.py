@@ -15,6 +15,8 @@ import pytest
 from layout_table import Difference, Run, Table
 from megatron_runs import PUBLISHED_FLAGS as PUBLISHED
 
+from pion_dist.spectrum import drift, singular_values
+
 pytestmark = pytest.mark.slow
 
 
@@ -71,6 +73,22 @@ BF16_DP2 = [
     Run("bf16 dp2", 2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
     Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
+]
+# Factors that stretch by the fourth power of the angle, so that spectra drift by 8e-7 a step until
+# they are put back. The third report of four is a step after most of the second resets.
+WATCHED = (
+    *("--pion-retraction", "taylor", "--lr", "0.05", "--min-lr", "0.05"),
+    *("--pion-spectrum-interval", "5", "--pion-spectrum-reset-interval", "7"),
+)
+W_TP2 = Run("tp2 owner, watched", 2, tp(2), options=WATCHED)
+W_DIST_OPT = Run("dp2 dist-opt, watched", 2, DIST_OPT, options=WATCHED)
+WATCHED_RUNS = [
+    W_TP2.one_process,
+    W_TP2,
+    Run("tp2 distributed, watched", 2, tp(2, *DISTRIBUTED), options=WATCHED),
+    Run("pp2, watched", 2, PP2, options=WATCHED),
+    W_DIST_OPT,
+    W_TP2.moved_to(W_DIST_OPT),
 ]
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
 # first grad norm is 4.672 instead of 4.687, AdamW's too): it keeps only its own heads' part of the
@@ -252,6 +270,29 @@ def test_bfloat16(check: Callable[..., None], run: Run) -> None:
 @named(MOVES)
 def test_checkpoints_move(check: Callable[..., None], run: Run) -> None:
     check("iterations 11 to 20, moved", run, exact(run))
+
+
+@named(WATCHED_RUNS)
+def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
+    """Reports are one process's, and the last one is of the weights that were saved."""
+    check("with reports and resets", run, exact(run))
+    found, start, alone = table[run], table[run.start], table[run.one_process]
+    mine = {tag: values for tag, values in found.scalars.items() if tag.startswith("pion")}
+    theirs = {tag: values for tag, values in alone.scalars.items() if tag.startswith("pion")}
+    assert mine.keys() == theirs.keys() and len(mine) == 6 + 4 * 6
+    for tag, values in mine.items():
+        assert list(values) == ([15, 20] if run.source else [5, 10, 15, 20])
+        # Drift is a sum of roundings as well, of 2**-23 in the largest value (see EXACT).
+        for iteration, value in values.items():
+            assert value == pytest.approx(theirs[tag][iteration], rel=1e-3, abs=2**-22), tag
+    before, after = start.matrices(run), found.matrices(run)
+    for name, weights in after.items():
+        drifts = drift(singular_values(before[name]), singular_values(weights)).flatten(1).amax(1)
+        for layer, value in enumerate(drifts.tolist()):
+            tag = f"pion-drift/{name.replace('.layers.', f'.layers.{layer}.')}"
+            # Event files have float32 numbers; squares of singular values are exact to 1e-15.
+            assert mine[tag][20] == pytest.approx(value, rel=1e-6, abs=1e-12), tag
+    assert 1e-7 < mine["pion/drift"][20] == max(mine[tag][20] for tag in mine if "drift/" in tag)
 
 
 @named([TP2, TP2.one_process])

@@ -21,7 +21,8 @@ from .scaling import fixed
 COLUMNS = ("orthogonality", "angle", "alpha", "update_rms")
 """Of ``read``'s result."""
 
-# With A to the largest plane. ‖A x‖ of what they leave is below ‖A‖₂ by
+# With A, to its largest plane. ‖A x‖ of the last one is below ‖A‖₂ by 0.04 and 0.8% for generators
+# of random W and G of 256 and 1024 rows, by 1.2 and 0.8% for their matrix signs (measured).
 PLANE_PRODUCTS = 32
 
 
