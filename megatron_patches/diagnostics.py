@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Row:
     exact: bool
     size: int
     drift: float
+    shift: float
     orthogonality: float
     angle: float
     alpha: float
@@ -129,15 +130,23 @@ def _elsewhere(pions: Iterable[Pion]) -> set[str]:
     return {name for name, first in mine.items() if chosen[name] != first}
 
 
+# Tag of a kind, whether it is of exact matrices, and a row's number.
+_KINDS: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
+    ("drift", True, lambda row: row.drift),
+    ("shift", True, lambda row: row.shift),
+    ("norm-drift", False, lambda row: row.drift),
+)
+
+
 def scalars(rows: Sequence[Row]) -> dict[str, float]:
     """What the writers get, by tag."""
     found = {}
-    for exact, kind in ((True, "drift"), (False, "norm-drift")):
+    for kind, exact, value in _KINDS:
         parts: dict[str, float] = {}
         for row in rows:
             if row.exact == exact:
                 part = row.name.rpartition("[")[0]
-                parts[part] = max(row.drift, parts.get(part, 0.0))
+                parts[part] = max(value(row), parts.get(part, 0.0))
         if parts:
             found[f"pion/{kind}"] = max(parts.values())
         found |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
@@ -159,10 +168,10 @@ def line(rows: Sequence[Row], iteration: int) -> str:
     """What the log gets."""
     values = scalars(rows)
     words = [f" pion at iteration {iteration}"]
-    for exact, kind in ((True, "drift"), (False, "norm-drift")):
+    for kind, exact, value in _KINDS:
         if some := [row for row in rows if row.exact == exact]:
-            worst = max(some, key=lambda row: row.drift)
-            words.append(f"{kind}: {worst.drift:.3E} ({worst.name})")
+            worst = max(some, key=value)
+            words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
     if "pion/angle" in values:
         low, high = values["pion/alpha-min"], values["pion/alpha-max"]
         words += [

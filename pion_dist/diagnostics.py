@@ -26,7 +26,7 @@ from .update import readings
 # operations that run at a small part of a product's speed.
 EXACT_SIDE = 1024
 
-COLUMNS = ("drift", *readings.COLUMNS)
+COLUMNS = ("drift", "shift", *readings.COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Report:
         names: weight, part and number of each matrix, the same in every layout.
         exact: whether its drift is of all singular values, or of their norms.
         sizes: elements of each.
-        values: [matrices, 5] in float64, on the CPU, with COLUMNS: drift since start; and of the
-            step that was recorded: orthogonality, angle, alpha, update_rms (see
-            ``update.readings.read``), NaN where none was.
+        values: [matrices, 6] in float64, on the CPU, with COLUMNS: since start, drift, and shift
+            (NaN where it is not exact), see ``spectrum``; of the step that was recorded,
+            orthogonality, angle, alpha, update_rms, see ``update.readings.read`` (NaN where none
+            was).
     """
 
     names: list[str]
@@ -97,7 +98,9 @@ class Diagnostics:
                 start = spectrum.norms_of_values(start)
             nothing = now.new_full((len(readings.COLUMNS),), torch.nan)
             rows = torch.stack([steps.get((i, index), nothing) for index in range(x.batch)])
-            columns.append(torch.cat((spectrum.drift(start, now).unsqueeze(-1), rows), -1).cpu())
+            drift = spectrum.drift(start, now)
+            shift = spectrum.shift(start, now) if exact else torch.full_like(drift, torch.nan)
+            columns.append(torch.cat((torch.stack((drift, shift), -1), rows), -1).cpu())
             found.names.extend(pion.names(i))
             found.exact.extend([exact] * x.batch)
             found.sizes.extend([x.m * x.n] * x.batch)

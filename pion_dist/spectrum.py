@@ -35,6 +35,12 @@ def drift(start: Tensor, now: Tensor) -> Tensor:
     return change.amax(-1)
 
 
+def shift(start: Tensor, now: Tensor) -> Tensor:
+    """As ``drift``, but relative to the largest value at start: what rounding makes even."""
+    change = (now - start).abs() / start.amax(-1, keepdim=True)
+    return change.nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
+
+
 def gram(x_Bmn: Tensor) -> Tensor:
     """X Xᵀ or Xᵀ X, whichever is smaller, in float64: its eigenvalues are the σ² of X."""
     x = x_Bmn.detach().double()
