@@ -40,9 +40,11 @@ def column(report: Report, name: str) -> dict[str, float]:
     return dict(zip(report.names, values, strict=True))
 
 
-def drift_by_numpy(before: Tensor, after: Tensor) -> float:
+def by_numpy(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Drift and shift."""
     old, new = (np.linalg.svd(x.double().numpy(), compute_uv=False) for x in (before, after))
-    return float((np.abs(new - old) / old).max())
+    change = np.abs(new - old)
+    return float((change / old).max()), float((change / old[0]).max())
 
 
 @each_config
@@ -57,13 +59,15 @@ def test_drift_is_what_numpy_finds(config: PionConfig) -> None:
     watch = Diagnostics(optimizer)
     for step in range(4):
         report = watched_step(watch, optimizer, params, step)
-    expected = {name: drift_by_numpy(start[name], x) for name, x in optimizer.matrices()}
+    expected = {name: by_numpy(start[name], x) for name, x in optimizer.matrices()}
     assert set(report.names) == set(expected) and len(expected) == 11
+    shifts = column(report, "shift")
     for name, drift in column(report, "drift").items():
         # Squares of singular values are exact to 2**-53 k of the largest, so values here, with
         # conditions up to 100, to 1e-16 * 8 * 100**2.
-        assert abs(drift - expected[name]) <= 1e-11, name
-        assert 0 < drift < 2e-3
+        assert abs(drift - expected[name][0]) <= 1e-11, name
+        assert abs(shifts[name] - expected[name][1]) <= 1e-11, name
+        assert 0 < shifts[name] <= drift < 2e-3
 
 
 @pytest.mark.parametrize("direction", ["momentum", "msign"])
