@@ -102,7 +102,7 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
         number = getattr(module, "layer_number", None)
         if path[position - 1] == "layers" and path[position].isdigit() and isinstance(number, int):
             parts[position] = str(number - 1)
-        if path[position] == "experts":
+        if path[position] == "experts" and getattr(module, "ep_group", None) is not None:
             first = _first_expert(module)
             if path[position + 1] == "local_experts":
                 parts[position + 2] = str(first + int(path[position + 2]))

@@ -1,5 +1,6 @@
 """Diagnostics' numbers are what NumPy finds in the weights before and after a step."""
 
+import copy
 import math
 
 import numpy as np
@@ -173,6 +174,32 @@ def test_large_matrices_are_measured_by_norms(monkeypatch: pytest.MonkeyPatch) -
     assert abs(report.values[0, 0].item() - max(changes)) < 1e-13
     assert report.values[:, 1].isnan().tolist() == [True, False]
     assert max(changes) > 1e-9
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["values", "norms"])
+def test_drift_is_since_the_start_that_a_checkpoint_has(
+    monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    monkeypatch.setattr("pion_dist.diagnostics.EXACT_SIDE", 0)
+    params = weights((6, 8), (4, 9))
+    config = PionConfig(**PUBLISHED, spectrum_reset_interval=1000)
+    optimizer = Pion(params, lr=0.1, config=config)
+    values = [np.linalg.svd(p.detach().double().numpy(), compute_uv=False) for p in params]
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    resumed = Pion(params, lr=0.1, config=config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    report = Diagnostics(resumed, exact=exact).report()
+    for p, before, found in zip(params, values, report.values[:, 0].tolist(), strict=True):
+        after = np.linalg.svd(p.detach().double().numpy(), compute_uv=False)
+        if not exact:
+            before, after = (
+                np.array([np.linalg.norm(x, q) for q in (2, 4, 8, np.inf)]) for x in (before, after)
+            )
+        # As in the tests above, of conditions up to 100.
+        assert abs(found - np.abs(after / before - 1).max()) <= 1e-11
+        assert found > 1e-9
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["values", "norms"])
