@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from reference import PUBLISHED
 from test_optimizer import set_grads, weights
 from torch import Tensor, nn
 
+from megatron_patches.diagnostics import Row, line, scalars
 from pion_dist import Pion, PionConfig
 from pion_dist.diagnostics import COLUMNS, Diagnostics, Report
 from pion_dist.matrices import interleaved, stacked
@@ -219,3 +221,21 @@ def test_what_is_done_to_a_weight_by_hand_is_seen(
     # a smallest value of ‖W‖_F / 40 at least.
     assert abs(drifts[worst] - 1e-5) < 40 * 2 * UNIT32 * 2
     assert all(drift < 5e-6 for name, drift in drifts.items() if name != worst)
+
+
+def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
+    rows = [
+        Row("a:q[0]", True, 10, 1e-6, 2e-7, 1e-9, 0.01, 0.5, 3e-3),
+        Row("a:q[1]", True, 10, 2e-6, 1e-7, 1e-9, 0.01, 0.5, 3e-3),
+        Row("b:whole[0]", False, 60, 4e-8, math.nan, 1e-7, 0.02, 2.0, 1e-3),
+    ]
+    assert line(rows, 7) == (
+        " pion at iteration 7 | drift: 2.000E-06 (a:q[1]) | shift: 2.000E-07 (a:q[0]) | "
+        "norm-drift: 4.000E-08 (b:whole[0]) | orthogonality: 1.000E-07 | angle: 2.000E-02 | "
+        # sqrt((20 · 9e-6 + 60 · 1e-6) / 80)
+        "alpha: 5.000E-01 to 2.000E+00 | update rms: 1.732E-03 |"
+    )
+    found = scalars(rows)
+    assert (found["pion-drift/a:q"], found["pion-norm-drift/b:whole"]) == (2e-6, 4e-8)
+    still = [replace(row, angle=math.nan) for row in rows]
+    assert line(still, 8).endswith("(b:whole[0]) | no step was taken |")
