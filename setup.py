@@ -56,7 +56,10 @@ setup(
         "study": STUDY,
         "docs": DOCS,
         "examples": EXAMPLES,
-        "dev": [*STUDY, *DOCS, *EXAMPLES, *MPI, "hypothesis", "mypy", "pytest", "ruff"],
+        "dev": [
+            *(*STUDY, *DOCS, *EXAMPLES, *MPI),
+            *("hypothesis", "mypy", "pytest", "ruff", "tensorboard"),
+        ],
     },
     options={"egg_info": {"egg_base": egg_base}},
 )

@@ -161,6 +161,31 @@ FLAGS = (
         {"type": int},
     ),
     Flag(
+        "spectrum-reset-interval",
+        _DEFAULT.spectrum_reset_interval,
+        "Every so many steps each of Pion's matrices gets back the singular values that it had at "
+        "the start, against rounding over millions of steps. Each has a step of its own in the "
+        "interval. Costs a singular value decomposition in float64; the values are in the "
+        "checkpoint. 0: never.",
+        {"type": int, "metavar": "STEPS"},
+    ),
+    Flag(
+        "spectrum-interval",
+        0,
+        "Every so many iterations, report how far singular values have drifted since the start (or "
+        "the checkpoint that was loaded), and what the step did, in the log and to TensorBoard and "
+        "Weights & Biases where Megatron writes to them. docs/diagnostics.md says what the numbers "
+        "mean. 0: never.",
+        {"type": int, "metavar": "ITERATIONS"},
+    ),
+    Flag(
+        "spectrum-exact",
+        False,
+        "With --pion-spectrum-interval, measure all singular values of large matrices too, not "
+        "three norms of them.",
+        {"action": "store_true"},
+    ),
+    Flag(
         "init",
         "keep",
         "Pion never changes a weight's spectrum, so the initial one decides the run. keep: the "
@@ -339,6 +364,7 @@ def check(args: argparse.Namespace) -> None:
     if args.optimizer != "pion":
         return
     pion_config(args)
+    _check_spectrum(args)
     refused = {
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
@@ -362,6 +388,21 @@ def check(args: argparse.Namespace) -> None:
     if getattr(args, "use_distributed_optimizer", False):
         _check_distributed_optimizer(args)
     _check_fp8_weights(args)
+
+
+def _check_spectrum(args: argparse.Namespace) -> None:
+    """Demand an interval that can be, and one where there is something to report exactly.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if args.pion_spectrum_interval < 0:
+        raise ValueError(
+            f"--pion-spectrum-interval {args.pion_spectrum_interval}: must be a number of "
+            "iterations, or 0 for never"
+        )
+    if args.pion_spectrum_exact and not args.pion_spectrum_interval:
+        raise ValueError("--pion-spectrum-exact needs --pion-spectrum-interval: set it too")
 
 
 def _check_lr_mult(args: argparse.Namespace) -> None:

@@ -25,6 +25,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
 
+from pion_dist.state import is_start
+
 from .parameters import pieces
 
 _MARK = "pion"  # in the optimizer's state: identity() of the Pion that saved it
@@ -225,6 +227,14 @@ def _load_flat(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -
             leaf._set_main_param_and_optimizer_states(param, tensors)
 
 
+def _leave_out_missing_starts(state: dict[int, Any], have: Any) -> None:
+    """Do not ask for spectra at start that were not recorded (modified in place); Pion says so."""
+    for moments in (moments for params in state.values() for moments in params.values()):
+        for key in [key for key in moments if is_start(key)]:
+            if any(record.key not in have for record in pieces(moments[key])):
+                del moments[key]
+
+
 def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
     """Refuse a checkpoint whose optimizer state is not of this run's matrices and options.
 
@@ -253,6 +263,7 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
             f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
         )
     have = dist_checkpointing.load_tensors_metadata(checkpoint)
+    _leave_out_missing_starts(wanted["state"], have)
     records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
     if lacks := sorted({record.key for record in records} - set(have)):
         raise ValueError(

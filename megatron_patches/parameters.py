@@ -94,19 +94,28 @@ def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _global_name(name: str, modules: dict[str, Any]) -> str:
-    """The parameter's name without wrappers and with the layer's number in the whole model."""
-    parts = name.split(".")
-    for position in range(1, len(parts)):
-        number = (
-            getattr(modules[".".join(parts[: position + 1])], "layer_number", None)
-            if (parts[position].isdigit() and parts[position - 1] == "layers")
-            else None
-        )
-        if isinstance(number, int):
+    """The parameter's name without wrappers, its layer and expert numbered in the whole model."""
+    path = name.split(".")
+    parts = list(path)
+    for position in range(1, len(path)):
+        module = modules.get(".".join(path[: position + 1]))
+        number = getattr(module, "layer_number", None)
+        if path[position - 1] == "layers" and path[position].isdigit() and isinstance(number, int):
             parts[position] = str(number - 1)
+        if path[position] == "experts" and getattr(module, "ep_group", None) is not None:
+            first = _first_expert(module)
+            if path[position + 1] == "local_experts":
+                parts[position + 2] = str(first + int(path[position + 2]))
+            elif found := re.fullmatch(r"(weight|bias)(\d+)", path[-1]):  # linear_fc1.weight0
+                parts[-1] = f"{found[1]}{first + int(found[2])}"
     while parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
+
+
+def _first_expert(experts: Any) -> int:
+    """Number, among all ranks', of the first expert on this one."""
+    return int(experts.ep_group.rank() * experts.num_local_experts)
 
 
 def decide(

@@ -28,7 +28,7 @@ def apply() -> None:
     if _applied:
         return
     seams.check()
-    from . import layer_wise, optimizer_state, sharded_state
+    from . import diagnostics, layer_wise, optimizer_state, sharded_state
     from .arguments import add_pion_arguments, extend_config
 
     config_module = importlib.import_module("megatron.core.optimizer.optimizer_config")
@@ -43,6 +43,7 @@ def apply() -> None:
     core._get_param_groups = _with_lr_mult(core._get_param_groups)  # type: ignore[attr-defined]
     core.get_mup_config_overrides = _mup_of_adam(core.get_mup_config_overrides)  # type: ignore[attr-defined]
     if seams.has_training():
+        diagnostics.apply()
         training = importlib.import_module("megatron.training.training")
         training.get_megatron_optimizer = core.get_megatron_optimizer  # type: ignore[attr-defined]
         training.get_mup_config_overrides = core.get_mup_config_overrides  # type: ignore[attr-defined]
@@ -123,7 +124,7 @@ def _with_pion(original: Any) -> Any:
     ) -> Any:
         if config.optimizer != "pion" and config.pion_init == "keep":
             return original(config, model_chunks, *args, **kwargs)
-        from . import optimizer_state, transformer_engine
+        from . import diagnostics, optimizer_state, transformer_engine
         from .arguments import pion_config
         from .initialization import draw
         from .parameters import decide
@@ -151,6 +152,12 @@ def _with_pion(original: Any) -> Any:
         _adopt_masters(optimizer)
         transformer_engine.attach(optimizer, decisions)
         optimizer_state.attach(optimizer)
+        diagnostics.attach(
+            optimizer,
+            _pions(optimizer),
+            interval=config.pion_spectrum_interval,
+            exact=config.pion_spectrum_exact,
+        )
         if config.pion_print_plan:
             lines = _option_lines(options, config)
             _print_plan(decisions, optimizer, f"recipe {config.pion_recipe}: {', '.join(lines)}")
@@ -247,7 +254,9 @@ def _compare_options(options: Any, config: Any) -> None:
 
 def _option_lines(options: Any, config: Any) -> list[str]:
     """Everything that a run was told, an option a line."""
-    others = ("exclude", "init", "init_scale", "lr_mult")
+    others = ["exclude", "init", "init_scale", "lr_mult"]
+    if config.pion_spectrum_interval:  # whose reports are collectives
+        others += ["spectrum_interval", "spectrum_exact"]
     return [*options.lines(), *(f"{name}={getattr(config, f'pion_{name}')!r}" for name in others)]
 
 

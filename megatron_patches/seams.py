@@ -208,6 +208,22 @@ TRAINING = (
         "sends parameters to Pion's buffer or to Adam's",
         parameters=("model_chunks",),
     ),
+    Seam(
+        "megatron.training.training",
+        "train_step",
+        "reports on spectra and steps",
+        parameters=("optimizer", "iteration"),
+    ),
+    Seam(
+        "megatron.training.global_vars",
+        "get_tensorboard_writer",
+        "reports on spectra and steps",
+    ),
+    Seam(
+        "megatron.training.global_vars",
+        "get_wandb_writer",
+        "reports on spectra and steps",
+    ),
 )
 
 

@@ -72,6 +72,9 @@ class PionConfig:
             ``blockwise`` is another algorithm, on one rank too: the factor on the axis that tensor
             parallelism cuts is block-diagonal, of ``blocks`` blocks; the other is shared by all.
         blocks: of ``tp_mode="blockwise"``; 2 or more, and a multiple of the ranks.
+        spectrum_reset_interval: every so many steps each matrix gets back the singular values that
+            it had at the first step, against rounding over millions of steps: W = U S Vᵀ becomes
+            U S₀ Vᵀ. Each matrix has its own turn, by its name. 0: never.
 
     Raises:
         TypeError: an option is not a field, or was given by position.
@@ -95,6 +98,7 @@ class PionConfig:
     state_dtype: StateDtype = "fp32"
     tp_mode: TpMode = "owner"
     blocks: int = 1
+    spectrum_reset_interval: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in choices().items():
@@ -120,6 +124,11 @@ class PionConfig:
             raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
         if type(self.blocks) is not int or self.blocks < 1:
             raise ValueError(f"blocks={self.blocks!r}: must be a positive integer")
+        interval = self.spectrum_reset_interval
+        if type(interval) is not int or interval < 0:
+            raise ValueError(
+                f"spectrum_reset_interval={interval!r}: must be a number of steps, or 0 for never"
+            )
 
     def _check_combinations(self) -> None:
         if self.retraction != "taylor" and self.degree != _default("degree"):
@@ -166,8 +175,10 @@ class PionConfig:
             )
 
     def lines(self) -> list[str]:
-        """An option a line, to compare with other ranks'."""
-        return [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+        """An option a line, to compare with other ranks'; of a reset that is off, none."""
+        off = () if self.spectrum_reset_interval else ("spectrum_reset_interval",)
+        names = [field.name for field in fields(self) if field.name not in off]
+        return [f"{name}={getattr(self, name)!r}" for name in names]
 
     def blocks_of(self, axis: Axis | None) -> dict[Side, int]:
         """Number of blocks of the factor on the side whose dimension ``axis`` is; empty if one."""

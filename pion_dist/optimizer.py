@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -9,14 +10,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import cost, exchange, state
+from . import cost, exchange, spectrum, state
 from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
 from .kernels import fold, from_eight_bit, to_eight_bit, unfold
 from .matrices import MatrixView, compute_dtype, whole
-from .plan import MatrixPlan, StepPlan, build_plan
+from .plan import MatrixPlan, StepPlan, build_plan, due
 from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 
@@ -25,6 +26,8 @@ from .update.step import step as update
 # momentum, 32 to 36 at any with transported (tools/bench_batch.py, 2 cores, torch 2.13). On other
 # devices a part is one batch.
 CPU_BATCH_BYTES = 1 << 20
+
+logger = logging.getLogger("pion_dist")
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,6 +97,10 @@ class Pion(torch.optim.Optimizer):
         self._slots: dict[Tensor, _Slot] = {}
         self._guard = Guard()
         self.plan = StepPlan(self.config, (), ())
+        self._started: set[Tensor] = set()  # parameters whose spectra at start are measured
+        # What the next step's factors do, by (number in the plan, number in its batch), is put
+        # here; for ``diagnostics``.
+        self.readings: list[tuple[Sequence[tuple[int, int]], Tensor]] | None = None
         self._constructed = False
         super().__init__(params, {"lr": lr})
         self._constructed = True
@@ -155,6 +162,7 @@ class Pion(torch.optim.Optimizer):
         self._slots = {p: self._slots[p] for p in params}
         for p in set(self.state) - set(params):
             del self.state[p]
+        self._started &= set(params)
         old = {(x.weight, x.part): x.owner for x in self.plan.matrices}
         self._plan()
         stepped = any(group["step"] for group in self.param_groups)
@@ -195,7 +203,7 @@ class Pion(torch.optim.Optimizer):
                         )
                     )
         self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
-        self._planned = dict(zip(self._places, self.plan.matrices, strict=True))
+        self._numbers = {place: i for i, place in enumerate(self._places)}
         joins = self.config.tp_mode in ("owner", "duplicated")
         together = self.plan.waves if joins else self.plan.batches
         self._together = [together(index) for index in range(len(self.groups))]
@@ -219,7 +227,8 @@ class Pion(torch.optim.Optimizer):
         return {
             state.key(name, part): (moment, slot.ranks)
             for part in slot.view.shapes
-            if self._planned[p, part].owner in (None, slot.group.rank() if slot.group else None)
+            if self.plan.matrices[self._numbers[p, part]].owner
+            in (None, slot.group.rank() if slot.group else None)
             for name, moment in self._moments(p, part).items()
         }
 
@@ -249,12 +258,31 @@ class Pion(torch.optim.Optimizer):
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                slot = self._slots[p]
-                for part, batch in slot.view.split(p.detach()).items():
-                    for index, matrix in enumerate(batch):
-                        yield f"{slot.name}:{part}[{index}]", matrix
+        for i, (p, part) in enumerate(self._places):
+            yield from zip(self.names(i), self._slots[p].view.split(p.detach())[part], strict=True)
+
+    def names(self, i: int) -> list[str]:
+        """Of the plan's matrices ``i`` on this rank, each the same in every layout."""
+        x = self.plan.matrices[i]
+        dealt = self.groups[x.group].rank() if x.group is not None and x.axis is None else 0
+        return [x.name(dealt * x.batch + index) for index in range(x.batch)]
+
+    def whole(self, i: int) -> Tensor:
+        """The plan's matrices ``i``, [B, m, n]: a collective of the ranks that share them."""
+        p, part = self._places[i]
+        return self._joined(self.plan.matrices[i], self._slots[p].view.split(p.detach())[part])
+
+    def start(self, i: int) -> Tensor | None:
+        """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
+        p, part = self._places[i]
+        recorded = self.state[p].get(state.key(state.START, part))
+        return recorded if p in self._started else None
+
+    def _joined(self, x: MatrixPlan, shards: Tensor) -> Tensor:
+        """Whole matrices of this rank's shards of them."""
+        if not x.shared or x.group is None:
+            return shards
+        return GroupPeers(self.groups[x.group]).gathered(shards, 1 if x.axis == "rows" else 2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -297,6 +325,8 @@ class Pion(torch.optim.Optimizer):
         for index in range(len(self.groups)):
             if self._together[index]:
                 self._step_shared(index, ok)
+        if self.config.spectrum_reset_interval:
+            self._started.update(due)
         return loss
 
     def _due(self) -> list[Tensor]:
@@ -320,8 +350,9 @@ class Pion(torch.optim.Optimizer):
             stride = _batch_size(m, n, p)
             for first in range(0, batch, stride):
                 some = slice(first, first + stride)
+                i = self._numbers[p, part]
                 self._update(
-                    self._planned[p, part],
+                    [(i, index) for index in range(batch)[some]],
                     weights[part][some],
                     grads[part][some],
                     {name: moment[some] for name, moment in moments.items()},
@@ -347,7 +378,8 @@ class Pion(torch.optim.Optimizer):
             pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
 
         def compute(i: int, weight: Tensor, grad: Tensor) -> None:
-            self._update(self.plan.matrices[i], weight, grad, self._held(*places[i]), ok)
+            members = [(i, index) for index in range(len(weight))]
+            self._update(members, weight, grad, self._held(*places[i]), ok)
 
         exchange.run(
             [{i: pieces[i] for i in wave} for wave in self._together[index]],
@@ -365,7 +397,9 @@ class Pion(torch.optim.Optimizer):
         counts = [weight.shape[0] for weight, _ in shards]
         weight, grad = (torch.cat(x) for x in zip(*shards, strict=True))
         joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
-        self._update(self.plan.matrices[batch[0]], weight, grad, joined, ok)
+        numbered = zip(batch, counts, strict=True)
+        members = [(i, index) for i, count in numbered for index in range(count)]
+        self._update(members, weight, grad, joined, ok)
         for i, stepped in zip(batch, torch.split(weight, counts), strict=True):
             self._store(i, stepped)
         for name, moment in joined.items():
@@ -388,11 +422,29 @@ class Pion(torch.optim.Optimizer):
         return {name: self.state[p][state.key(name, part)] for name in self._moments(p, part)}
 
     def _update(
-        self, x: MatrixPlan, w: Tensor, g: Tensor, moments: Mapping[str, Tensor], ok: Tensor
+        self,
+        members: Sequence[tuple[int, int]],
+        w: Tensor,
+        g: Tensor,
+        moments: Mapping[str, Tensor],
+        ok: Tensor,
     ) -> None:
-        """Step a batch of matrices, or of their shards (modified in place)."""
-        group = self.param_groups[x.param_group]
-        ok = ok.to(w.device, non_blocking=True)
+        """Step a batch of matrices, or of their shards (modified in place).
+
+        Args:
+            members: of each its number in the plan, and in the batch there.
+            w: weights.
+            g: gradients.
+            moments: by name.
+            ok: whether to.
+        """
+        x = self.plan.matrices[members[0][0]]
+        group, ok = self.param_groups[x.param_group], ok.to(w.device, non_blocking=True)
+        resets = self.config.spectrum_reset_interval > 0
+        if resets and not self._started.issuperset(self._places[i][0] for i, _ in members):
+            start = moments[state.START]
+            values = spectrum.singular_values(self._complete(x, w))
+            start.copy_(torch.where(start.any(-1, keepdim=True), start, values))
         coded = {
             name: moment
             for name, moment in state.moments(len(w), x.m, x.n, self.config, x.axis).items()
@@ -401,7 +453,7 @@ class Pion(torch.optim.Optimizer):
         used = dict(moments)
         for name, moment in coded.items():
             used[name] = from_eight_bit(moments[name], moment.used(1), root=_is_root(name))
-        update(
+        found = update(
             w,
             g,
             used,
@@ -411,9 +463,37 @@ class Pion(torch.optim.Optimizer):
             forms=cost.forms(x.m, x.n, self.config),
             ok=ok,
             arrangement=self._arrangement(x),
+            watched=self.readings is not None,
         )
         for name in coded:
             to_eight_bit(used[name], moments[name], root=_is_root(name), ok=ok)
+        if self.readings is not None and found is not None:
+            self.readings.append((members, found))
+        if resets:
+            self._reset(members, w, moments[state.START], ok)
+
+    def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
+        """Whole matrices of what ``_update`` has of them."""
+        together = self.config.tp_mode in ("owner", "duplicated")
+        return w if together else self._joined(x, w)
+
+    def _reset(
+        self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, ok: Tensor
+    ) -> None:
+        """Put back the singular values of the matrices whose turn it is (modified in place)."""
+        x = self.plan.matrices[members[0][0]]
+        step = self.param_groups[x.param_group]["step"]
+        names = {i: self.names(i) for i, _ in members}
+        interval = self.config.spectrum_reset_interval
+        turns = [b for b, (i, j) in enumerate(members) if due(names[i][j], step, interval)]
+        if not turns:
+            return
+        mine = w[turns]
+        found = spectrum.restored(self._complete(x, mine), start[turns])
+        if found.shape != mine.shape and x.group is not None:
+            peers = GroupPeers(self.groups[x.group])
+            found = found.chunk(peers.size, 1 if x.axis == "rows" else 2)[peers.rank]
+        w[turns] = torch.where(ok, found, mine)
 
     def _arrangement(self, x: MatrixPlan) -> Arrangement | None:
         """How ``_update``'s matrices lie; None for whole."""
@@ -465,20 +545,38 @@ class Pion(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; refused as a whole, naming what does not fit.
 
+        A state without the spectra at start, where they are reset, is taken: those of the weights
+        at the next step stand for them, which the log says.
+
         Raises:
             ValueError: the state is of other options, parameters or shapes.
             RuntimeError: ranks that share weights have loaded different steps.
         """
         self._refuse_other_state(state_dict)
+        self._started.clear()
+        lacking = []
         # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
         super().load_state_dict({**state_dict, "state": {}})
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, index in zip(group["params"], old["params"], strict=True):
                 self.state[p] = {}  # also where this rank holds no moment of it
                 for key, (moment, ranks) in self._held_moments(p).items():
-                    value = state_dict["state"][index][key]
                     self.state[p][key] = held = _zeros(p, moment, ranks)
-                    _hold(value, held, moment, ranks, key)
+                    value = state_dict["state"].get(index, {}).get(key)
+                    if value is None:
+                        lacking.append(self._slots[p].name)
+                    else:
+                        _hold(value, held, moment, ranks, key)
+                starts = [x for key, x in self.state[p].items() if state.is_start(key)]
+                if all(x.any(-1).all() for x in starts):
+                    self._started.add(p)
+        if lacking:
+            logger.warning(
+                "the state has no spectra at start (of %s, and %d more): spectra will be reset to "
+                "those of the weights at the next step",
+                lacking[0],
+                len(set(lacking)) - 1,
+            )
         self._compare()
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
@@ -499,6 +597,8 @@ class Pion(torch.optim.Optimizer):
                 slot, found = self._slots[p], state_dict["state"].get(index, {})
                 for key, (moment, ranks) in self._held_moments(p).items():
                     shape = moment.local(ranks)
+                    if key not in found and state.is_start(key):
+                        continue
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
@@ -506,7 +606,12 @@ class Pion(torch.optim.Optimizer):
 
 def _zeros(p: Tensor, moment: state.Moment, ranks: int) -> Tensor:
     computed = compute_dtype(p)
-    held_in = {"fp32": computed, "bf16": torch.bfloat16, "int8": torch.int8}
+    held_in = {
+        "fp64": torch.float64,
+        "fp32": computed,
+        "bf16": torch.bfloat16,
+        "int8": torch.int8,
+    }
     return torch.zeros(
         moment.held(ranks, computed.itemsize),
         dtype=held_in[moment.held_in(computed.itemsize)],

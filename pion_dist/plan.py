@@ -7,6 +7,7 @@ digests; what only one of them does is asked for by its rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,10 @@ class MatrixPlan:
     def numel(self) -> int:
         """Elements of the whole matrices."""
         return self.batch * self.m * self.n
+
+    def name(self, index: int) -> str:
+        """Of one of the matrices: its number is ``index`` among all ranks'."""
+        return f"{self.weight}:{self.part}[{index}]"
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ class StepPlan:
     def collectives(self, ranks: Sequence[int], step: int) -> dict[str, Moved]:
         """What a rank hands to collectives in a step, by operation.
 
+        Not counted: whole matrices that the first step after a start measures, for a reset of
+        spectra, in ``distributed`` and ``blockwise``.
+
         Args:
             ranks: this rank's in each group.
             step: number of the step, from 1 (``alternate`` moves other sides in odd and even ones).
@@ -193,7 +201,15 @@ class StepPlan:
                     )
                     for op, number in found.calls.items():
                         add(op, number, x.itemsize * found.elements[op])
+                    if count := self._reset_in(batch, step):
+                        add("all_gather", 1, x.itemsize * count * x.m * x.n // size)
         return {op: Moved(calls[op], sizes[op]) for op in calls}
+
+    def _reset_in(self, batch: Sequence[int], step: int) -> int:
+        """Matrices of a batch whose spectrum is reset in a step."""
+        interval, found = self.config.spectrum_reset_interval, [self.matrices[i] for i in batch]
+        names = [x.name(index) for x in found for index in range(x.batch)]
+        return sum(due(name, step, interval) for name in names) if interval else 0
 
     def lines(self, group: int) -> list[str]:
         """What the ranks of a group have to have alike, a line for each matrix."""
@@ -225,6 +241,19 @@ class StepPlan:
 
     def _computes(self, x: MatrixPlan, ranks: Sequence[int]) -> bool:
         return x.owner is None or x.group is None or x.owner == ranks[x.group]
+
+
+def due(name: str, step: int, interval: int) -> bool:
+    """Whether the matrix of this name has its turn in this step, one of ``interval``.
+
+    The name decides, so that it is the same step in every layout, and another for other matrices.
+    """
+    return step % interval == _turn(name, interval)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _turn(name: str, interval: int) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % interval
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:

@@ -5,20 +5,22 @@ A moment belongs to a part's matrices, not to the rank or the weight: ``m_in.<pa
 of N blocks; ``m.<part>`` [B, m, n] for averages of the gradient; ``v`` likewise, where the
 direction is adaptive. With spectral scaling also the vectors that its norms come from:
 ``u_in.<part>`` [B, 1, n] and ``u_out.<part>`` [B, m, 1], or [B, N, 1, n/N] and [B, N, m/N, 1].
+And where spectra are reset, ``s.<part>`` [B, k], the singular values to put back, k = min(m, n).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from .config import Axis, PionConfig, StateDtype
 from .kernels.eight_bit import eight_bit_shape
 from .kernels.fold import folded_shape
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
-_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out")
+_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out", "s")
+START = "s"  # zeros until it is measured, at the first step
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Moment:
         shape: on all ranks together.
         dim: that the ranks which share the matrices divide; None where one rank, or each, has all.
         packed: whether it is held folded, see ``kernels.fold``; not in checkpoints.
-        dtype: it is held in where it is computed in float32, ``fp32``.
+        dtype: it is held in where it is computed in float32, ``fp32``; ``fp64`` always.
     """
 
     shape: tuple[int, ...]
     dim: int | None
     packed: bool = False
-    dtype: StateDtype = "fp32"
+    dtype: StateDtype | Literal["fp64"] = "fp32"
 
     def local(self, ranks: int) -> tuple[int, ...]:
         """The shape on one of ``ranks`` ranks."""
@@ -54,13 +56,13 @@ class Moment:
         shape = self.used(ranks)
         return eight_bit_shape(shape) if self.held_in(itemsize) == "int8" else shape
 
-    def held_in(self, itemsize: int) -> StateDtype:
+    def held_in(self, itemsize: int) -> StateDtype | Literal["fp64"]:
         """The dtype it is held in (``fp32``: as computed); bytes of a computed element."""
-        return self.dtype if itemsize == 4 else "fp32"
+        return self.dtype if itemsize == 4 or self.dtype == "fp64" else "fp32"
 
     def nbytes(self, itemsize: int) -> int:
         """On all ranks together; bytes of a computed element."""
-        each = {"fp32": itemsize, "bf16": 2, "int8": 1}[self.held_in(itemsize)]
+        each = {"fp64": 8, "fp32": itemsize, "bf16": 2, "int8": 1}[self.held_in(itemsize)]
         return prod(self.held(1, itemsize)) * each
 
 
@@ -86,6 +88,8 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
         if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
             vector = (1, d) if side == "in" else (d, 1)
             found[f"u_{side}"] = Moment((*start, *vector), of_blocks)
+    if config.spectrum_reset_interval:
+        found[START] = Moment((batch, min(m, n)), None, dtype="fp64")
     return found
 
 
@@ -116,6 +120,11 @@ def is_key(name: str) -> bool:
     """Whether a state key is of one of Pion's moments."""
     moment, dot, _ = name.partition(".")
     return bool(dot) and moment in _NAMES
+
+
+def is_start(name: str) -> bool:
+    """Whether a state key is of spectra at start."""
+    return name.partition(".")[0] == START
 
 
 def identity(config: PionConfig) -> dict[str, Any]:

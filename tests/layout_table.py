@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron_runs import COMMON, LLAMA, NO_DROPOUT, PION, ROOT, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Rotated, classify
@@ -101,6 +102,16 @@ class Result:
         """Loss and grad norm of each iteration."""
         steps = json.loads(self.file.read_text())
         return {s["iteration"]: (s["losses"]["lm loss"], s["grad_norm"]) for s in steps}
+
+    @cached_property
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """What was written to TensorBoard: by tag, by iteration."""
+        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {
+            tag: {event.step: event.value for event in events.Scalars(tag)}
+            for tag in events.Tags()["scalars"]
+        }
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -265,6 +276,8 @@ class Table:
     def _flags(self, run: Run, folder: Path) -> list[Any]:
         flags = [*COMMON, *MODELS[run.model], *self.common, *FLAT, *run.options, *run.layout]
         flags += ["--save", str(folder / "checkpoint"), "--save-interval", "10"]
+        if "--pion-spectrum-interval" in run.options:
+            flags += ["--tensorboard-dir", str(folder / "tensorboard")]
         if run.name == "start":
             return [*flags, "--exit-interval", "1"]
         source = run.source or run.start

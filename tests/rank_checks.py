@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pion_dist import Pion, PionConfig
+from pion_dist.diagnostics import Diagnostics
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
 from pion_dist.plan import WAVES
 
@@ -422,9 +423,13 @@ def check_counting(place: Place) -> None:
 
 
 def check_collectives(place: Place, config: PionConfig) -> None:
-    """Two steps exchange what the plan says, call by call and byte by byte, on every rank."""
+    """Steps exchange what the plan says, call by call and byte by byte, on every rank."""
     run = Run(place, config, weights_for(config), reference=False)
-    for step in (1, 2):
+    steps = (1, 2)
+    if config.spectrum_reset_interval:
+        run.step()  # measures spectra
+        steps = range(2, 2 + config.spectrum_reset_interval)
+    for step in steps:
         seen = counted_step(run)
         moved = run.optimizer.plan.collectives([place.rank], step)
         planned = {name: (each.calls, each.bytes) for name, each in moved.items()}
@@ -472,6 +477,58 @@ def check_nothing_shared(place: Place, config: PionConfig) -> None:
         seen = counted_step(run)
         assert sum(size for _, size in seen.values()) <= 16, seen
         check_weights(run, TOLERANCE)
+
+
+def alone(place: Place) -> Place:
+    """This rank by itself, for the run that ranks together have to equal."""
+    groups = [dist.new_group([rank], timeout=TIMEOUT) for rank in range(place.ranks)]
+    return Place(groups[place.rank])
+
+
+def check_reset(place: Place, config: PionConfig) -> None:
+    """Weights that drift, by hand, get their spectra back as in one process."""
+    weights = weights_for(config)
+    runs = [Run(each, config, weights, reference=False) for each in (place, alone(place))]
+    for _ in range(config.spectrum_reset_interval + 1):
+        for run in runs:
+            with torch.no_grad():
+                for p in run.params:
+                    p.mul_(1.01)
+            run.step()
+    shared, one = runs
+    wrong = []
+    for w, p, q in zip(weights, shared.params, one.params, strict=True):
+        error = (
+            p - w.shard(q.detach().numpy(), place.rank, place.ranks)
+        ).abs().max() / q.abs().max()
+        wrong += [] if error <= TOLERANCE else [f"{w.name}: {error:.1e}"]
+    place.all_fail(wrong)
+
+
+def check_diagnostics(place: Place, config: PionConfig) -> None:
+    """Ranks report what one process does, each shared matrix once; and what is done by hand."""
+    weights, found = weights_for(config), []
+    for each in (place, alone(place)):
+        run = Run(each, config, weights, reference=False)
+        watch = Diagnostics(run.optimizer)
+        run.step()
+        with torch.no_grad():
+            run.params[1].mul_(1.5)  # fc2
+        watch.record()
+        run.step()
+        report = watch.report()
+        found.append(list(zip(report.names, report.values.tolist(), strict=True)))
+    mine, one = found
+    everyones = [row for rows in place.everyones(mine) for row in rows]
+    expected = dict(one)
+    whole = {w.name for w in weights if not w.shared}
+    names = [name for name, _ in everyones if name.partition(":")[0] not in whole]
+    assert len(names) == len(set(names)) and {name for name, _ in everyones} == set(expected)
+    for name, values in everyones:
+        # Sums in another order, which the matrix sign and small singular values enlarge.
+        assert np.allclose(values, expected[name], rtol=1e-7, atol=1e-12), (name, values, expected)
+    worst = max(everyones, key=lambda row: row[1][0])
+    assert worst[0] == "fc2:whole[0]" and 0.4 < worst[1][0] < 0.6, worst
 
 
 def check_part_of_the_ranks(place: Place, config: PionConfig) -> None:
@@ -565,6 +622,7 @@ def named(config: PionConfig) -> str:
     options = (config.momentum, config.direction, config.nesterov, config.scaling, config.side)
     words = [readable(option) or str(option) for option in (*options, retraction)]
     words += [config.state_dtype] if config.state_dtype != "fp32" else []
+    words += ["reset"] if config.spectrum_reset_interval else []
     blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
     return "-".join([config.tp_mode, *blocks, *words])
 
@@ -578,6 +636,7 @@ FEW: tuple[dict[str, object], ...] = (
     PUBLISHED | {"momentum": "transported", "direction": "momentum", "scaling": "spectral"},
     PUBLISHED | {"direction": "msign", "side": "alternate", "retraction": "cubic"},
 )
+RESET = {"spectrum_reset_interval": 2}
 LOW = {"matmul_precision": "bf16", "state_dtype": "bf16"}
 ORTHOGONAL: tuple[dict[str, object], ...] = (
     {"retraction": "cayley", "side": "both"},
@@ -618,8 +677,10 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for check, tried in (
         (check_float32, ORTHOGONAL),
         (check_nan, FEW),
-        (check_resume, (*FEW[:3], LOW, LOW | {"momentum": "lie"})),
-        (check_collectives, (*FEW, LOW)),
+        (check_resume, (*FEW[:3], LOW, LOW | {"momentum": "lie"}, RESET)),
+        (check_collectives, (*FEW, LOW, RESET)),
+        (check_reset, (RESET, PUBLISHED | RESET)),
+        (check_diagnostics, FEW),
         (check_work, PRODUCTS),
         (check_nothing_shared, FEW[:2]),
         (check_part_of_the_ranks, FEW[:2]),

@@ -62,6 +62,7 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         "state_dtype": "fp32",
         "tp_mode": "owner",
         "blocks": 1,
+        "spectrum_reset_interval": 0,
     }
 
 
@@ -83,6 +84,7 @@ PAPER_1_3B = {
     "state_dtype": "fp32",
     "tp_mode": "owner",
     "blocks": 1,
+    "spectrum_reset_interval": 0,
 }
 
 

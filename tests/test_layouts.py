@@ -12,8 +12,10 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from layout_table import Difference, Run, Table
+from layout_table import Difference, Result, Run, Table
 from megatron_runs import PUBLISHED_FLAGS as PUBLISHED
+
+from pion_dist.spectrum import drift, shift, singular_values
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,7 @@ PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
+TP2_RESET = Run("tp2 owner, reset", 2, tp(2), options=("--pion-spectrum-reset-interval", "4"))
 TP2_FAN_IN = Run("tp2 owner, fan_in", 2, tp(2), options=("--pion-init", "fan_in"))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
 # The published algorithm's moments have other shapes and names, and more of them are exchanged.
@@ -71,6 +74,23 @@ BF16_DP2 = [
     Run("bf16 dp2", 2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
     Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
+]
+# Factors that stretch by the fourth power of the angle, so that spectra drift by 8e-7 a step until
+# they are put back.
+WATCHED = (
+    *("--pion-retraction", "taylor", "--lr", "0.05", "--min-lr", "0.05"),
+    *("--pion-spectrum-interval", "5", "--pion-spectrum-reset-interval", "7"),
+)
+W_TP2 = Run("tp2 owner, watched", 2, tp(2), options=WATCHED)
+W_DIST_OPT = Run("dp2 dist-opt, watched", 2, DIST_OPT, options=WATCHED)
+WATCHED_RUNS = [
+    W_TP2.one_process,
+    W_TP2,
+    Run("tp2 distributed, watched", 2, tp(2, *DISTRIBUTED), options=WATCHED),
+    Run("pp2, watched", 2, PP2, options=WATCHED),
+    W_DIST_OPT,
+    W_TP2.moved_to(W_DIST_OPT),
+    Run("moe ep2, watched", 2, EP2, "moe", options=WATCHED),
 ]
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
 # first grad norm is 4.672 instead of 4.687, AdamW's too): it keeps only its own heads' part of the
@@ -139,6 +159,7 @@ MOVES = [
     TP2_BLOCKS.one_process.moved_to(TP2_BLOCKS),
     TP2_BLOCKS.moved_to(TP2_BLOCKS.one_process),
     TP2_RMS.moved_to(TP2_RMS.one_process),
+    TP2.moved_to(TP2_RESET),  # without spectra at start
     # Every place of Lie moments saves once and loads once.
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_PLACES, P_PLACES[0]])),
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_MODES, P_MODES[0]])),
@@ -177,6 +198,9 @@ FEW_PLANES = replace(EXACT, grad_norm=3e-5, weights=3e-5, others=3e-5)
 # counts for more where that is small (measured: norms 3.5e-6, weights 1.3e-5, Adam's 2.8e-5; from
 # run to run they differ by half of that).
 ADAPTIVE = replace(EXACT, grad_norm=1e-5, weights=5e-5, others=1e-4)
+# Steps of WATCHED are nine times as long as EXACT's, on average (measured: norms 1.3e-5, weights
+# 6e-5, Adam's 1.1e-4).
+FAR = replace(EXACT, grad_norm=4e-5, weights=2e-4, others=4e-4)
 # With multi-token prediction the embedding has elements whose gradient is rounding: two of 16,384
 # differ by 6e-4 after 20 steps of Adam's, which moves each by its learning rate (measured: 2e-4 of
 # the embedding; the norm then by 2.3e-6).
@@ -252,6 +276,41 @@ def test_bfloat16(check: Callable[..., None], run: Run) -> None:
 @named(MOVES)
 def test_checkpoints_move(check: Callable[..., None], run: Run) -> None:
     check("iterations 11 to 20, moved", run, exact(run))
+
+
+@named(WATCHED_RUNS)
+def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
+    """Reports are one process's, and the last one is of the weights that were saved."""
+    check("with reports and resets", run, FAR)
+    found, start, alone = table[run], table[run.start], table[run.one_process]
+    mine = compare_reports(found, alone)
+    if run.model == "moe":
+        return  # experts' names in checkpoints are others
+    before, after = start.matrices(run), found.matrices(run)
+    for name, weights in after.items():
+        old, new = singular_values(before[name]), singular_values(weights)
+        for kind, change in (("drift", drift(old, new)), ("shift", shift(old, new))):
+            for layer, value in enumerate(change.flatten(1).amax(1).tolist()):
+                tag = f"pion-{kind}/{name.replace('.layers.', f'.layers.{layer}.')}"
+                # Event files have float32 numbers; squares of singular values are exact to 1e-15.
+                assert mine[tag][20] == pytest.approx(value, rel=1e-6, abs=1e-12), tag
+    assert len(mine) == 7 + 2 * 4 * 6
+    assert 1e-7 < mine["pion/drift"][20] == max(mine[tag][20] for tag in mine if "drift/" in tag)
+
+
+def compare_reports(found: Result, alone: Result) -> dict[str, dict[int, float]]:
+    """What a run wrote to TensorBoard, after it has been found to be one process's."""
+    mine, theirs = (
+        {tag: values for tag, values in result.scalars.items() if tag.startswith("pion")}
+        for result in (found, alone)
+    )
+    assert mine.keys() == theirs.keys()
+    for tag, values in mine.items():
+        assert list(values) == ([15, 20] if found.run.source else [5, 10, 15, 20])
+        # Drift is a sum of roundings as well, of 2**-23 in the largest value (see EXACT).
+        for iteration, value in values.items():
+            assert value == pytest.approx(theirs[tag][iteration], rel=1e-3, abs=2**-22), tag
+    return mine
 
 
 @named([TP2, TP2.one_process])

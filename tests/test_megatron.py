@@ -56,7 +56,13 @@ def test_checks_in_megatron_018() -> None:
         ("torch_dist", ["--bf16", *PUBLISHED_FLAGS]),
         ("torch", ["--bf16", *PUBLISHED_FLAGS]),
         ("torch", ["--bf16"]),
-        ("torch", ["--pion-recipe", "paper-60m", "--pion-direction", "adaptive"]),
+        (
+            "torch",
+            [
+                *("--pion-recipe", "paper-60m", "--pion-direction", "adaptive"),
+                *("--pion-spectrum-reset-interval", "4"),
+            ],
+        ),
     ],
     ids=["torch_dist-bf16-lie", "torch-bf16-lie", "torch-bf16-default", "torch-fp32-recipe"],
 )
@@ -95,6 +101,8 @@ def test_resume_prints_the_same_losses(
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
         (["--pion-blocks", "4"], ["--pion-blocks", "blockwise"]),
+        (["--pion-spectrum-exact"], ["--pion-spectrum-exact", "--pion-spectrum-interval"]),
+        (["--pion-spectrum-interval", "-1"], ["--pion-spectrum-interval", "0"]),
         (
             ["--pion-tp-mode", "blockwise", "--pion-blocks", "3", *TP2],
             ["--pion-blocks 3", "--tensor-model-parallel-size 2"],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pion_dist import Pion, PionConfig
 from pion_dist.update.arrangement import Blocks
-from pion_dist.update.scaling import FRESH, PRODUCTS, _fixed, power_iteration
+from pion_dist.update.scaling import FRESH, PRODUCTS, fixed, power_iteration
 
 # Of a dozen products and norms of length ≤ 40 in float64, relative: 12 · 40 · 1.1e-16 = 5e-14.
 ROUNDING = 1e-13
@@ -61,7 +61,7 @@ def test_estimates_are_between_their_bounds_while_the_matrix_changes(
     for step in range(4):
         a = unit * (start + 0.1 * step * skew_of(values[::-1], seed + 1, extra))
         exact = float(torch.linalg.matrix_norm(a, ord=2))
-        p = weight_in_plane(a, u + FRESH * _fixed(u))
+        p = weight_in_plane(a, u + FRESH * fixed(u))
         norm, u = power_iteration(lambda x, a=a: a @ x, u)
         assert norm.item() <= exact * (1 + ROUNDING)
         assert norm.item() >= p ** (1 / (2 * PRODUCTS)) * exact * (1 - ROUNDING)

@@ -112,6 +112,12 @@ class Arrangement(Protocol):
     def shares(self) -> int:
         """Ranks that have a share of each matrix."""
 
+    def cuts(self, side: Side) -> bool:
+        """Whether a rank's share of X is one of the dimension of this side."""
+
+    def share(self, x: Tensor, *, side: Side) -> Tensor:
+        """This rank's share of vectors of a side, [B, 1, n] or [B, m, 1]."""
+
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """The skew generator that S gives at W."""
 
@@ -138,6 +144,14 @@ class Whole:
 
     low_rank = True
     shares = 1
+
+    def cuts(self, side: Side) -> bool:
+        """No."""
+        return False
+
+    def share(self, x: Tensor, *, side: Side) -> Tensor:
+        """All of it."""
+        return x
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """[B, d, d]."""
@@ -186,6 +200,16 @@ class Blocks:
     def shares(self) -> int:
         """Ranks that have blocks of each matrix."""
         return self.peers.size if self.peers is not None else 1
+
+    def cuts(self, side: Side) -> bool:
+        """Of the side of the blocks."""
+        return self.peers is not None and side == self.side
+
+    def share(self, x: Tensor, *, side: Side) -> Tensor:
+        """Of its blocks."""
+        if self.peers is None or side != self.side:
+            return x
+        return _share(x, side, self.peers)
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
@@ -250,6 +274,14 @@ class Divided:
     def shares(self) -> int:
         """Ranks that have a shard of each matrix."""
         return self.peers.size
+
+    def cuts(self, side: Side) -> bool:
+        """Of the side that is cut."""
+        return side == self.side
+
+    def share(self, x: Tensor, *, side: Side) -> Tensor:
+        """Of its rows or columns."""
+        return _share(x, side, self.peers) if self.cuts(side) else x
 
     def whole(self, x: Tensor) -> Tensor:
         """The shards of X joined; kept until another is joined, since W is needed twice."""
@@ -351,6 +383,10 @@ def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
     if side == "out":
         return x_Bmn.reshape(-1, x_Bmn.shape[1] // count, x_Bmn.shape[2])
     return torch.unflatten(x_Bmn, 2, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _share(x: Tensor, side: Side, peers: Peers) -> Tensor:
+    return x.chunk(peers.size, _DIM[side])[peers.rank]
 
 
 def _norm(x: Tensor, y: Tensor | None, peers: Peers) -> Tensor:

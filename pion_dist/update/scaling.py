@@ -45,7 +45,7 @@ def power_iteration(product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     Returns:
         The norms [B, 1, 1], zero for a zero A; and the next vectors: of length 1, or zero.
     """
-    z = x.add(_fixed(x), alpha=FRESH)
+    z = x.add(fixed(x), alpha=FRESH)
     norm = frobenius(z)
     for _ in range(PRODUCTS):
         z = product(z / norm.clamp_min(torch.finfo(z.dtype).tiny))
@@ -53,7 +53,7 @@ def power_iteration(product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     return norm, z / norm.clamp_min(torch.finfo(z.dtype).tiny)
 
 
-def _fixed(x: Tensor) -> Tensor:
+def fixed(x: Tensor) -> Tensor:
     """A vector of length 1 in x's shape that depends on its length alone: a chirp, cos(√2 i²).
 
     Its values are spread as a random vector's are; no weight or gradient has its structure.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,14 +15,8 @@ from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, moving
+from .readings import Turning, read
 from .retraction import Known, coefficients, factor, rotate
-
-
-class Turning(Protocol):
-    """Applies a step's orthogonal factors."""
-
-    def __call__(self, x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
-        """The change of X [B, m, n]; ``known`` as for ``rotate``."""
 
 
 def step(
@@ -37,7 +30,8 @@ def step(
     forms: Mapping[Side, str],
     ok: Tensor,
     arrangement: Arrangement | None = None,
-) -> None:
+    watched: bool = False,
+) -> Tensor | None:
     """Move the moments and the weights by one step (modified in place).
 
     Args:
@@ -53,6 +47,10 @@ def step(
         forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
         ok: boolean scalar on the weights' device; where it is False nothing moves.
         arrangement: how the matrices lie; whole by default.
+        watched: whether to measure what the step does.
+
+    Returns:
+        ``readings.read``'s, if it is watched.
     """
     fast = PRODUCTS[config.matmul_precision]
     moves = moving(config.matmul_precision, w_Bmn.device)
@@ -74,7 +72,7 @@ def step(
             matmul=fast,
         )
     known = [(a.seen(w_Bmn), _first_order(a, w_Bmn, config, moves)) for a in generators]
-    angles = _angles(
+    alphas = _alphas(
         w_Bmn,
         generators,
         [term for _, term in known if term is not None],
@@ -85,13 +83,18 @@ def step(
         ok=ok,
         matmul=moves,
     )
-    angles = [angle * lr for angle in angles]
+    angles = [alpha * lr for alpha in alphas]
     change_of = _turning(generators, angles, config=config)
     change = change_of(w_Bmn, known, matmul=moves)
     del known
+    found = None
+    if watched:
+        each = zip(generators, angles, strict=True)
+        turnings = [_turning([a], [angle], config=config) for a, angle in each]
+        found = read(change, generators, alphas, turnings, lies, active=active, ok=ok)
     if config.momentum != "transported":
         kernels.moved(w_Bmn, change, ok=ok)
-        return
+        return found
     m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
@@ -102,6 +105,7 @@ def step(
         del change
         turn = change_of(m.to(w_Bmn.dtype), None, matmul=fast)
     kernels.moved(m, turn, ok=ok)
+    return found
 
 
 def _from_lie(
@@ -178,7 +182,7 @@ def _first_order(a: Generator, w: Tensor, config: PionConfig, matmul: Products) 
     return a.inner(a.seen(w), matmul=matmul) if config.scaling == "rms" else None
 
 
-def _angles(
+def _alphas(
     w: Tensor,
     generators: Sequence[Generator],
     first_order: Sequence[Tensor],
