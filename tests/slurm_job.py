@@ -1,6 +1,6 @@
-"""Run through the launcher: examples/pretrain_bytes.py, in which something happens.
+"""Run through the launcher: examples/pretrain_bytes.py, in which something may happen.
 
-    srun ... python -m megatron_patches --cpu tests/slurm_job.py stop|raise FLAGS...
+    srun ... python -m megatron_patches --cpu tests/slurm_job.py nothing|stop|raise FLAGS...
 
 Megatron is imported inside functions: a checkpoint's writer starts a process that imports this
 file anew.
@@ -8,6 +8,7 @@ file anew.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 STEP = 4
 WAITS = "a rank waits for USR1"
+STEPS = "steps: "
 
 
 def wait_for_usr1() -> None:
@@ -32,15 +34,22 @@ def wait_for_usr1() -> None:
 
 def main(moment: str) -> None:
     from failing_run import before, complain
+    from many_runs import watch_steps
     from pretrain_bytes import main as pretrain_bytes
 
     from pion_dist import Pion
 
+    steps = watch_steps()
     if moment == "stop" and "SLURM_RESTART_COUNT" not in os.environ:
         before(Pion, "step", STEP, wait_for_usr1)
     elif moment == "raise" and os.environ["RANK"] == "1":
         before(Pion, "step", STEP, complain)
-    pretrain_bytes()
+    try:
+        pretrain_bytes()
+    finally:  # Megatron ends with sys.exit where a signal came
+        if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            found = [(s["iteration"], s["losses"]["lm loss"], s["grad_norm"]) for s in steps]
+            print(STEPS + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ stop() {
 trap stop EXIT
 
 start() { # in the foreground of a child, so that `stop` sees its end
-    "$@" > "$folder/$(basename "$1").out" 2>&1 &
+    "$@" >> "$folder/$1.out" 2>&1 &
     daemons+=($!)
 }
 munge=$folder/munge
