@@ -80,7 +80,8 @@ def test_fp8_weights_are_the_rounded_masters_on_every_rank(
     processes: int, flags: list[str]
 ) -> None:
     fixed = [*MODEL, *NO_DROPOUT, *PION, "--bf16", "--use-distributed-optimizer"]
-    output = launch(CHECKS, *fixed, *flags, processes=processes, launcher=[te_on_cpu.__file__])
+    run = {"processes": processes, "launcher": [te_on_cpu.__file__], "timeout": 600}
+    output = launch(CHECKS, *fixed, *flags, **run)
     assert output.count("all checks passed") == processes
 
 
