@@ -10,12 +10,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import cost, exchange, spectrum, state
+from . import cost, exchange, spectrum, state, storage
 from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
-from .kernels import fold, from_eight_bit, to_eight_bit, unfold
 from .matrices import MatrixView, compute_dtype, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
 from .update.arrangement import Arrangement, Blocks, Divided
@@ -173,7 +172,7 @@ class Pion(torch.optim.Optimizer):
         self._compare()
         for p in params:
             self.state[p] = {
-                key: self.state[p][key] if key in self.state[p] else _zeros(p, moment, ranks)
+                key: self.state[p][key] if key in self.state[p] else storage.zeros(moment, ranks, p)
                 for key, (moment, ranks) in self._held_moments(p).items()
             }
 
@@ -445,14 +444,10 @@ class Pion(torch.optim.Optimizer):
             start = moments[state.START]
             values = spectrum.singular_values(self._complete(x, w))
             start.copy_(torch.where(start.any(-1, keepdim=True), start, values))
-        coded = {
-            name: moment
-            for name, moment in state.moments(len(w), x.m, x.n, self.config, x.axis).items()
-            if moment.held_in(w.itemsize) == "int8"
-        }
-        used = dict(moments)
-        for name, moment in coded.items():
-            used[name] = from_eight_bit(moments[name], moment.used(1), root=_is_root(name))
+        used, coded = moments, self.config.state_dtype == "int8"
+        if coded:
+            described = state.moments(len(w), x.m, x.n, self.config, x.axis)
+            used = storage.used(moments, described)
         found = update(
             w,
             g,
@@ -465,8 +460,8 @@ class Pion(torch.optim.Optimizer):
             arrangement=self._arrangement(x),
             watched=self.readings is not None,
         )
-        for name in coded:
-            to_eight_bit(used[name], moments[name], root=_is_root(name), ok=ok)
+        if coded:
+            storage.put_back(used, moments, ok=ok)
         if self.readings is not None and found is not None:
             self.readings.append((members, found))
         if resets:
@@ -538,7 +533,7 @@ class Pion(torch.optim.Optimizer):
             for key, (moment, ranks) in self._held_moments(p).items():
                 if moment.held(ranks, compute_dtype(p).itemsize) != moment.local(ranks):
                     own = found["state"][index] = dict(found["state"][index])
-                    own[key] = _matrices(own[key].cpu(), moment, ranks, key)
+                    own[key] = storage.matrices(own[key].cpu(), moment, ranks, key)
         return found
 
     @torch.no_grad()
@@ -561,12 +556,12 @@ class Pion(torch.optim.Optimizer):
             for p, index in zip(group["params"], old["params"], strict=True):
                 self.state[p] = {}  # also where this rank holds no moment of it
                 for key, (moment, ranks) in self._held_moments(p).items():
-                    self.state[p][key] = held = _zeros(p, moment, ranks)
+                    self.state[p][key] = held = storage.zeros(moment, ranks, p)
                     value = state_dict["state"].get(index, {}).get(key)
                     if value is None:
                         lacking.append(self._slots[p].name)
                     else:
-                        _hold(value, held, moment, ranks, key)
+                        storage.hold(value, held, moment, ranks, key)
                 starts = [x for key, x in self.state[p].items() if state.is_start(key)]
                 if all(x.any(-1).all() for x in starts):
                     self._started.add(p)
@@ -602,48 +597,6 @@ class Pion(torch.optim.Optimizer):
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
-
-
-def _zeros(p: Tensor, moment: state.Moment, ranks: int) -> Tensor:
-    computed = compute_dtype(p)
-    held_in = {
-        "fp64": torch.float64,
-        "fp32": computed,
-        "bf16": torch.bfloat16,
-        "int8": torch.int8,
-    }
-    return torch.zeros(
-        moment.held(ranks, computed.itemsize),
-        dtype=held_in[moment.held_in(computed.itemsize)],
-        device=p.device,
-    )
-
-
-def _hold(x: Tensor, held: Tensor, moment: state.Moment, ranks: int, key: str) -> None:
-    """Write a moment's matrices as they are held."""
-    if moment.packed:
-        x = fold(x.reshape(-1, *x.shape[-2:])).view(moment.used(ranks))
-    if held.dtype == torch.int8:
-        x = x.to(held.device, torch.float32)
-        to_eight_bit(x, held, root=_is_root(key), ok=held.new_ones((), dtype=torch.bool))
-    else:
-        held.copy_(x)
-
-
-def _matrices(held: Tensor, moment: state.Moment, ranks: int, key: str) -> Tensor:
-    """The inverse of ``_hold``: first moments are skew, second ones symmetric."""
-    shape = moment.local(ranks)
-    if held.dtype == torch.int8:
-        held = from_eight_bit(held, moment.used(ranks), root=_is_root(key))
-    if not moment.packed:
-        return held
-    flat = unfold(held.reshape(-1, *held.shape[-3:]), shape[-1], skew=not _is_root(key))
-    return flat.view(shape)
-
-
-def _is_root(key: str) -> bool:
-    """Whether a moment is a second one, whose root is kept in 8 bits; by its name or key."""
-    return key.startswith("v")
 
 
 def _batch_size(m: int, n: int, p: Tensor) -> int:
