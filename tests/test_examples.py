@@ -81,9 +81,9 @@ def test_launches(name: str, says: str, corpus: Path) -> None:
     assert says in output
     layers = [line for line in output.splitlines() if re.match(r"  decoder\S+ ", line)]
     if name == "qwen3_moe.sh":
-        # 2 layers, 4 experts a rank, which are named as on each rank, 2 weights.
+        # 2 layers, 8 experts, 4 on each of 2 ranks, 2 weights.
         experts = [line for line in layers if "experts.local_experts" in line]
-        assert len(experts) == 2 * 4 * 2 and all("Pion: " in line for line in experts)
+        assert len(experts) == 2 * 8 * 2 and all("Pion: " in line for line in experts)
     if name == "norm_free.sh":
         assert layers and not any("norm" in line for line in layers)
 
