@@ -312,7 +312,7 @@ def precision(runner: Runner, size: Size) -> None:
     table = Table(
         f"Width {model.width}: validation loss, mean and standard deviation of {size.seeds} seeds, "
         f"after {short} and {long} iterations at lr {PION.lr:g} (the rest's {PION.rest:g})",
-        ["in bf16", f"after {short}", f"after {long}", "drift"],
+        ["rounded", f"after {short}", f"after {long}", "drift"],
     )
     for name, (shorts, longs) in zip(cases, found, strict=True):
         drift = max(r.drift for r in shorts + longs)

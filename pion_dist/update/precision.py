@@ -90,7 +90,7 @@ class Split(Products):
     A₀ is A rounded to bf16 and A₁ what is left, rounded too, which keep a skew A skew. Both leave
     2^-18 of an element, and so does A₁B₁: each term of a product is off by less than 2^-16 of it,
     where TF32 leaves 2^-10. The three are one product of three times the inner length, which adds
-    up in float32.
+    up in float32. ``into`` is not split: only the matrix sign, which moves nothing, uses it.
     """
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
