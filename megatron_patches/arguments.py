@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pion_dist import RECIPES, PionConfig
-from pion_dist.config import choices
+from pion_dist.config import MatmulPrecision, choices
+from pion_dist.recipes import in_bf16
 
 _CHOICES = choices()
 DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
+FOLLOWS_BF16 = "bf16 with --bf16, and else highest"
 INITS = ("keep", "fan_in", "orthogonal", "spectral")
 INIT_OF_RECIPE = {
     "pretrain": "fan_in",
@@ -127,12 +129,14 @@ FLAGS = (
         "repeatable). Names are printed by --pion-print-plan.",
         {"action": "append", "metavar": "REGEX"},
     ),
-    _choice(
+    Flag(
         "matmul-precision",
+        None,
         "Precision of products that only decide where a weight moves (generators, matrix sign, "
         "moments): IEEE float32 (highest), TF32 (high) or bf16. What moves the weight is IEEE "
         "float32, or with high and bf16 on GPUs three bf16 products of its pieces (2^-16), so that "
         "its spectrum is kept. Torch's global float32 settings do not count.",
+        {"choices": _CHOICES["matmul_precision"], "type": str},
     ),
     _choice(
         "state-layout",
@@ -259,6 +263,7 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         for field, value in values.items():
             if not hasattr(namespace, field):
                 setattr(namespace, field, value)
+        namespace.pion_matmul_precision = precision(namespace)
         setattr(namespace, SEED_FIELD, getattr(namespace, "seed", SEED_DEFAULT))
         try:
             check(namespace)
@@ -271,8 +276,10 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def recipe_values(name: str) -> dict[str, Any]:
-    """The defaults that a recipe gives to flags, by their field."""
+    """The defaults that a recipe gives to flags, by their field; None: see ``precision``."""
     values = dataclasses.asdict(RECIPES[name])
+    if in_bf16(name) != RECIPES[name]:
+        values["matmul_precision"] = None
     beta1, beta2 = values.pop("betas")
     values |= {"beta1": beta1, "beta2": beta2, "init": INIT_OF_RECIPE[name]}
     return {f"pion_{option}": value for option, value in values.items()}
@@ -295,11 +302,18 @@ def recipe(name: str) -> dict[str, Any]:
     return {"pion_recipe": name, **recipe_values(name)}
 
 
+def precision(source: Any) -> MatmulPrecision:
+    """Of Megatron's args or OptimizerConfig: what is given, or else what the training has."""
+    given: MatmulPrecision | None = source.pion_matmul_precision
+    return given or ("bf16" if getattr(source, "bf16", False) else "highest")
+
+
 def _default_of(flag: Flag) -> str:
     if flag.options.get("action") in ("store_true", "store_false", "append"):
         return ""
     if flag.field in recipe_values(DEFAULT_RECIPE):
         value = recipe_values(DEFAULT_RECIPE)[flag.field]
+        value = FOLLOWS_BF16 if value is None else value
         return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {value}."
     return f" Default: {flag.default}."
 
@@ -327,6 +341,7 @@ def pion_config(source: Any) -> PionConfig:
         for field in dataclasses.fields(PionConfig)
         if field.name != "betas"
     }
+    values["matmul_precision"] = precision(source)
     try:
         return PionConfig(betas=(source.pion_beta1, source.pion_beta2), **values)
     except ValueError as error:

@@ -68,7 +68,7 @@ def check_torch() -> None:
     if not torch.cuda.is_available():
         print("no GPU that torch can use: run with `python -m megatron_patches --cpu SCRIPT ...`")
     elif torch.cuda.get_device_capability() >= (8, 0):
-        print("TF32 and bf16 products: --pion-matmul-precision high, bf16 (default: float32)")
+        print("bf16 and TF32 products: --pion-matmul-precision bf16 (default with --bf16), high")
 
 
 def built_for() -> str:

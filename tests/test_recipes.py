@@ -11,6 +11,7 @@ from megatron_patches.arguments import (
     recipe_values,
 )
 from pion_dist import RECIPES
+from pion_dist.recipes import in_bf16
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=["adam"], default="pion")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--lr-warmup-init", type=float, default=0.0)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     return add_pion_arguments(parser)
 
@@ -32,6 +34,18 @@ def test_a_recipe_gives_its_options(parser: argparse.ArgumentParser, name: str) 
     args = parser.parse_args(["--pion-recipe", name])
     assert pion_config(args) == RECIPES[name]
     assert args.pion_init == INIT_OF_RECIPE[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_in_bf16_our_own_recipes_have_bf16_products(
+    parser: argparse.ArgumentParser, name: str
+) -> None:
+    args = parser.parse_args(["--pion-recipe", name, "--bf16"])
+    assert pion_config(args) == in_bf16(name)
+    published = name.startswith("paper")
+    assert args.pion_matmul_precision == ("highest" if published else "bf16")
+    given = parser.parse_args(["--pion-matmul-precision", "highest", "--bf16"])
+    assert pion_config(given) == RECIPES["pretrain"]
 
 
 # Flags that set what no recipe has; together every field that a recipe gives a default.

@@ -89,7 +89,7 @@ CONTENDERS = {
     "adamw": ("--optimizer", "adam"),
     "muon": ("--optimizer", "muon"),
     "pion": ("--optimizer", "pion"),
-    "pion-bf16": ("--optimizer", "pion", "--pion-matmul-precision", "bf16"),
+    "pion-float32": ("--optimizer", "pion", "--pion-matmul-precision", "highest"),
     "pion-lie": ("--optimizer", "pion", "--pion-recipe", "paper-1.3b"),
 }
 

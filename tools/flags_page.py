@@ -11,6 +11,7 @@ from typing import Any
 from megatron_patches.arguments import (
     DEFAULT_RECIPE,
     FLAGS,
+    FOLLOWS_BF16,
     Flag,
     add_pion_arguments,
     recipe_values,
@@ -61,10 +62,12 @@ def section(flag: Flag, written: str) -> list[str]:
 
 def in_markdown(text: str) -> str:
     """Flags as code, and no character that means something."""
-    return re.sub(r"(--[a-z][a-z-]*)", r"`\1`", re.sub(r"([*_<|])", r"\\\1", text))
+    return re.sub(r"(--[a-z][a-z0-9-]*)", r"`\1`", re.sub(r"([*_<|])", r"\\\1", text))
 
 
 def shown(value: Any) -> str:
+    if value is None:
+        return in_markdown(FOLLOWS_BF16)
     return f"`{value}`" if not isinstance(value, bool) else "yes" if value else "no"
 
 

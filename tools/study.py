@@ -290,17 +290,17 @@ def precision(runner: Runner, size: Size) -> None:
     """Pion with products and moments in bf16 or 8 bits, at the narrowest width: losses, drift."""
     model = size.models[0]
     lie = ("--pion-momentum", "lie", "--pion-direction", "adaptive")
-    products, moments = ("--pion-matmul-precision", "bf16"), ("--pion-state-dtype", "bf16")
-    coded = ("--pion-state-dtype", "int8")
+    computed = ("--pion-matmul-precision", "highest")
+    moments, coded = ("--pion-state-dtype", "bf16"), ("--pion-state-dtype", "int8")
     cases = {
         f"{of}: {what}": Method("Pion", (*PION.flags, *base, *flags), PION.lr, PION.rest)
         for of, base in (("default", ()), ("lie, adaptive", lie))
         for what, flags in (
-            ("as computed", ()),
-            ("products", products),
-            ("moments", moments),
-            ("both", (*products, *moments)),
-            ("moments in int8", coded),
+            ("nothing", computed),
+            ("products", ()),
+            ("moments", (*computed, *moments)),
+            ("both", moments),
+            ("products, moments in int8", coded),
         )
     }
 

@@ -23,8 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 import prepare_corpus  # noqa: E402
 from megatron_job import PLAIN_FLAGS  # noqa: E402
 
-from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE  # noqa: E402
-from pion_dist import RECIPES  # noqa: E402
+from megatron_patches.arguments import DEFAULT_RECIPE, recipe_values  # noqa: E402
 
 HEAD = 16  # hidden size for each head
 
@@ -255,7 +254,7 @@ class Runner:
         decides = [self._flags(run, Path("run")), self._corpora[run.corpus][1], run.watch]
         if "pion" in run.method.flags:
             # What flags that are not given stand for.
-            decides.append([*RECIPES[DEFAULT_RECIPE].lines(), INIT_OF_RECIPE[DEFAULT_RECIPE]])
+            decides.append(recipe_values(DEFAULT_RECIPE))
         key = json.dumps(decides)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         legible = "".join(c if c.isalnum() else "-" for c in run.method.name.lower())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import choices
-from ..recipes import RECIPES
+from ..recipes import RECIPES, in_bf16
 from . import report
 from .describe import CLUSTERS, MODELS, Cluster, Layout, Model, named
 from .predict import predict
@@ -76,7 +76,7 @@ def _meaning(of: type, field: Field[Any]) -> str:
 def _print(args: argparse.Namespace) -> None:
     cluster = _overridden(named(CLUSTERS, "cluster", args.cluster), args)
     config = replace(
-        RECIPES[args.recipe],
+        in_bf16(args.recipe),
         **{k: v for k in choices() if (v := getattr(args, k, None)) is not None},
     )
     drawn: dict[str, list[tuple[Layout, report.Found]]] = {}
