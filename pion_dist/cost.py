@@ -12,6 +12,7 @@ from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
 from .update.direction import NEWTON_SCHULZ
+from .update.precision import panels
 from .update.scaling import PRODUCTS
 
 Form = Literal["dense", "factors"]
@@ -53,7 +54,13 @@ def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
 
 
 def step_flop(
-    m: int, n: int, config: PionConfig, axis: Axis | None = None, *, ranks: int = 1
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis | None = None,
+    *,
+    ranks: int = 1,
+    device: str = "cuda",
 ) -> float:
     """FLOP of a step of one m x n matrix, on average over steps (``alternate``: half each side).
 
@@ -65,6 +72,7 @@ def step_flop(
         config: the run's options.
         axis: along which tensor parallelism cuts it.
         ranks: that share its computation (``distributed``, ``blockwise``); the count is one's.
+        device: type of the device, whose panels the matrix sign has.
     """
     blocks = config.blocks_of(axis)
     divided = ranks > 1 and not blocks
@@ -80,11 +88,14 @@ def step_flop(
         size, count = (d // blocks[side], blocks[side]) if side in blocks else (d, 1)
         dense = bool(blocks) or divided
         form: Form = "dense" if dense else chosen[side]
-        work = _work(size, other, config, form=form, first=alone)
+        # Rows of a divided product have no mirror image on their rank.
+        work = _work(
+            size, other, config, form=form, first=alone, device=None if divided else device
+        )
         always, once = made * count / ranks * work.generator, work.flop - work.generator
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
-        alike += _sign_flop(size, config) if blocks and not cut else 0.0
+        alike += _sign_flop(size, config, device) if blocks and not cut else 0.0
         if config.scaling == "spectral" and (blocks or divided) and not cut:
             alike += PRODUCTS * 2.0 * size * size
         once = (once * count - alike) / ranks + alike
@@ -265,15 +276,23 @@ class _Work:
         return products + self.vectors + self.solvers / _SOLVER_RATE
 
 
-def _work(d: int, other: int, config: PionConfig, *, form: Form, first: bool) -> _Work:
-    """The work of the side whose generator is [d, d]."""
+def _work(
+    d: int,
+    other: int,
+    config: PionConfig,
+    *,
+    form: Form,
+    first: bool,
+    device: str | None = "cuda",
+) -> _Work:
+    """The work of the side whose generator is [d, d]; None for whole products in its sign."""
     vectors = PRODUCTS if config.scaling == "spectral" else 0
     on_w, on_moment = (other * x for x in _products(config, first=first))
     if form == "dense":
         row = 2.0 * d * d
         return _Work(
             generator=other * row,
-            other=on_moment * row + _sign_flop(d, config),
+            other=on_moment * row + _sign_flop(d, config, device),
             moving=on_w * row,
             vectors=vectors * row,
             solvers=_factor_flop(d, config),
@@ -286,15 +305,19 @@ def _work(d: int, other: int, config: PionConfig, *, form: Form, first: bool) ->
     outer_w, outer_moment = (other * x for x in _outer(config, first=first))
     return _Work(
         generator=other * row,
-        other=on_moment * row + outer_moment * outer + _sign_flop(k, config),
+        other=on_moment * row + outer_moment * outer + _sign_flop(k, config, device),
         moving=on_w * row + outer_w * outer,
         vectors=vectors * (row + 2 * outer),
         solvers=4.0 * d * k * k - 4.0 / 3.0 * k**3,
     )
 
 
-def _sign_flop(d: int, config: PionConfig) -> float:
-    return 2.0 * 3 * len(NEWTON_SCHULZ) * d**3 if config.direction == "msign" else 0.0
+def _sign_flop(d: int, config: PionConfig, device: str | None) -> float:
+    if config.direction != "msign":
+        return 0.0
+    whole = [(0, d)] if device is None else panels(d, device)
+    computed = sum((high - low) * high for low, high in whole)
+    return 2.0 * 3 * len(NEWTON_SCHULZ) * d * computed
 
 
 def _factor_flop(d: int, config: PionConfig) -> float:

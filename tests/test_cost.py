@@ -58,6 +58,14 @@ def test_matrix_sign_is_counted_but_for_the_qr(
     assert step_flop(*shape, config) - qr == pytest.approx(executed(*shape, config), rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(320, 320), (700, 650)], ids=str)
+def test_mirror_images_in_the_matrix_sign_are_not_counted(shape: tuple[int, int]) -> None:
+    config = PionConfig(scaling="rms")
+    on_cpu = step_flop(*shape, config, device="cpu")
+    assert on_cpu == pytest.approx(executed(*shape, config), rel=1e-12)
+    assert on_cpu < step_flop(*shape, config)  # GPUs have panels from 4096 on
+
+
 def test_the_reuse_form_costs_seven_products() -> None:
     # 3 with the generator of the side that goes first and 4 with the other: PION.md's identity.
     assert step_flop(32, 32, PionConfig(**PUBLISHED)) == 7 * 2 * 32**3

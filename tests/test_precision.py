@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pion_dist import Pion, PionConfig
 from pion_dist.update import step
-from pion_dist.update.precision import PRODUCTS, Products, Split
+from pion_dist.update.precision import PRODUCTS, Products, Split, panels
 
 # The last two have generators in factors, where the other dimension is more than twice as long.
 SHAPES = ((16, 16), (12, 9), (32, 6), (6, 32))
@@ -115,3 +115,27 @@ def test_what_tensor_cores_move_keeps_the_spectrum(
     print(f"{retraction}: of the largest singular value {worst[Split]:.1e}")
     print(f"by plain bf16 {worst[Products]:.1e}")
     assert worst[Split] <= 0.1 * 2.0**-18 * 50**0.5 < worst[Products]
+
+
+@pytest.mark.parametrize("d", [1, 319, 320, 643, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mirrored_product_is_the_whole_one(d: int, dtype: torch.dtype) -> None:
+    """On 1 to 4 panels: to rounding of d terms, 2^-53 each, or of the result to 8 bits."""
+    x = torch.randn(2, d, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = (x - x.mT).to(dtype) / d**0.5
+    p, q, skew = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    exact = x.double() @ x.double()
+    bound = 8 * d * 2.0**-53 if dtype == torch.float64 else 2.0**-8
+    bound *= exact.abs().max()
+    products = Products()
+    assert (products.mirrored(p, x, x, sign=1).double() - exact).abs().max() <= bound
+    products.mirrored(q, p, p, sign=1, add=p, beta=-2.0, alpha=0.5)
+    exact = 0.5 * p.double() @ p.double() - 2.0 * p.double()
+    assert (q.double() - exact).abs().max() <= 8 * bound
+    products.mirrored(skew, x, q, sign=-1, add=x, beta=3.0)
+    exact = x.double() @ q.double() + 3.0 * x.double()
+    # Of bf16 q is not the exact polynomial in x, nor the product skew: by its rounding.
+    assert (skew.double() - exact).abs().max() <= 16 * bound * max(1.0, q.abs().max().item())
+    for low, high in panels(d, "cpu")[1:]:
+        for y, sign in (p, 1), (q, 1), (skew, -1):
+            assert torch.equal(y[:, :low, low:high], sign * y[:, low:high, :low].mT)

@@ -25,9 +25,9 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz, with two more in memory.
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
-    products. K is first divided by a bound of its largest singular value that the first step's
-    products give: see ``tight``. The result is made exactly skew again, since the spectrum
-    depends on it.
+    products, each symmetric or skew. K is first divided by a bound of its largest singular value
+    that the first step's products give: see ``tight``. The result is made exactly skew again, since
+    the spectrum depends on it.
 
     Args:
         k: skew [B, d, d]. (its values are lost)
@@ -41,16 +41,16 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     x = matmul.rounded(k.div_(kernels.frobenius(k) + eps))
     p, q = torch.empty_like(x), torch.empty_like(x)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        matmul.into(p, x, x)
+        matmul.mirrored(p, x, x, sign=1)
         if step == 0:
-            matmul.into(q, p, p)
+            matmul.mirrored(q, p, p, sign=1)
             r = tight(kernels.frobenius(q))
             # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
             x.mul_(r.to(x.dtype))
             q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
         else:
-            matmul.into(q, p, p, add=p, beta=-b, alpha=c)
-        x, p = matmul.into(p, x, q, add=x, beta=a), x
+            matmul.mirrored(q, p, p, sign=1, add=p, beta=-b, alpha=c)
+        x, p = matmul.mirrored(p, x, q, sign=-1, add=x, beta=a), x
     del p, q
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,27 @@ def float32_precision(name: str) -> Iterator[None]:
     finally:
         for setting, value in others:
             setting.fp32_precision = value
+
+
+# Rows of a panel, at least, and panels at most: lower ones keep a device less busy. On one CPU core
+# a product takes 0.78, 0.73 and 0.71 of its time at d = 512, 1024 and 2048 in float32, 0.88, 0.85
+# and 0.73 in bf16, and at 256 it would take more. On an H100 2048 rows by 2048 are 128 of
+# cuBLAS's tiles for 132 multiprocessors (not measured).
+_PANEL_ROWS = {"cpu": 160}
+_PANEL_ROWS_OF_OTHERS = 2048
+_PANELS = 4
+
+
+def panels(d: int, device: str) -> list[tuple[int, int]]:
+    """First and last row, exclusive, of each panel of a d x d product, see ``Products.mirrored``.
+
+    Args:
+        d: rows.
+        device: type of the device that computes it.
+    """
+    count = max(1, min(_PANELS, d // _PANEL_ROWS.get(device, _PANEL_ROWS_OF_OTHERS)))
+    edges = [d * i // count for i in range(count + 1)]
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,32 @@ class Products:
         with self._in_force(a):
             c = out if add is None else add
             return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
+
+    def mirrored(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        sign: Literal[1, -1],
+        add: Tensor | None = None,
+        beta: float = 0.0,
+        alpha: float = 1.0,
+    ) -> Tensor:
+        """``into``, where the result is symmetric (``sign`` 1) or skew (-1).
+
+        Only panels up to the diagonal are computed; what is above them is their mirror image.
+        """
+        whole = panels(out.shape[-1], out.device.type)
+        for low, high in whole:
+            rows = slice(low, high), slice(high)
+            added = None if add is None else add[:, *rows]
+            self.into(
+                out[:, *rows], a[:, rows[0]], b[..., :high], add=added, beta=beta, alpha=alpha
+            )
+        for low, high in whole[1:]:
+            torch.mul(out[:, low:high, :low].mT, sign, out=out[:, :low, low:high])
+        return out
 
     def rounded(self, x: Tensor) -> Tensor:
         """X as it is multiplied."""
