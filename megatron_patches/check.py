@@ -15,9 +15,12 @@ def main() -> None:
         print(f"megatron-core {seams.megatron_version()}")
         if not seams.has_training():
             print("no megatron.training: megatron-core alone, for scripts with their own arguments")
-        for seam, what in seams.checked():
+        found = seams.checked()
+        for seam, what in found:
             fits = f"fits: {seam.module}.{seam.name}"
             print(fits if what is None else f"MISSING: {what} ({seam.why})")
+        if any(what is not None for _, what in found):
+            sys.exit("this Megatron lacks what is MISSING above; megatron-core 0.19.2 has it")
         apply()
     except seams.SeamError as error:
         sys.exit(f"{error}")

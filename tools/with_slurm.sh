@@ -3,10 +3,19 @@
 #
 #   tools/with_slurm.sh FOLDER COMMAND [ARGS...]
 #
-# All it writes is in FOLDER, logs included. For SLURM each node has 4 CPUs and 4 GPUs.
+# All it writes is in FOLDER, logs included; what an earlier call has left there is removed. For SLURM
+# each node has 4 CPUs and 4 GPUs.
 set -euo pipefail
 PATH=$PATH:/usr/sbin
 
+if [ $# -lt 2 ]; then
+    echo "usage: $0 FOLDER COMMAND [ARGS...]" >&2
+    exit 2
+fi
+if [ -e "$1" ] && [ ! -e "$1/slurm.conf" ]; then
+    echo "$1 is there already, and not from this command: name another folder" >&2
+    exit 2
+fi
 rm -rf "$1"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
@@ -69,7 +78,7 @@ stop() {
         [ "$left" ] || break
         sleep 1
     done
-    [ -z "$left" ] || kill -KILL $left
+    xargs --no-run-if-empty kill -KILL <<< "$left"
     kill "${daemons[@]}"
     wait "${daemons[@]}"
 }
