@@ -123,11 +123,12 @@ def source(env: Environment) -> Source | None:
         return "SLURM"
     if "PMIX_RANK" in env or any(rank in env for rank, _ in MPI_RANKS):
         return "MPI"
-    if "SLURM_JOB_ID" in env and _number(env, "SLURM_NTASKS", "1") > 1:
-        raise LaunchError(
-            f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process: it would be "
-            "one rank alone. Put srun before the command, or 'srun --ntasks 1' if one is meant"
-        )
+    for name in ("SLURM_NTASKS", "SLURM_NNODES"):
+        if "SLURM_JOB_ID" in env and _number(env, name, "1") > 1:
+            raise LaunchError(
+                f"{name}={env[name]}, but srun did not start this process: it would be one rank "
+                "alone. Put srun before the command, or 'srun -N 1 -n 1' if one is meant"
+            )
     return None
 
 

@@ -90,6 +90,8 @@ def test_whose_variables_count(found: str | None, env: dict[str, str]) -> None:
         (TASK | {"WORLD_SIZE": "8"}, "WORLD_SIZE is set, but not RANK and LOCAL_RANK: unset"),
         (TORCHRUN | {"RANK": ""}, "WORLD_SIZE and LOCAL_RANK is set, but not RANK: unset RANK"),
         (BATCH, "SLURM_NTASKS=8, but srun did not start this process"),
+        # --nodes=2 alone
+        ({"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2"}, "SLURM_NNODES=2, but srun did not start"),
         # salloc's shell, a step itself
         (changed(BATCH, SLURM_STEP_ID="4294967290"), "but srun did not start this process"),
         (changed(BATCH, SLURM_NTASKS="many"), "SLURM_NTASKS='many' is not a number"),
