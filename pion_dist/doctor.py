@@ -199,7 +199,7 @@ class Check:
         return self.what.lower().replace(" ", "-")
 
 
-INSTALL = "in pion_dist's folder, pip install -e . -c constraints.txt"
+INSTALL = "pip install -e . -c constraints.txt in pion_dist's folder brings the tested one"
 CHECKS = (
     Check("Python", check_python, "another Python, in a new environment"),
     Check("torch", check_torch, INSTALL),
