@@ -34,7 +34,7 @@ def main() -> None:
 
             cpu_device.install()
             cpu_device.patch_megatron()
-        set_ranks()
+        set_ranks()  # after --cpu has hidden the GPUs: it refuses a task that sees too few
         apply()
     except (LaunchError, SeamError) as error:
         sys.exit(f"python -m megatron_patches: {error}")

@@ -1,12 +1,13 @@
 """Which rank this process is, as torchrun, srun or mpirun says; set for Megatron.
 
 ``set_ranks`` is for any script. ``source``, ``of_environment`` and ``of_slurm`` are functions of an
-environment alone.
+environment alone; a variable that is empty counts as not set.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ SLURM_RANKS = ("SLURM_PROCID", "SLURM_NTASKS")
 # From here on SLURM's numbers stand for what is no task: the shell of salloc, a batch script.
 NO_STEP = 0xFFFFFFFA
 
+INSTALL_MPI = "in pion_dist's folder, pip install -e '.[mpi]'"
 AS_TORCHRUN = f"unset {', '.join(RANKS)} to have them found, or set all that torchrun sets"
 
 
@@ -54,6 +56,15 @@ class Launch:
     address: str
     port: int
 
+    def __post_init__(self) -> None:
+        local_size = self.size if self.local_size is None else self.local_size
+        if not (self.rank < self.size and self.local_rank < local_size <= self.size):
+            said = ", ".join(f"{name}={value}" for name, value in self.variables.items())
+            raise LaunchError(
+                f"{self.source}'s variables say {said}: ranks count from 0 and are below their "
+                "number, on a node and in all"
+            )
+
     @property
     def variables(self) -> dict[str, str]:
         """As torchrun sets them."""
@@ -68,21 +79,20 @@ class Launch:
         return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def set_ranks() -> Launch | None:
+@functools.cache  # what it sets is itself an environment
+def set_ranks() -> Launch:
     """Find this process's rank and set what Megatron reads of it in ``os.environ``.
 
-    torchrun's variables win, then srun's, then mpirun's, whose processes must all call this. Rank 0
-    prints one line. Call it before anything initialises torch.distributed; twice does no harm.
-
-    Returns:
-        What was found, or None for a process that was started by itself.
+    torchrun's variables win, then srun's, then mpirun's, whose processes must all call this; else
+    it is the only rank. Rank 0 prints one line. Call it before anything initialises
+    torch.distributed; twice does no harm.
 
     Raises:
         LaunchError: the environment is half set, contradicts itself, or MPI cannot be used.
     """
     match source(os.environ):
         case None:
-            return None
+            found = Launch("nobody", 0, 1, 0, 1, "127.0.0.1", 0)
         case "environment":
             found = of_environment(os.environ)
         case "SLURM":
@@ -92,9 +102,11 @@ def set_ranks() -> Launch | None:
             found = of_mpi(os.environ)
     os.environ.update(found.variables)
     if found.rank == 0:
-        ranks = "1 rank" if found.size == 1 else f"{found.size} ranks"
-        where = f"at {found.address}, port {found.port}"
-        print(f"launch: {ranks} by {found.source}'s variables, meeting {where}", flush=True)
+        ranks, where = "1 rank", ""
+        if found.size > 1:
+            ranks = f"{found.size} ranks"
+            where = f", meeting at {found.address}, port {found.port}"
+        print(f"launch: {ranks} by {found.source}'s variables{where}", flush=True)
     return found
 
 
@@ -104,18 +116,19 @@ def source(env: Environment) -> Source | None:
     Raises:
         LaunchError: torchrun's are half set, or this is one process where SLURM gave room for more.
     """
-    if any(name in env for name in RANKS):
-        _need(env, RANKS, f"{' and '.join(n for n in RANKS if n in env)} is set", AS_TORCHRUN)
+    if given := [name for name in RANKS if env.get(name)]:
+        _need(env, RANKS, f"{' and '.join(given)} is set", AS_TORCHRUN)
         return "environment"
     if _is_task(env) and not _started_by_mpirun(env):
         return "SLURM"
     if "PMIX_RANK" in env or any(rank in env for rank, _ in MPI_RANKS):
         return "MPI"
-    if "SLURM_JOB_ID" in env and _number(env, "SLURM_NTASKS", "1") > 1:
-        raise LaunchError(
-            f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process: it would be "
-            "one rank alone. Put srun before the command, or 'srun --ntasks 1' if one is meant"
-        )
+    for name in ("SLURM_NTASKS", "SLURM_NNODES"):
+        if "SLURM_JOB_ID" in env and _number(env, name, "1") > 1:
+            raise LaunchError(
+                f"{name}={env[name]}, but srun did not start this process: it would be one rank "
+                "alone. Put srun before the command, or 'srun -N 1 -n 1' if one is meant"
+            )
     return None
 
 
@@ -126,14 +139,7 @@ def of_environment(env: Environment) -> Launch:
         LaunchError: they contradict each other, or what srun or mpirun says.
     """
     rank, size, local = (_number(env, name) for name in RANKS)
-    local_size = _number(env, LOCAL_SIZE) if LOCAL_SIZE in env else None
-    for name, number, of, count in (
-        ("RANK", rank, "WORLD_SIZE", size),
-        ("LOCAL_RANK", local, "WORLD_SIZE", size),
-        ("LOCAL_RANK", local, LOCAL_SIZE, local_size),
-    ):
-        if count is not None and number >= count:
-            raise LaunchError(f"{name}={number} is not below {of}={count}: ranks count from 0")
+    local_size = _number(env, LOCAL_SIZE) if env.get(LOCAL_SIZE) else None
     if size > 1:
         _need(env, ("MASTER_ADDR", "MASTER_PORT"), f"WORLD_SIZE={size}", AS_TORCHRUN)
     by_torchrun = "TORCHELASTIC_RUN_ID" in env
@@ -145,7 +151,7 @@ def of_environment(env: Environment) -> Launch:
         size,
         local,
         local_size,
-        env.get("MASTER_ADDR", "127.0.0.1"),
+        env.get("MASTER_ADDR") or "127.0.0.1",
         _port(env, "0", at_least=int(size > 1)),
     )
 
@@ -154,7 +160,8 @@ def of_slurm(env: Environment) -> Launch:
     """What srun says to one of its tasks. The address may be a node's name that only SLURM knows.
 
     Raises:
-        LaunchError: a variable is missing, or the task does not see a GPU for each of its node's.
+        LaunchError: a variable is missing, they contradict each other, or the task does not see a
+            GPU for each of its node's.
     """
     names = (*SLURM_RANKS, "SLURM_LOCALID", "SLURM_NODEID")
     lists = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
@@ -162,6 +169,9 @@ def of_slurm(env: Environment) -> Launch:
     _need(env, (*names, "SLURM_JOB_ID", *lists), "SLURM_STEP_ID is set", fix)
     rank, size, local, node = (_number(env, name) for name in names)
     tasks = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+    if node >= len(tasks) or sum(tasks) != size:
+        given = ", ".join(f"{name}={env[name]}" for name in ("SLURM_NODEID", "SLURM_NTASKS"))
+        raise LaunchError(f"{given}, but SLURM_STEP_TASKS_PER_NODE={env[lists[1]]}: {fix}")
     # Megatron takes the GPU number LOCAL_RANK.
     devices = list(filter(None, env.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if 0 < len(devices) < tasks[node]:
@@ -179,7 +189,7 @@ def of_slurm(env: Environment) -> Launch:
         size,
         local,
         tasks[node],
-        env.get("MASTER_ADDR", address),
+        env.get("MASTER_ADDR") or address,
         _port(env, str(port), at_least=1),
     )
 
@@ -233,13 +243,12 @@ def of_mpi(env: Environment) -> Launch:
         from mpi4py import MPI
     except ImportError as error:
         raise LaunchError(
-            f"mpirun started this process, but mpi4py is missing ({error}): "
-            "pip install 'pion_dist[mpi]'"
+            f"mpirun started this process, but mpi4py is missing ({error}): {INSTALL_MPI}"
         ) from error
     except RuntimeError as error:  # which mpi4py raises where it finds no library
         raise LaunchError(
-            f"mpi4py found no MPI library ({error}): pip install 'pion_dist[mpi]', or load the "
-            "module of the MPI whose mpirun this is"
+            f"mpi4py found no MPI library ({error}): {INSTALL_MPI}, or load the module of the MPI "
+            "whose mpirun this is"
         ) from error
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
@@ -254,7 +263,7 @@ def of_mpi(env: Environment) -> Launch:
     where: Any = None
     if rank == 0:
         address = "127.0.0.1" if local_size == size else socket.gethostname()
-        address, port = env.get("MASTER_ADDR", address), 0
+        address, port = env.get("MASTER_ADDR") or address, 0
         try:
             port = _port(env, "0", at_least=0)
             _store = _open_store(address, port)
@@ -316,7 +325,7 @@ def _compare(env: Environment, rank: int, size: int) -> None:
 
 
 def _need(env: Environment, names: tuple[str, ...], because: str, fix: str) -> None:
-    if missing := [name for name in names if name not in env]:
+    if missing := [name for name in names if not env.get(name)]:
         raise LaunchError(f"{because}, but not {' and '.join(missing)}: {fix}")
 
 
@@ -328,7 +337,7 @@ def _port(env: Environment, default: str, *, at_least: int) -> int:
 
 
 def _number(env: Environment, name: str, default: str | None = None) -> int:
-    text = env[name] if default is None else env.get(name, default)
+    text = env[name] if default is None else env.get(name) or default
     if not text.isdecimal():
         raise LaunchError(f"{name}={text!r} is not a number: unset it or set it right")
     return int(text)

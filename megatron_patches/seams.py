@@ -238,8 +238,9 @@ def megatron_version() -> str:
             "megatron-core is not installed: pip install megatron-core==0.19.2 "
             "emerging-optimizers==0.3.0"
         )
-    version: Any = importlib.import_module("megatron.core.package_info").__version__
-    return str(version)
+    info: Any = importlib.import_module("megatron.core.package_info")
+    # Without the commit that Megatron adds: it is that of any git repository with .venv in it.
+    return str(info.__version__).partition("+")[0]
 
 
 def has_training() -> bool:

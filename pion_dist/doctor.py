@@ -7,42 +7,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 # An import from a cold file system of a cluster takes minutes.
-LIMIT_S = 120
+LIMIT_S = 300
 ERROR_LINES = 6
 AT_ONCE = 4  # programs that import torch, of half a GB each
 ABSENT = 3  # exit status of a check whose package is not here
+PYTHON = (3, 12)
 DRIFT = 1e-5  # in two steps: 3e-8 in float32 (measured); TF32 rounds by 2**-11
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        what: was looked at.
-        state: ok, absent or broken.
-        needed: ``--optimizer pion`` cannot run without.
-        lines: what there is to say.
-    """
-
-    what: str
-    state: str
-    needed: bool
-    lines: list[str]
 
 
 def absent(meaning: str) -> None:
@@ -54,10 +38,14 @@ def absent(meaning: str) -> None:
 def check_python() -> None:
     """Python itself."""
     print(f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+    if sys.version_info < PYTHON:
+        raise RuntimeError(f"Megatron needs Python {PYTHON[0]}.{PYTHON[1]} or newer")
 
 
 def check_torch() -> None:
     """Torch, CUDA, the GPUs and nccl."""
+    if find_spec("torch") is None:
+        absent("all of this needs it")
     import torch
 
     print(f"{torch.__version__}, {built_for()}")
@@ -117,10 +105,17 @@ def check_triton() -> None:
     print(version("triton"))
 
 
+def check_megatron() -> None:
+    """Megatron, seam by seam; by ``megatron_patches``, which knows them."""
+    if find_spec("megatron") is None:
+        absent("Pion works in plain PyTorch; --optimizer pion is a flag of Megatron's")
+    runpy.run_module("megatron_patches.check", run_name="__main__")
+
+
 def check_emerging_optimizers() -> None:
-    """What Megatron needs for every optimizer that is not Adam or SGD."""
+    """What Megatron makes its other optimizers with."""
     if find_spec("emerging_optimizers") is None:
-        absent("needed by Megatron: pip install emerging-optimizers==0.3.0")
+        absent("Megatron needs it for optimizers that are not Adam or SGD")
     importlib.import_module("emerging_optimizers")
     print(version("emerging-optimizers"))
 
@@ -190,14 +185,12 @@ class Check:
 
     Attributes:
         what: its name in the report.
-        run: the check; None for a program of its own.
-        needed: see Finding.
-        fix: what to do where it is needed and not there.
+        run: prints what there is to say, and raises where it does not work.
+        fix: what to do where it does not; of what ``--optimizer pion`` cannot run without.
     """
 
     what: str
-    run: Callable[[], None] | None
-    needed: bool = False
+    run: Callable[[], None]
     fix: str = ""
 
     @property
@@ -205,21 +198,15 @@ class Check:
         """Its name on the command line."""
         return self.what.lower().replace(" ", "-")
 
-    def command(self) -> list[str]:
-        """The program that prints what it found."""
-        if self.run is None:
-            return [sys.executable, "-m", "megatron_patches.check"]
-        return [sys.executable, "-m", "pion_dist.doctor", "--check", self.key]
 
-
-INSTALL = "pip install -e . in pion_dist's folder brings the tested one"
+INSTALL = "pip install -e . -c constraints.txt in pion_dist's folder brings the tested one"
 CHECKS = (
-    Check("Python", check_python),
-    Check("torch", check_torch, needed=True, fix=INSTALL),
-    Check("Pion", check_pion, needed=True, fix="it says why above"),
+    Check("Python", check_python, "another Python, in a new environment"),
+    Check("torch", check_torch, INSTALL),
+    Check("Pion", check_pion, "it says why above"),
     Check("Triton", check_triton),
-    Check("Megatron", None, needed=True, fix=INSTALL),
-    Check("emerging-optimizers", check_emerging_optimizers, needed=True, fix=INSTALL),
+    Check("Megatron", check_megatron, INSTALL),
+    Check("emerging-optimizers", check_emerging_optimizers, INSTALL),
     Check("Transformer Engine", check_transformer_engine),
     Check("apex", check_apex),
     Check("mpi4py", check_mpi4py),
@@ -227,11 +214,32 @@ CHECKS = (
 )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: that found it.
+        state: ok, absent or broken.
+        lines: what there is to say.
+    """
+
+    check: Check
+    state: str
+    lines: list[str]
+
+    @property
+    def prevents(self) -> bool:
+        """Whether ``--optimizer pion`` cannot run for it."""
+        return bool(self.check.fix) and self.state != "ok"
+
+
 def examine(check: Check) -> Finding:
     """Run a check and judge it by its exit status."""
+    command = ["-m", "pion_dist.doctor", "--check", check.key]
     try:
         done = subprocess.run(
-            check.command(),
+            [sys.executable, *command],
             env=os.environ | {"PYTHONWARNINGS": "ignore"},
             capture_output=True,
             text=True,
@@ -239,16 +247,15 @@ def examine(check: Check) -> Finding:
             timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired:
-        return Finding(check.what, "broken", check.needed, [f"no answer within {LIMIT_S} s"])
+        return Finding(check, "broken", [f"no answer within {LIMIT_S} s"])
     lines = done.stdout.splitlines()
     if done.returncode in (0, ABSENT):
-        state = "ok" if done.returncode == 0 else "absent"
-        return Finding(check.what, state, check.needed, lines)
+        return Finding(check, "ok" if done.returncode == 0 else "absent", lines)
     lines += error_of(done.stderr)
     if done.returncode < 0:
         lines.append(f"crashed: signal {-done.returncode}")
-    lines.append(f"all of it: python {' '.join(check.command()[1:])}")
-    return Finding(check.what, "broken", check.needed, lines)
+    lines.append(f"all of it: python {' '.join(command)}")
+    return Finding(check, "broken", lines)
 
 
 def error_of(stderr: str) -> list[str]:
@@ -265,12 +272,11 @@ def report(findings: list[Finding]) -> list[str]:
     text = []
     for found in findings:
         first, *more = found.lines or [""]
-        text.append(f"{found.state:7} {found.what:20} {first}")
+        text.append(f"{found.state:7} {found.check.what:20} {first}")
         text += [" " * 29 + line for line in more]
-    fixes = {check.what: check.fix for check in CHECKS}
-    lacks = [found for found in findings if found.needed and found.state != "ok"]
+    lacks = [found for found in findings if found.prevents]
     text += ["", "`--optimizer pion` cannot run here:" if lacks else "`--optimizer pion` can run."]
-    return text + [f"  {found.what} is {found.state}: {fixes[found.what]}" for found in lacks]
+    return text + [f"  {found.check.what} is {found.state}: {found.check.fix}" for found in lacks]
 
 
 def main() -> None:
@@ -280,20 +286,16 @@ def main() -> None:
         description="Say what is installed here, whether it works, and what that means; exit "
         "status 1 if --optimizer pion could not run.",
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    own = {check.key: check.run for check in CHECKS if check.run is not None}
-    parser.add_argument("--check", choices=own, help="one check alone, in this process")
+    checks = {check.key: check for check in CHECKS}
+    parser.add_argument("--check", choices=checks, help="one check alone, in this process")
     options = parser.parse_args()
     if options.check:
-        own[options.check]()
+        checks[options.check].run()
         return
     with ThreadPoolExecutor(AT_ONCE) as pool:
         findings = list(pool.map(examine, CHECKS))
-    if options.json:
-        print(json.dumps([asdict(found) for found in findings], indent=2))
-    else:
-        print("\n".join(report(findings)))
-    sys.exit(any(found.needed and found.state != "ok" for found in findings))
+    print("\n".join(report(findings)))
+    sys.exit(any(found.prevents for found in findings))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def changed(env: dict[str, str], *without: str, **values: str) -> dict[str, str]
         (None, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}),
         (None, changed(BATCH, SLURM_NTASKS="1")),
         (None, changed(BATCH, "SLURM_NTASKS")),
+        ("SLURM", TASK | {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}),
         ("environment", TORCHRUN),
         ("environment", BATCH | TORCHRUN),  # torchrun in a batch script
         ("environment", TASK | TORCHRUN),  # and in a task
@@ -87,11 +88,12 @@ def test_whose_variables_count(found: str | None, env: dict[str, str]) -> None:
     [
         ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE and LOCAL_RANK: unset RANK, WORLD_SIZE"),
         (TASK | {"WORLD_SIZE": "8"}, "WORLD_SIZE is set, but not RANK and LOCAL_RANK: unset"),
-        (
-            changed(BATCH, SLURM_STEP_ID="4294967290"),
-            "but srun did",
-        ),  # salloc's shell, a step itself
+        (TORCHRUN | {"RANK": ""}, "WORLD_SIZE and LOCAL_RANK is set, but not RANK: unset RANK"),
         (BATCH, "SLURM_NTASKS=8, but srun did not start this process"),
+        # --nodes=2 alone
+        ({"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2"}, "SLURM_NNODES=2, but srun did not start"),
+        # salloc's shell, a step itself
+        (changed(BATCH, SLURM_STEP_ID="4294967290"), "but srun did not start this process"),
         (changed(BATCH, SLURM_NTASKS="many"), "SLURM_NTASKS='many' is not a number"),
     ],
 )
@@ -115,10 +117,13 @@ def test_one_process_by_hand_needs_no_address() -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (changed(TORCHRUN, RANK="8"), "RANK=8 is not below WORLD_SIZE=8"),
-        (changed(TORCHRUN, LOCAL_RANK="4"), "LOCAL_RANK=4 is not below LOCAL_WORLD_SIZE=4"),
+        (changed(TORCHRUN, RANK="8"), "torchrun's variables say RANK=8, WORLD_SIZE=8, .* below"),
+        (changed(TORCHRUN, LOCAL_RANK="4"), "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
+        (changed(TORCHRUN, "LOCAL_WORLD_SIZE", LOCAL_RANK="8"), "WORLD_SIZE=8, LOCAL_RANK=8"),
+        (changed(TORCHRUN, LOCAL_WORLD_SIZE="16"), "WORLD_SIZE=8, .* LOCAL_WORLD_SIZE=16"),
         (changed(BY_HAND, RANK="-1"), "RANK='-1' is not a number"),
         (changed(TORCHRUN, "MASTER_ADDR"), "WORLD_SIZE=8, but not MASTER_ADDR"),
+        (changed(TORCHRUN, MASTER_ADDR=""), "WORLD_SIZE=8, but not MASTER_ADDR"),
         (changed(TORCHRUN, MASTER_PORT="0"), "MASTER_PORT=0: set one from 1 to 65535"),
         # One exported rank for all tasks of srun's or mpirun's.
         (TASK | changed(BY_HAND, RANK="0"), "RANK=0 and .* but SLURM_PROCID=5 and SLURM_NTASKS=8"),
@@ -137,7 +142,7 @@ def test_a_contradiction_is_refused(env: dict[str, str], message: str) -> None:
     [
         TASK | BY_HAND,  # somebody has set what srun says too
         changed(TASK, SLURM_NTASKS="2", SLURM_PROCID="1") | BY_HAND,  # a launcher in each
-        BATCH | changed(BY_HAND, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"),
+        BATCH | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
         changed(TASK, SLURM_NTASKS="2", SLURM_PROCID="0") | BY_HAND | changed(PMI2, PMI_SIZE="8"),
     ],
 )
@@ -159,6 +164,9 @@ def test_a_task_of_sruns() -> None:
     [
         (changed(TASK, "SLURM_LOCALID"), "SLURM_STEP_ID is set, but not SLURM_LOCALID: pass on"),
         (changed(TASK, MASTER_PORT="0"), "MASTER_PORT=0"),
+        (changed(TASK, SLURM_NODEID="2"), "SLURM_NODEID=2, .*TASKS_PER_NODE=4.x2.: pass on"),
+        (changed(TASK, SLURM_NTASKS="6"), "SLURM_NTASKS=6, but SLURM_STEP_TASKS_PER_NODE=4"),
+        (changed(TASK, SLURM_PROCID="8"), "SLURM's variables say RANK=8, WORLD_SIZE=8"),
         (changed(TASK, CUDA_VISIBLE_DEVICES="3"), "CUDA_VISIBLE_DEVICES=3 in one of 4 tasks"),
     ],
 )
@@ -213,16 +221,24 @@ def test_a_rank_of_mpiruns_that_raises_ends_the_others(tmp_path: Path) -> None:
     assert done.returncode != 0 and "ArithmeticError: rank 2 cannot go on" in done.stderr
 
 
-def test_mpi4py_is_imported_only_under_mpirun_and_named_if_missing() -> None:
+@pytest.mark.parametrize(
+    ("env", "said", "raised"),
+    [
+        ({}, "launch: 1 rank by nobody's variables\n", ""),
+        (MPICH, "", "LaunchError: mpirun started this process, but mpi4py is missing"),
+    ],
+)
+def test_mpi4py_is_imported_only_under_mpirun(env: dict[str, str], said: str, raised: str) -> None:
     program = (
-        "import os, sys\n"
+        "import sys\n"
         "sys.modules['mpi4py'] = None\n"  # an import raises
         "from megatron_patches import set_ranks\n"
-        "assert set_ranks() is None\n"
-        f"os.environ.update({MPICH})\n"
-        "set_ranks()\n"
+        "assert set_ranks() is set_ranks()\n"
+        "from torch import distributed\n"
+        "distributed.init_process_group('gloo')\n"
+        "assert distributed.get_world_size() == 1\n"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert "LaunchError: mpirun started this process, but mpi4py is missing" in done.stderr
-    assert "pip install 'pion_dist[mpi]'" in done.stderr
+    done = subprocess.run(command, env=environment() | env, capture_output=True, text=True)
+    assert done.stdout == said and raised in done.stderr
+    assert (done.returncode == 0) is (raised == "")

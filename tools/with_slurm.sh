@@ -3,10 +3,19 @@
 #
 #   tools/with_slurm.sh FOLDER COMMAND [ARGS...]
 #
-# All it writes is in FOLDER, logs included. For SLURM each node has 4 CPUs and 4 GPUs.
+# All it writes is in FOLDER, logs included; what an earlier call has left there is removed. For SLURM
+# each node has 4 CPUs and 4 GPUs.
 set -euo pipefail
 PATH=$PATH:/usr/sbin
 
+if [ $# -lt 2 ]; then
+    echo "usage: $0 FOLDER COMMAND [ARGS...]" >&2
+    exit 2
+fi
+if [ -e "$1" ] && [ ! -e "$1/slurm.conf" ]; then
+    echo "$1 is there already, and not from this command: name another folder" >&2
+    exit 2
+fi
 rm -rf "$1"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
@@ -69,7 +78,7 @@ stop() {
         [ "$left" ] || break
         sleep 1
     done
-    [ -z "$left" ] || kill -KILL $left
+    xargs --no-run-if-empty kill -KILL <<< "$left"
     kill "${daemons[@]}"
     wait "${daemons[@]}"
 }
@@ -79,22 +88,24 @@ start() { # in the foreground of a child, so that `stop` sees its end
     "$@" >> "$folder/$1.out" 2>&1 &
     daemons+=($!)
 }
+failed() {
+    echo "SLURM has not started: $1. What its daemons said is in $folder" >&2
+    exit 1
+}
 munge=$folder/munge
 mungekey --create --keyfile="$munge/key"
 # --force, because it would have every user reach its socket, and this may be in somebody's home.
 start munged --foreground --force --socket="$munge/socket" --key-file="$munge/key" \
     --pid-file="$munge/pid" --seed-file="$munge/seed" --log-file="$munge/log"
-until [ -S "$munge/socket" ] || ! kill -0 $! 2> /dev/null; do sleep 0.1; done
+until [ -S "$munge/socket" ]; do
+    kill -0 $! 2> /dev/null || failed "$(tail -n 1 "$folder/munged.out")"
+    sleep 0.1
+done
 start slurmctld -D -c
 start slurmd -D -N n1 -c
 start slurmd -D -N n2 -c
-for _ in $(seq 300); do
-    idle=$(timeout 10 sinfo --noheader --format=%D --states=idle 2>&1 || true)
-    [ "$idle" = 2 ] && break
+until idle=$(timeout 10 sinfo --noheader --format=%D --states=idle 2>&1) && [ "$idle" = 2 ]; do
+    [ "$SECONDS" -lt 120 ] || failed "$idle"
     sleep 0.1
 done
-if [ "$idle" != 2 ]; then
-    echo "SLURM has not started: $idle. What its daemons said is in $folder" >&2
-    exit 1
-fi
 "$@"
