@@ -69,14 +69,14 @@ def rewards(tokenizer: Any, tokens: torch.Tensor, mask: torch.Tensor, right: lis
 def policy_loss(
     model: Any, tokens: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, pad: int
 ) -> torch.Tensor:
-    """Minus the answers' log-probability times their advantage, a mean over their tokens."""
+    """Minus the answers' log-probability times their advantage, a sum over their tokens."""
     # What fills up on the left is no text; a token after it may be the same one (an end of text).
     seen = (tokens != pad).int().cumsum(dim=1).clamp(max=1)
     places = (seen.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=tokens, attention_mask=seen, position_ids=places).logits[:, :-1]
     taken = torch.log_softmax(logits.float(), dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
     weights = mask[:, 1:] * advantages[:, None]
-    return -(taken * weights).sum() / mask.sum()
+    return -(taken * weights).sum()
 
 
 def train(args: argparse.Namespace) -> None:
@@ -112,9 +112,12 @@ def train(args: argparse.Namespace) -> None:
         grouped = reward.view(-1, args.group)
         centred = grouped - grouped.mean(dim=1, keepdim=True)
         advantages = (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            loss = policy_loss(model, tokens, mask, advantages, tokenizer.pad_token_id)
-        loss.backward()
+        for part in torch.arange(len(tokens), device=device).split(args.micro_batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+                loss = policy_loss(
+                    model, tokens[part], mask[part], advantages[part], tokenizer.pad_token_id
+                )
+            (loss / mask.sum()).backward()
         optimizers.step()
         if step % args.log_every == 0 or step == args.steps - 1:
             print(f"step {step + 1}/{args.steps}  reward {reward.mean():.3f}", flush=True)
@@ -137,6 +140,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=32, help="a step; default: %(default)s")
     parser.add_argument("--group", type=int, default=8, help="answers each; default: %(default)s")
     parser.add_argument("--length", type=int, default=256, help="of answers; default: %(default)s")
+    parser.add_argument(
+        "--micro-batch", type=int, default=8, help="answers in a forward pass; default: %(default)s"
+    )
     parser.add_argument("--tested", type=int, default=256, help="prompts; default: %(default)s")
     parser.add_argument("--log-every", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
@@ -153,6 +159,7 @@ def smoke(args: argparse.Namespace) -> None:
     sft.train(first)
     args.model, args.data = str(first.out / "model"), first.data
     args.lr, args.adam_lr, args.steps, args.length = 1e-2, 1e-3, 80, 4
+    args.micro_batch = 128
 
 
 def main() -> None:

@@ -130,6 +130,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def smoke(args: argparse.Namespace) -> None:
     """Write a tiny model and its data, and set the options for them."""
+    torch.set_num_threads(1)  # more would only wait for each other, for long on a busy machine
     args.model, args.data = str(args.out / "tiny"), args.out / "sums.jsonl"
     if not dist.is_initialized() or dist.get_rank() == 0:
         tiny_model(args.out / "tiny")

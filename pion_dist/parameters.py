@@ -22,7 +22,8 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
     with an embedding, the embedding decides. Frozen parameters are in neither list.
 
     A weight in which a model has fused others (as ``qkv_proj``, ``gate_up_proj``) is one matrix to
-    Pion unless its ``views`` say otherwise; 3-D weights of fused experts are AdamW's.
+    Pion unless its ``views`` say otherwise; 3-D weights of fused experts are AdamW's. A weight that
+    starts as zeros, such as LoRA's second factor, would stay zero under Pion: ``exclude`` it.
 
     Args:
         model: before it is wrapped.

@@ -88,6 +88,43 @@ def test_launches(name: str, says: str, corpus: Path) -> None:
         assert layers and not any("norm" in line for line in layers)
 
 
+PUBLISHED = {  # docs/results.md
+    "llama_60m.sh": {
+        **{"num-layers": 8, "hidden-size": 512, "ffn-hidden-size": 1376, "num-attention-heads": 8},
+        **{"train-iters": 9_600_000_000 // (512 * 256), "lr": 1e-3, "min-lr": 1e-5},
+        "pion-recipe": "paper-60m",
+    },
+    "llama_1.3b.sh": {
+        **{"num-layers": 24, "hidden-size": 2048, "ffn-hidden-size": 5460},
+        **{"num-attention-heads": 32, "train-iters": 54_000_000_000 // (512 * 256)},
+        **{"lr": 5e-4, "min-lr": 5e-6, "pion-recipe": "paper-1.3b"},
+    },
+}
+PUBLISHED_IN_COMMON = {
+    **{"optimizer": "pion", "global-batch-size": 512, "seq-length": 256, "clip-grad": 1.0},
+    **{"lr-decay-style": "cosine", "init-method-std": 0.02, "weight-decay": 0.1},
+    **{"adam-beta1": 0.9, "adam-beta2": 0.95, "norm-epsilon": 1e-6},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name: str, tmp_path: Path) -> None:
+    for end in (".bin", ".idx"):
+        (tmp_path / f"corpus{end}").touch()
+    python = tmp_path / "python"  # prints the command line of the launch
+    python.write_text("#!/bin/bash\n[[ $1 == -c ]] || printf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    more = {"PYTHON": str(python), "DATA": str(tmp_path / "corpus"), "GPUS": "8"}
+    words = run([str(EXAMPLES / "megatron" / name)], **more).split()
+    for flag, value in {**PUBLISHED_IN_COMMON, **PUBLISHED[name]}.items():
+        assert words.count(f"--{flag}") == 1, flag
+        given = words[words.index(f"--{flag}") + 1]
+        assert given == value if isinstance(value, str) else float(given) == value, flag
+    assert {"--swiglu", "--untie-embeddings-and-output-weights"} <= set(words)
+    assert {"--bf16", "--no-depth-scaled-init"} <= set(words)
+    assert not any(word.startswith("--lr-warmup") for word in words)
+
+
 @slow
 @pytest.mark.parametrize(
     ("more", "says"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pion_dist import Pion, split_parameters
+from pion_dist import RECIPES, Pion, split_parameters
 
 
 class Model(nn.Module):
@@ -79,3 +79,11 @@ def test_both_lists_train_the_model_and_keep_the_spectrum() -> None:
     # weight is rounded to float32 as often, by 6e-8 of its norm each time, which may add up.
     was, now = (torch.linalg.svdvals(w.double()) for w in (before["hidden.weight"], pion[0][1]))
     assert ((now - was).abs() / was.max()).max() < 20 * 1e-7
+
+
+def test_a_weight_of_zeros_stays() -> None:
+    weight = nn.Parameter(torch.zeros(6, 8))
+    weight.grad = torch.randn(6, 8)
+    for recipe in RECIPES.values():
+        Pion([weight], lr=0.1, config=recipe).step()
+        assert torch.equal(weight.data, torch.zeros(6, 8)), recipe

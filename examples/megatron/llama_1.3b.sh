@@ -8,7 +8,7 @@
 # launch.sh says what else the environment sets.
 set -euo pipefail
 
-# 1.2B in the layers, 2 x 2048 x a vocabulary of 32,000 or so outside.
+# 1.2B in the layers, 2 x 2048 x a vocabulary of 32,100 outside: T5's, on C4.
 MODEL_ARGS=(
     --num-layers 24
     --hidden-size 2048
@@ -18,6 +18,7 @@ MODEL_ARGS=(
     --max-position-embeddings 256
     --position-embedding-type rope
     --normalization RMSNorm
+    --norm-epsilon 1e-6
     --swiglu
     --disable-bias-linear
     --untie-embeddings-and-output-weights
@@ -29,6 +30,7 @@ TRAIN_ARGS=(
     --micro-batch-size 16
     --train-iters 411987 # of 512 x 256 tokens: 54B
     --clip-grad 1.0
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 # of Adam's parameters alone
     --bf16 # the published run had no float32 masters; Megatron keeps them
     --use-distributed-optimizer
     --overlap-grad-reduce
@@ -40,7 +42,6 @@ TRAIN_ARGS=(
     --save-interval 5000
     --ckpt-format torch_dist
 )
-# What was published says nothing of AdamW's betas and weight decay, which are left at Megatron's.
 SCRIPT_ARGS=()
 case ${RECIPE:=paper-1.3b} in
 paper-1.3b)

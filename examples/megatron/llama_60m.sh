@@ -8,7 +8,7 @@
 # launch.sh says what else the environment sets.
 set -euo pipefail
 
-# 60M is 25M in the layers and the rest in 2 x 512 x a vocabulary of 32,000 or so.
+# 60M is 25M in the layers and the rest in 2 x 512 x a vocabulary of 32,100: T5's, on C4.
 MODEL_ARGS=(
     --num-layers 8
     --hidden-size 512
@@ -18,6 +18,7 @@ MODEL_ARGS=(
     --max-position-embeddings 256
     --position-embedding-type rope
     --normalization RMSNorm
+    --norm-epsilon 1e-6
     --swiglu
     --disable-bias-linear
     --untie-embeddings-and-output-weights
@@ -29,6 +30,7 @@ TRAIN_ARGS=(
     --micro-batch-size 64
     --train-iters 73242 # of 512 x 256 tokens: 9.6B
     --clip-grad 1.0
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 # of Adam's parameters alone
     --bf16 # with float32 masters, as published
     --split 99,1,0
     --eval-interval 1000
@@ -37,7 +39,6 @@ TRAIN_ARGS=(
     --save-interval 5000
     --ckpt-format torch_dist
 )
-# What was published says nothing of AdamW's betas and weight decay, which are left at Megatron's.
 SCRIPT_ARGS=()
 case ${RECIPE:=paper-60m} in
 paper-60m)
