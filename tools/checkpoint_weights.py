@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
 from pion_dist.matrices import MatrixView
 from pion_dist.state import is_key
 
@@ -328,9 +328,13 @@ def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Sc
     """A weight as the matrices that Pion rotates; whole where the arguments do not say how."""
     linear = weight.name.rpartition(".")[0].rpartition(".")[2]
     geometry: dict[str, Any] = {}
-    if linear == "linear_qkv" and (group := _query_group(args)):
-        groups = weight.shape[0] / sum(rows for _, rows in group)
-        if groups == _query_groups(args):  # else these are not the arguments' heads
+    if linear == "linear_qkv" and getattr(args, "kv_channels", None):
+        grouped = getattr(args, "group_query_attention", False)
+        groups = args.num_query_groups if grouped else args.num_attention_heads
+        gated = getattr(args, "attention_output_gate", False)
+        heads = args.num_attention_heads // groups
+        group = query_group(args.kv_channels, heads=heads, gated=gated)
+        if weight.shape[0] == groups * sum(rows for _, rows in group):  # they are its heads
             geometry = {"qkv": group, "head_dim": args.kv_channels}
     elif linear == "linear_fc1":
         gated = getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False)
@@ -344,17 +348,3 @@ def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Sc
     )
     decision = classify(info, config)
     return decision.view if isinstance(decision, Rotated) else decision
-
-
-def _query_groups(args: Namespace) -> int:
-    grouped = getattr(args, "group_query_attention", False)
-    return int(args.num_query_groups if grouped else args.num_attention_heads)
-
-
-def _query_group(args: Namespace) -> tuple[tuple[str, int], ...]:
-    """What one query group of a fused QKV weight stores; empty where nothing says it."""
-    if not getattr(args, "kv_channels", None) or not getattr(args, "num_attention_heads", None):
-        return ()
-    dim, heads = args.kv_channels, args.num_attention_heads // _query_groups(args)
-    gate = (("gate", heads * dim),) if getattr(args, "attention_output_gate", False) else ()
-    return (("q", heads * dim), *gate, ("k", dim), ("v", dim))
