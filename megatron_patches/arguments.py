@@ -186,7 +186,7 @@ FLAGS = (
         "spectrum-exact",
         False,
         "With --pion-spectrum-interval, measure all singular values of large matrices too, not "
-        "three norms of them.",
+        "two norms of them.",
         {"action": "store_true"},
     ),
     Flag(

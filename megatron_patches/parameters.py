@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
 
 _DECISION = "pion_decision"
 
@@ -87,10 +87,9 @@ def _cannot_be_cut(linear: str, config: Any) -> str:
 
 
 def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
-    """What one query group of a fused QKV weight stores (Attention.get_query_key_value_tensors)."""
-    heads, head_dim = config.num_attention_heads // config.num_query_groups, config.kv_channels
-    gate = (("gate", heads * head_dim),) if config.attention_output_gate else ()
-    return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))
+    """As Attention.get_query_key_value_tensors cuts it."""
+    heads = config.num_attention_heads // config.num_query_groups
+    return query_group(config.kv_channels, heads=heads, gated=config.attention_output_gate)
 
 
 def _global_name(name: str, modules: dict[str, Any]) -> str:

@@ -40,6 +40,18 @@ class ParamInfo:
     unsupported: str = ""
 
 
+def query_group(head_dim: int, *, heads: int, gated: bool) -> tuple[tuple[str, int], ...]:
+    """What a query group of Megatron's fused QKV weight stores, as ``ParamInfo.qkv`` has it.
+
+    Args:
+        head_dim: rows of a head.
+        heads: query heads of a group.
+        gated: it has the attention output's gate too.
+    """
+    gate = (("gate", heads * head_dim),) if gated else ()
+    return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))
+
+
 @dataclass(frozen=True)
 class Rotated:
     """Pion's: the weight is updated as the matrices of its view.

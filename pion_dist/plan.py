@@ -67,7 +67,12 @@ class MatrixPlan:
 
     def name(self, index: int) -> str:
         """Of one of the matrices: its number is ``index`` among all ranks'."""
-        return f"{self.weight}:{self.part}[{index}]"
+        return matrix_name(self.weight, self.part, index)
+
+
+def matrix_name(weight: str, part: str, index: int) -> str:
+    """What the matrix ``index`` of a part is called, in every layout."""
+    return f"{weight}:{part}[{index}]"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from reference import PUBLISHED
 from test_optimizer import set_grads, weights
 from torch import Tensor, nn
 
-from megatron_patches.diagnostics import Row, line, scalars
+from megatron_patches.diagnostics import Row, _write, line, scalars
 from pion_dist import Pion, PionConfig
 from pion_dist.diagnostics import COLUMNS, Diagnostics, Report
 from pion_dist.matrices import interleaved, stacked
@@ -167,9 +168,7 @@ def test_large_matrices_are_measured_by_norms(monkeypatch: pytest.MonkeyPatch) -
         set_grads(params, step)
         optimizer.step()
     after = np.linalg.svd(params[0].detach().double().numpy(), compute_uv=False)
-    changes = [
-        abs(np.linalg.norm(after, p) / np.linalg.norm(before, p) - 1) for p in (2, 4, 8, np.inf)
-    ]
+    changes = [abs(np.linalg.norm(after, p) / np.linalg.norm(before, p) - 1) for p in (2, np.inf)]
     report = watch.report()
     assert report.exact == [False, True] and exact.report().exact == [True, True]
     # Sums of 48 float64 numbers, and a largest value that is found in a space of all dimensions.
@@ -197,7 +196,7 @@ def test_drift_is_since_the_start_that_a_checkpoint_has(
         after = np.linalg.svd(p.detach().double().numpy(), compute_uv=False)
         if not exact:
             before, after = (
-                np.array([np.linalg.norm(x, q) for q in (2, 4, 8, np.inf)]) for x in (before, after)
+                np.array([np.linalg.norm(x, q) for q in (2, np.inf)]) for x in (before, after)
             )
         # As in the tests above, of conditions up to 100.
         assert abs(found - np.abs(after / before - 1).max()) <= 1e-11
@@ -221,6 +220,22 @@ def test_what_is_done_to_a_weight_by_hand_is_seen(
     # a smallest value of ‖W‖_F / 40 at least.
     assert abs(drifts[worst] - 1e-5) < 40 * 2 * UNIT32 * 2
     assert all(drift < 5e-6 for name, drift in drifts.items() if name != worst)
+
+
+def test_weights_and_biases_has_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Megatron's writer, which is the module itself; where wandb is installed, offline."""
+    wandb = pytest.importorskip("wandb")
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", wandb)
+    run = wandb.init(mode="offline", dir=tmp_path, project="pion")
+    numbers = {"pion/drift": 2e-6, "pion-drift/a:q": 1e-6}
+    _write(numbers, 7)
+    _write({"pion/drift": 3e-6}, 8)  # an iteration is complete when the next one begins
+    assert {"_step": 7, **numbers}.items() <= dict(run.summary).items()
+    wandb.finish()
 
 
 def test_the_log_s_line_names_the_worst_of_each_kind() -> None:

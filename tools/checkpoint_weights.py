@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
 from pion_dist.matrices import MatrixView
 from pion_dist.state import is_key
 
@@ -86,7 +86,7 @@ class Checkpoint:
             self._metadata: Metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._metadata, True)
         except Exception as error:  # whatever unpickling a broken file raises
-            raise CheckpointError(f"{folder}/.metadata cannot be read: {_words(error)}") from error
+            raise _unreadable(f"{folder}/.metadata", error) from error
         self._tensors = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -125,9 +125,7 @@ class Checkpoint:
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except Exception as error:  # torch.load raises whatever its zip or pickle reader does
-            raise CheckpointError(
-                f"{self.folder}: {key} cannot be read: {_words(error)}"
-            ) from error
+            raise _unreadable(f"{self.folder}: {key}", error) from error
         if not target.isfinite().all():
             raise CheckpointError(
                 f"{self.folder}: {key} has elements that are NaN, infinite or missing; "
@@ -207,7 +205,7 @@ class Checkpoint:
             found = torch.load(data, weights_only=False, pickle_module=_SAFE)
         except Exception as error:  # as in read
             what = file if file.exists() else f"{self.folder}: {key}"
-            raise CheckpointError(f"{what} cannot be read: {_words(error)}") from error
+            raise _unreadable(str(what), error) from error
         return found[0] if isinstance(found, list) else found
 
     def _bytes(self, key: str) -> io.BytesIO:
@@ -287,18 +285,23 @@ def _check_format(folder: Path) -> None:
         backend = json.loads(file.read_text())["sharded_backend"]
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is no torch_dist checkpoint, an iter_* folder with metadata.json in it"
+            f"{folder} has no metadata.json, which torch_dist writes last: give "
+            "iter_* folders that have one, or a folder with only such in it"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read: {_words(error)}") from error
+        raise _unreadable(str(file), error) from error
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} is of format {backend}; torch_dist is needed")
     if not (folder / ".metadata").exists():
         raise CheckpointError(f"{folder} is not complete: it has no .metadata")
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _unreadable(what: str, error: Exception) -> CheckpointError:
+    first = str(error).partition("\n")[0] or "nothing there"
+    return CheckpointError(
+        f"{what} cannot be read ({type(error).__name__}: {first}): copy the checkpoint anew, or "
+        "leave it out"
+    )
 
 
 def natural(name: str) -> list[Any]:
@@ -325,9 +328,13 @@ def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Sc
     """A weight as the matrices that Pion rotates; whole where the arguments do not say how."""
     linear = weight.name.rpartition(".")[0].rpartition(".")[2]
     geometry: dict[str, Any] = {}
-    if linear == "linear_qkv" and (group := _query_group(args)):
-        groups = weight.shape[0] / sum(rows for _, rows in group)
-        if groups == _query_groups(args):  # else these are not the arguments' heads
+    if linear == "linear_qkv" and getattr(args, "kv_channels", None):
+        grouped = getattr(args, "group_query_attention", False)
+        groups = args.num_query_groups if grouped else args.num_attention_heads
+        gated = getattr(args, "attention_output_gate", False)
+        heads = args.num_attention_heads // groups
+        group = query_group(args.kv_channels, heads=heads, gated=gated)
+        if weight.shape[0] == groups * sum(rows for _, rows in group):  # they are its heads
             geometry = {"qkv": group, "head_dim": args.kv_channels}
     elif linear == "linear_fc1":
         gated = getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False)
@@ -341,17 +348,3 @@ def view(weight: Weight, args: Namespace, config: PionConfig) -> MatrixView | Sc
     )
     decision = classify(info, config)
     return decision.view if isinstance(decision, Rotated) else decision
-
-
-def _query_groups(args: Namespace) -> int:
-    grouped = getattr(args, "group_query_attention", False)
-    return int(args.num_query_groups if grouped else args.num_attention_heads)
-
-
-def _query_group(args: Namespace) -> tuple[tuple[str, int], ...]:
-    """What one query group of a fused QKV weight stores; empty where nothing says it."""
-    if not getattr(args, "kv_channels", None) or not getattr(args, "num_attention_heads", None):
-        return ()
-    dim, heads = args.kv_channels, args.num_attention_heads // _query_groups(args)
-    gate = (("gate", heads * dim),) if getattr(args, "attention_output_gate", False) else ()
-    return (("q", heads * dim), *gate, ("k", dim), ("v", dim))

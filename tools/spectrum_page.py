@@ -18,12 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # Okabe and Ito's palette without its yellow, told apart by colour-blind readers too; and lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":")
+LINES = ("solid", "dashed", "dotted")  # as matplotlib and CSS call them
 GREY = "#BBBBBB"
 COLUMNS = 4  # panels beside each other
 EPSILON = 1e-9  # drifts below it are drawn as it: float64's own noise, and no logarithm of zero
@@ -230,9 +229,7 @@ def trends(found: dict[str, Any]) -> str:
             axes.set_yscale("log")
         elif axes.get_ylim()[1] > 3:  # times the start: a few matrices would flatten the rest
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            label_values(axes)
         axes.set_title(label, loc="left")
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -252,23 +249,28 @@ def draw_trend(axes: Axes, found: dict[str, Any], run: int, what: str) -> None:
         x, low, middle, high = zip(*points, strict=True)
         axes.vlines(x, low, high, color=color(run), alpha=0.25, lw=5)
         axes.fill_between(x, low, high, color=color(run), alpha=0.12, lw=0)
-        axes.plot(x, middle, line(run), color=color(run), marker="o", ms=4)
+        axes.plot(x, middle, ls=line(run), color=color(run), marker="o", ms=4)
 
 
-def legend(found: dict[str, Any]) -> str:
-    """Which line is which run's: the same in every plot."""
+def label_values(axes: Axes) -> None:
+    """1, 2, 5, 10 and so on, at a logarithmic axis, or its powers of ten if it is long."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def legend(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of the start and every run, the CSS of its line, the same in every plot, and what it is."""
     label = "start" if found["start"] else "each run's first checkpoint"
-    handles = [Line2D([], [], color=GREY, lw=5, label=label)]
+    keys = [(f"5px solid {GREY}", label)]
     for i, run in enumerate(found["runs"]):
-        style: dict[str, Any] = {"color": color(i), "ls": line(i), "lw": 1.5}
-        *before, last = (str(c["iteration"]) for c in run["checkpoints"])
-        handles.append(Line2D([], [], label=f"{run['name']}, iteration {last}", **style))
-        if before := before if found["start"] else before[1:]:
-            text = before[0] if len(before) == 1 else f"{before[0]} to {before[-1]}"
-            handles.append(Line2D([], [], alpha=0.4, label=text, **style))
-    figure = Figure(figsize=(15, 0.3 * -(-len(handles) // 8)))
-    figure.legend(handles=handles, loc="center left", ncols=8, frameon=False)
-    return picture(figure)
+        first, last = (run["checkpoints"][c]["iteration"] for c in (0, -1))
+        text = (
+            f"iterations {first} to {last}, pale to full" if first != last else f"iteration {last}"
+        )
+        keys.append((f"2px {line(i)} {color(i)}", f"{run['name']}, {text}"))
+    return keys
 
 
 def layers(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -309,9 +311,7 @@ def spectra(found: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
                 color=color(i),
                 transform=axes.transAxes,
             )
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        label_values(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel("singular value")
     figure.supxlabel("rank of the singular value, largest first", fontsize=9)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pion_dist import PionConfig
 from pion_dist.classify import Scalar
+from pion_dist.plan import matrix_name
 from pion_dist.spectrum import drift, singular_values
 
 POINTS = 64  # singular values at most that are kept of a matrix, for plots and JSON
@@ -209,32 +210,19 @@ def matrices_of(weight: Weight, checkpoint: Checkpoint, config: PionConfig) -> l
     if isinstance(found, Scalar):
         raise LookupError(found.reason)
     number = re.search(r"\.layers\.(\d+)\.", weight.name)
-    kind = re.sub(r"\.(layers|experts)\.\d+\.", r".\1.", weight.name).removesuffix(".weight")
-    matrices = []
-    for part, (batch, m, n) in found.shapes.items():
-        for i in range(batch):
-            label, each = _label(part, i, batch)
-            name, suffix = weight.name.removesuffix(".weight"), f":{label}" if label else ""
-            matrices.append(
-                Matrix(
-                    name=f"{name}{suffix}{each}",
-                    weight=weight.name,
-                    part=(part, i),
-                    layer=int(number[1]) if number else None,
-                    kind=kind + suffix,
-                    shape=(m, n),
-                )
-            )
-    return matrices
-
-
-def _label(part: str, index: int, batch: int) -> tuple[str, str]:
-    """What a matrix of a part is called, and its number among those that are called so."""
-    if part == "whole":
-        return "", ""
-    if part == "gate_up":
-        return ("gate", "up")[index], ""
-    return part, f".{index}" if batch > 1 else ""
+    kind = re.sub(r"\.(layers|experts)\.\d+\.", r".\1.", weight.name)
+    return [
+        Matrix(
+            name=matrix_name(weight.name, part, i),  # as in a training's log
+            weight=weight.name,
+            part=(part, i),
+            layer=int(number[1]) if number else None,
+            kind=f"{kind}:{part}[{i}]" if part == "gate_up" else f"{kind}:{part}",
+            shape=(m, n),
+        )
+        for part, (batch, m, n) in found.shapes.items()
+        for i in range(batch)
+    ]
 
 
 def runs_of(paths: Sequence[Path]) -> list[Run]:
@@ -249,23 +237,15 @@ def runs_of(paths: Sequence[Path]) -> list[Run]:
         single = not inside or (path / "metadata.json").exists()
         for folder in [path] if single else inside:
             folders.setdefault(path.parent if single else path, {})[folder] = None
-    names = _names(list(folders))
+    common = os.path.commonpath([folder.parent for folder in folders])
     return [
-        Run(name, sorted(map(Checkpoint, each), key=lambda found: found.iteration))
-        for name, each in zip(names, folders.values(), strict=True)
+        Run(os.path.relpath(folder, common), sorted(map(Checkpoint, each), key=_iteration))
+        for folder, each in folders.items()
     ]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """What tells folders apart: their paths without what all have in common at either end."""
-    parts = [list(folder.parts) for folder in folders]
-    if len(parts) == 1:
-        return [folders[0].name]
-    for end in (0, -1):
-        while len({each[end] for each in parts}) == 1 and min(map(len, parts)) > 1:
-            for each in parts:
-                each.pop(end)
-    return ["/".join(each) for each in parts]
+def _iteration(checkpoint: Checkpoint) -> int:
+    return checkpoint.iteration
 
 
 def check_same_model(first: Checkpoint, other: Checkpoint) -> None:
@@ -351,15 +331,10 @@ def measure_weight(
             found[matrix.name] = measure(x, spectrum, against, read=read, by=by)
         return found
 
-    common: dict[bool, tuple[dict[str, Tensor], dict[str, Measured]]] = {}
     for run in runs:
         starts: dict[str, Tensor] = {}
         if start:
-            master = run.from_masters
-            if master not in common:
-                common[master] = starts, look(start, starts, master=master)
-            starts, measured = common[master]
-            run.starts |= measured
+            run.starts |= look(start, starts, master=run.from_masters)
         for checkpoint in run.checkpoints:
             for matrix, found in look(checkpoint, starts).items():
                 run.starts.setdefault(matrix, found)
@@ -367,21 +342,19 @@ def measure_weight(
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and a line now and then elsewhere."""
+    """A line now and then."""
 
     def __init__(self, total: int) -> None:
         self.total, self.count, self.began = total, 0, time.monotonic()
-        self.live, self.last = sys.stderr.isatty(), self.began
+        self.last = self.began
 
     def done(self, name: str) -> None:
         self.count += 1
-        now, end = time.monotonic(), self.count == self.total
-        left = (now - self.began) / self.count * (self.total - self.count)
-        line = f"{self.count}/{self.total} weights, {left:.0f} s to go: {name}"
-        if self.live:
-            print(f"\r\033[K{line}", end="\n" if end else "", file=sys.stderr, flush=True)
-        elif end or now - self.last > 10:
+        now = time.monotonic()
+        if self.count == self.total or now - self.last > 10:
             self.last = now
+            left = (now - self.began) / self.count * (self.total - self.count)
+            line = f"{self.count}/{self.total} weights, {left:.0f} s to go: {name}"
             print(line, file=sys.stderr, flush=True)
 
 
