@@ -91,9 +91,7 @@ def _dispatched[**P, R](
 THIN = 64
 
 
-def outer(
-    u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def outer(u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What ``lie_moments`` takes of U and V: X = U Vᵀ, or K folded where that takes less time."""
     _, d, r = u_Bdr.shape
     on_cpu = u_Bdr.device.type == "cpu" and backend(u_Bdr.device) == "torch"

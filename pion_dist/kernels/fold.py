@@ -112,11 +112,11 @@ def unfold(f: Tensor, d: int, *, skew: bool) -> Tensor:
     return x
 
 
-# The CPU's caches are made for rows. Read by columns, rows of a multiple of 512 bytes get in one
-# another's way: X − Xᵀ takes 0.8 ns an element of 256 x 256 float32 matrices and 2.1 of 512 x 512,
-# and 0.6 with rows of a copy that are a cache line longer (one core, torch 2.13). From LARGE on
-# columns are longer than the first cache, and a copy that goes by tiles, as torch's of a single
-# matrix, takes 1.5 where the other takes 2 to 8. Below SMALL a copy takes as long as it saves.
+# Read by columns, rows of a multiple of 512 bytes get in one another's way in a CPU's cache: X − Xᵀ
+# takes 0.8 ns an element of 256 x 256 float32 matrices and 2.1 of 512 x 512, and 0.6 with a copy
+# whose rows are a cache line longer (one core, torch 2.13). Below SMALL the copy takes what it
+# saves. From LARGE on a column is longer than the first cache: 1.5 with a copy that goes by tiles,
+# as torch's of a single matrix does, and 2 to 8 with longer rows.
 SMALL, LARGE, LINE = 128, 640, 16
 
 
@@ -135,14 +135,17 @@ def transposed(x_Bdd: Tensor) -> Tensor:
 
 def _room(x: Tensor, d: int) -> Tensor:
     """For a batch [B, d, d] like X that is to be read by columns."""
-    longer = LINE if x.device.type == "cpu" else 0
-    return x.new_empty(x.shape[0], d, d + longer)[..., :d]
+    if x.device.type != "cpu" or d < SMALL:
+        return x.new_empty(x.shape[0], d, d)
+    return x.new_empty(x.shape[0], d, d + LINE)[..., :d]
 
 
 def _quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, low = folded_shape(x.shape[-1])[1], x.shape[-1] // 2
     top, bottom = x.split_with_sizes((h, low), 1)
-    return *top.split_with_sizes((h, low), 2), *bottom.split_with_sizes((h, low), 2)
+    x11, x12 = top.split_with_sizes((h, low), 2)
+    x21, x22 = bottom.split_with_sizes((h, low), 2)
+    return x11, x12, x21, x22
 
 
 def _planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
