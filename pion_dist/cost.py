@@ -64,7 +64,8 @@ def step_flop(
 ) -> float:
     """FLOP of a step of one m x n matrix, on average over steps (``alternate``: half each side).
 
-    Elementwise work is not counted.
+    Elementwise work is not counted, nor are the products that replace some of it on a CPU
+    (``kernels.THIN``).
 
     Args:
         m: rows of the whole matrix.

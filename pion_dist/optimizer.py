@@ -21,10 +21,11 @@ from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 
 # Bytes of generators and temporaries that one batch may have on the CPU, whose caches larger ones
-# fall out of. 24 heads of 64 x 512 take 57 ms a step at 1 MiB and 90 to 100 at 4 to 64 MiB with Lie
-# momentum, 32 to 36 at any with transported (tools/bench_batch.py, 2 cores, torch 2.13). On other
-# devices a part is one batch.
-CPU_BATCH_BYTES = 1 << 20
+# fall out of; smaller ones are many calls. At 1, 4, 8, 64 MiB a step with adaptive Lie moments of
+# 24 heads of 64 x 512 takes 86, 76, 79 and 90 ms, of 96 of 8 x 256 49, 37, 39 and 75
+# (tools/bench_batch.py's cases, CPU time of one thread, torch 2.13). On other devices a part is one
+# batch.
+CPU_BATCH_BYTES = 4 << 20
 
 logger = logging.getLogger("pion_dist")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from kernel_checks import (
 
 from pion_dist import kernels
 from pion_dist.kernels import fold, folded_shape, reference, unfold
-from pion_dist.kernels.fold import fold_skew
+from pion_dist.kernels.fold import fold_product, fold_skew
 
 HERE = Path(__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,9 +46,32 @@ def test_folding_is_exact_and_reads_the_strict_lower_triangle(d: int) -> None:
     assert fold(x).count_nonzero() == len(ranks)
 
 
-def test_folding_of_a_difference_needs_no_difference() -> None:
-    x = torch.randn(3, 7, 7)
-    assert torch.equal(fold_skew(x), fold(x - x.mT))
+# The last two: of a copy with longer rows, and of one that goes by tiles.
+@pytest.mark.parametrize(("small", "large"), [(128, 640), (0, 640), (0, 0)])
+@pytest.mark.parametrize("d", [1, 2, 7, 40])
+def test_however_columns_are_read_the_numbers_are_the_same(
+    d: int, small: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folding = importlib.import_module("pion_dist.kernels.fold")  # its name is a function's too
+    monkeypatch.setattr(folding, "SMALL", small)
+    monkeypatch.setattr(folding, "LARGE", large)
+    x = torch.randn(3, d, d)
+    k = x - x.mT
+    assert torch.equal(fold_skew(x), fold(k))
+    assert torch.equal(unfold(fold(k), d, skew=True), k)
+    assert torch.equal(reference.skew(x.clone()), k)
+
+
+def test_folding_of_thin_factors_is_that_of_their_product() -> None:
+    """To the rounding of 2r products and their sum, and of X − Xᵀ: 2 (2r + 1) u of the terms."""
+    u, v = torch.randn(2, 3, 40, 5)
+    terms = u.abs() @ v.mT.abs() + v.abs() @ u.mT.abs()
+    found, exact = fold_product(u, v, matmul=torch.bmm), fold_skew(u.double() @ v.double().mT)
+    assert ((found - exact).abs() <= 2 * 11 * 2.0**-24 * fold(terms)).all()
+    x = kernels.outer(u, v, matmul=torch.bmm)
+    assert torch.equal(x, found)
+    wide = u.mT, v.mT  # r > d
+    assert torch.equal(kernels.outer(*wide, matmul=torch.bmm), torch.bmm(wide[0], v))
 
 
 def test_a_moment_of_another_size_is_refused() -> None:
@@ -98,7 +122,7 @@ def test_layouts_agree_bit_for_bit() -> None:
 def test_without_a_gpu_torch_computes() -> None:
     assert kernels.backend(torch.device("cpu")) == "torch"
     x = torch.randn(2, 5, 5)
-    assert torch.equal(kernels.skew(x), reference.skew(x))
+    assert torch.equal(kernels.skew(x.clone()), reference.skew(x))
 
 
 def program(name: str, cache: Path, **environment: str) -> list[str]:

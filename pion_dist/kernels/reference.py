@@ -17,36 +17,19 @@ def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None)
     """scale (X − Xᵀ), exactly skew.
 
     Args:
-        x_Bdd: [B, d, d].
+        x_Bdd: [B, d, d]. (its values may be lost)
         scale: multiplies.
         dtype: of the result, which is rounded to it once; x's by default.
 
     Returns:
         [B, d, d].
     """
-    k = _minus_transpose(x_Bdd)
+    mirrored = fold.transposed(x_Bdd)
+    copied = mirrored.data_ptr() != x_Bdd.data_ptr()  # then X is not read after it is written
+    k = torch.sub(x_Bdd, mirrored, out=x_Bdd if copied else None)
     if scale != 1.0:
         k.mul_(scale)
     return k if dtype is None else k.to(dtype)
-
-
-# From which length on matrices are transposed one by one on the CPU, see _minus_transpose.
-LARGE = 256
-
-
-def _minus_transpose(x: Tensor) -> Tensor:
-    """X − Xᵀ.
-
-    A batch's transpose is read against the grain: 2.7 ms of 512 x 512 float32 elements and 6.1 ms
-    of 1024 x 1024, where a transposing copy of single matrices, which goes by tiles, and a
-    subtraction take 0.2 and 1.4 ms (one core, torch 2.13).
-    """
-    if x.device.type != "cpu" or x.shape[-1] < LARGE:
-        return x - x.mT
-    mirrored = torch.empty_like(x)
-    for to, matrix in zip(mirrored, x, strict=True):
-        to.copy_(matrix.t())
-    return torch.sub(x, mirrored, out=mirrored)
 
 
 def lie_moments(
@@ -64,7 +47,8 @@ def lie_moments(
     """Average the generators K = X − Xᵀ, and K∘K, and make the direction.
 
     Args:
-        x_Bdd: [B, d, d], the product U Vᵀ.
+        x_Bdd: [B, d, d], the product X = U Vᵀ, or [B, 2, h, h], K folded, of even d: what
+            ``outer`` makes. (its values may be lost)
         m: average of K, [B, d, d] or folded, float32, float64 or bfloat16; skew.
             (modified in place)
         v: average of K∘K, as m; symmetric with zero diagonal. (modified in place)
@@ -82,8 +66,13 @@ def lie_moments(
     Raises:
         ValueError: m is neither dense nor folded.
     """
-    folded = fold.is_folded(m, x_Bdd.shape[-1])
-    k = fold.fold_skew(x_Bdd) if folded else skew(x_Bdd)
+    made = x_Bdd.dim() == 4
+    d = x_Bdd.shape[-1] * (2 if made else 1)
+    folded = fold.is_folded(m, d)
+    if made:
+        k = x_Bdd if folded else fold.unfold(x_Bdd, d, skew=True)
+    else:
+        k = fold.fold_skew(x_Bdd) if folded else skew(x_Bdd)
     second = None if v is None else _averaged(v, k.square(), beta=beta2, ok=ok)
     first = _averaged(m, k, beta=beta1, ok=ok)
     if not wanted:
@@ -91,7 +80,7 @@ def lie_moments(
     a = _look_ahead(first, k, beta=beta1, ok=ok) if nesterov else first
     if second is not None:
         a = a / second.sqrt().add_(eps)
-    return fold.unfold(a, x_Bdd.shape[-1], skew=True) if folded else a
+    return fold.unfold(a, d, skew=True) if folded else a
 
 
 def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Lie:
         return replace(self, m=self.m.flatten(0, 1), v=v)
 
     def averaged(self, x: Tensor) -> Tensor | None:
-        """Average X − Xᵀ [B, d, d]; the direction, if it is wanted."""
+        """Average X − Xᵀ, or K, of ``kernels.outer``; the direction, if it is wanted."""
         config = self.config
         return kernels.lie_moments(
             x,
@@ -161,8 +161,7 @@ class Whole:
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
     ) -> Tensor | None:
         """[B, d, d]."""
-        a, b = factors(w, g, side=side)
-        return lie.averaged(matmul(a, b.mT))
+        return lie.averaged(kernels.outer(*factors(w, g, side=side), matmul=matmul))
 
     def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
         """[B, d, d]."""

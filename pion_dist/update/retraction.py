@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .generators import Generator, Matmul
-from .precision import float32_precision
 
 Polynomial = tuple[float, ...]
 
@@ -116,15 +115,14 @@ def factor(matrix: Tensor, angle: Tensor, *, retraction: Literal["cayley", "exp"
         [B, d, d].
     """
     a = matrix * angle
-    with float32_precision("ieee"):
-        if retraction == "exp":
-            e = _exponential(a)
-            e.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-            return e
-        left = (a * -0.5).diagonal_scatter(a.new_ones(a.shape[:-1]), dim1=-2, dim2=-1)
-        solved: Tensor
-        solved, _ = torch.linalg.solve_ex(left, a, check_errors=False)
-        return solved
+    if retraction == "exp":
+        e = _exponential(a)
+        e.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        return e
+    left = (a * -0.5).diagonal_scatter(a.new_ones(a.shape[:-1]), dim1=-2, dim2=-1)
+    solved: Tensor
+    solved, _ = torch.linalg.solve_ex(left, a, check_errors=False)
+    return solved
 
 
 def _exponential(a: Tensor) -> Tensor:

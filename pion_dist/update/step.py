@@ -14,11 +14,12 @@ from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
-from .precision import PRODUCTS, Products, moving
+from .precision import PRODUCTS, Products, float32_precision, moving
 from .readings import Turning, read
 from .retraction import Known, coefficients, factor, rotate
 
 
+@float32_precision("ieee")
 def step(
     w_Bmn: Tensor,
     g_Bmn: Tensor,
