@@ -154,25 +154,23 @@ def check(
     if not layers and not fp8:
         return
     moved = missing((*LAYERS, *FP8_WEIGHTS) if fp8 else LAYERS)
+    first: dict[str, str] = {}  # what is wrong, and the first weight of which it is
     for layer in layers:
         parallel, ranks = (getattr(layer, name, None) for name in ("parallel_mode", "tp_size"))
         cut = parallel in ("column", "row") and ranks != 1
         for leaf, p in layer.named_parameters(recurse=False):
             if p not in rotated:
                 continue
-            name = rotated[p].name
+            info = rotated[p]
             if not re.fullmatch(r"weight\d*", leaf):
-                moved.append(
-                    f"  {name} is of Transformer Engine's {_layer_class(layer)}, whose weights are "
-                    "named weight or weight0, weight1, ..."
-                )
-            if cut and rotated[p].tp_size == 1:
-                moved.append(f"  {name} is one rank's shard without tensor_model_parallel set")
+                what = f"is of Transformer Engine's {_layer_class(layer)}, whose weights are named "
+                first.setdefault(what + "weight or weight0, weight1, ...", info.name)
+            if cut and info.tp_size == 1:
+                first.setdefault("is one rank's shard without tensor_model_parallel", info.name)
             if is_fp8(p) and not hasattr(p, "get_high_precision_init_val"):
-                moved.append(
-                    f"  {name} has no get_high_precision_init_val (starts masters from the value "
-                    "before rounding)"
-                )
+                what = "has no get_high_precision_init_val (starts masters before rounding)"
+                first.setdefault(what, info.name)
+    moved += [f"  {name} {what}" for what, name in first.items()]
     if moved:
         raise SeamError(
             f"transformer-engine {installed()} does not have what pion_dist holds on to; {TESTED} "
