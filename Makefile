@@ -29,10 +29,11 @@ DEV_STAMP := $(VENV)/dev-$(KEY)
 # The older Megatron that is supported, for the tests.
 MEGATRON_018 := $(VENV)/megatron-0.18.2
 # Transformer Engine has an environment of its own: where it is installed Megatron uses it. Its wheel
-# is kept while its version and torch's stay.
+# is kept while its version and torch's stay. It is built within this checkout, whose commit it would
+# take for its own and append to its version (NVTE_NO_LOCAL_VERSION).
 TE := $(VENV)/te
 TE_STAMP := $(VENV)/te-$(KEY)
-TE_WHEELS := $(VENV)/te-wheels-$(shell { pwd; grep -i -E '^(torch|transformer)' constraints.txt; } \
+TE_WHEELS := $(VENV)/te-wheels-$(shell grep -E '^(torch|transformer_engine.*)==' constraints.txt \
 	| cksum | cut -d ' ' -f 1)
 # Wheels of gigabytes pass through here once: no cache, and no use of a small /tmp.
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
@@ -94,9 +95,9 @@ $(TE_STAMP): | $(RUN)
 	@mkdir -p $(VENV)/tmp $(TE_WHEELS) && rm -rf $(TE) $(VENV)/te-[0-9]* && $(RUN) -m venv $(TE)
 	@$(call PIP,$(TE)/bin/python) -e '.[dev,te-build]'
 	@ls $(TE_WHEELS)/*.whl > /dev/null 2>&1 || TMPDIR="$(CURDIR)/$(VENV)/tmp" \
-		NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$${MAX_JOBS:-$$(nproc)} \
-		$(TE)/bin/python -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation \
-		--wheel-dir $(TE_WHEELS) transformer-engine-torch
+		NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_NO_LOCAL_VERSION=1 \
+		MAX_JOBS=$${MAX_JOBS:-$$(nproc)} $(TE)/bin/python -m pip wheel --quiet --no-cache-dir \
+		--no-deps --no-build-isolation --wheel-dir $(TE_WHEELS) transformer-engine-torch
 	@$(call PIP,$(TE)/bin/python) --find-links $(TE_WHEELS) -e '.[te]'
 	@touch $@
 

@@ -39,7 +39,7 @@ setup(
     extras_require={
         # Its PyTorch part builds from source, and needs torch and te-build installed first; see
         # docs/fp8.md.
-        "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
+        "te": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
         "te-build": [
             "transformer-engine-cu13==2.20.2",
             # CUDA's headers, of torch's CUDA.

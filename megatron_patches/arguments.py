@@ -469,8 +469,8 @@ def _check_fp8_weights(args: argparse.Namespace) -> None:
         raise ValueError(f"{what} needs --use-distributed-optimizer")
     if not getattr(args, "use_layer_wise_param_layout", False):
         raise ValueError(
-            f"{what} needs the layer-wise optimizer's parameter layout, which megatron-core 0.19 "
-            "has without --no-use-layer-wise-param-layout: or leave --fp8-param-gather out"
+            f"{what} needs the layer-wise optimizer's parameter layout: leave "
+            "--no-use-layer-wise-param-layout out, or leave --fp8-param-gather out"
         )
 
 

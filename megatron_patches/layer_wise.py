@@ -22,6 +22,7 @@ from pion_dist.plan import deal, deal_shards
 from . import seams
 from .arguments import pion_config
 from .parameters import decide, decided, noted
+from .transformer_engine import is_fp8
 
 
 def apply() -> None:
@@ -168,6 +169,12 @@ def _routed(original: Any) -> Any:
                     raise ValueError(
                         f"--optimizer pion with --use-distributed-optimizer: {info.name} is a "
                         "routed expert's and Adam's, which needs --no-use-layer-wise-param-layout"
+                    )
+                if not rotated and is_fp8(p):
+                    # Megatron groups the buckets of one buffer of FP8 weights at most.
+                    raise ValueError(
+                        f"--optimizer pion with --fp8-param-gather: {info.name} is kept in FP8 and "
+                        "Adam's: leave it out of --pion-exclude, or leave --fp8-param-gather out"
                     )
                 p.is_managed_by_layer_wise_optimizer = rotated  # type: ignore[attr-defined]
 

@@ -105,6 +105,18 @@ FP8_WEIGHTS = (
         "writes masters into FP8",
         attributes=("_copy_main_params_to_model_params",),
     ),
+    *(
+        Seam(
+            f"megatron.core.optimizer.{module}",
+            name,
+            "gathers weights when all are stepped",
+            attributes=("start_param_sync_for_bucket_group_subset",),
+        )
+        for module, name in (
+            ("layer_wise_optimizer", "LayerWiseDistributedOptimizer"),
+            ("distrib_optimizer", "DistributedOptimizer"),
+        )
+    ),
 )
 
 
@@ -142,13 +154,23 @@ def check(
     if not layers and not fp8:
         return
     moved = missing((*LAYERS, *FP8_WEIGHTS) if fp8 else LAYERS)
+    first: dict[str, str] = {}  # what is wrong, and the first weight of which it is
     for layer in layers:
+        parallel, ranks = (getattr(layer, name, None) for name in ("parallel_mode", "tp_size"))
+        cut = parallel in ("column", "row") and ranks != 1
         for leaf, p in layer.named_parameters(recurse=False):
-            if p in rotated and not re.fullmatch(r"weight\d*", leaf):
-                moved.append(
-                    f"  {rotated[p].name} is of Transformer Engine's {_layer_class(layer)}, whose "
-                    f"weights are named weight or weight0, weight1, ..."
-                )
+            if p not in rotated:
+                continue
+            info = rotated[p]
+            if not re.fullmatch(r"weight\d*", leaf):
+                what = f"is of Transformer Engine's {_layer_class(layer)}, whose weights are named "
+                first.setdefault(what + "weight or weight0, weight1, ...", info.name)
+            if cut and info.tp_size == 1:
+                first.setdefault("is one rank's shard without tensor_model_parallel", info.name)
+            if is_fp8(p) and not hasattr(p, "get_high_precision_init_val"):
+                what = "has no get_high_precision_init_val (starts masters before rounding)"
+                first.setdefault(what, info.name)
+    moved += [f"  {name} {what}" for what, name in first.items()]
     if moved:
         raise SeamError(
             f"transformer-engine {installed()} does not have what pion_dist holds on to; {TESTED} "
@@ -197,9 +219,10 @@ def refuse_unwritable(
             and getattr(ddp, "use_distributed_optimizer", False)
         ):
             raise ValueError(
-                f"{weight}, which --optimizer pion supports with --bf16 "
-                "--use-distributed-optimizer, on the path with a parameter layout (no "
-                "--no-use-layer-wise-param-layout): or leave --fp8-param-gather out"
+                f"{weight}, which --optimizer pion supports with --bf16, "
+                "--use-distributed-optimizer and the layer-wise optimizer's parameter layout (by "
+                "model_provider, without --no-use-layer-wise-param-layout): or leave "
+                "--fp8-param-gather out"
             )
 
 
@@ -213,14 +236,14 @@ def start_from(param: torch.nn.Parameter, value: Tensor, name: str) -> None:
         name: for the message.
 
     Raises:
-        ValueError: the weight was built without its value before rounding.
+        ValueError: the value before rounding is gone.
     """
     initial = _before_rounding(param)
     if initial is None:
         raise ValueError(
-            f"{name}: --pion-init found no value before rounding to FP8, which Megatron has "
-            "Transformer Engine keep (preserve_high_precision_init_val) unless gradients are off; "
-            "use --pion-init keep"
+            f"{name}: --pion-init found no value before rounding to FP8, which Transformer Engine "
+            "keeps until an optimizer has written the weight: make the model anew, or use "
+            "--pion-init keep"
         )
     initial.copy_(value)
     param.copy_(value)
@@ -244,7 +267,8 @@ def attach(
     fp8 = [p for _, p, decision in decisions if isinstance(decision, Rotated) and is_fp8(p)]
     if not fp8:
         return
-    for layer_wise in _layer_wise(optimizer):
+    found = list(_layer_wise(optimizer))
+    for layer_wise in found:
         groups = layer_wise.pg_collection
         # In the model's order, which is the same on all ranks that have these weights.
         everyone = [
@@ -255,6 +279,26 @@ def attach(
             if isinstance(leaf.optimizer, Pion):
                 _start(leaf)
                 leaf._copy_main_params_to_model_params = functools.partial(_write, leaf, everyone)
+    if optimizer not in found:
+        _gather_last(optimizer)
+
+
+def _gather_last(chain: Any) -> None:
+    """Gather weights once all optimizers of a chain have stepped (modified in place).
+
+    Megatron has each gather its own, but with FP8 weights what is not FP8 joins the last group of
+    FP8 buckets: the layer-wise optimizer, which steps first, gathers Adam's parameters in it before
+    they are stepped, and Adam leaves them to it.
+    """
+    *first, last = chain.chained_optimizers
+    for each in first:
+        each.start_param_sync_for_bucket_group_subset = lambda: None
+
+    def gather() -> None:
+        for chunk in last.model_chunks:
+            chunk.start_param_sync()
+
+    last.start_param_sync_for_bucket_group_subset = gather
 
 
 def _layer_wise(optimizer: Any) -> Iterator[Any]:

@@ -5,8 +5,10 @@ Transformer Engine computes on a GPU when it writes an FP8 weight is not. Nothin
 rank has the same made-up gradients.
 """
 
+import contextlib
 import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import te_on_cpu
 import torch
 import torch.distributed as dist
 import transformer_engine.pytorch as te
+from transformer_engine.common.recipe import Float8CurrentScaling
+from transformer_engine.pytorch.tensor import MXFP8Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_megatron_optimizer_config, get_model
@@ -33,18 +38,24 @@ from megatron_patches.transformer_engine import is_fp8
 from pion_dist import Pion, PionConfig
 from pion_dist.classify import ParamInfo, Rotated, classify
 
-RECIPES = ("delayed", "tensorwise", "blockwise")
+RECIPES = ("delayed", "tensorwise", "blockwise")  # of FP8 weights
+BF16_RECIPES = (*RECIPES, "mxfp8", "nvfp4")
 STEPS = 3
 
 
-def setup(recipe: str | None = None, impl: str = "transformer_engine") -> tuple[list[Any], Any]:
-    """A fresh model, FP8 weights if there is a recipe, and its optimizer, as pretrain() makes."""
+def setup(
+    recipe: str | None = None, *, weights: str = "fp8", impl: str = "transformer_engine"
+) -> tuple[list[Any], Any]:
+    """A fresh model, with weights in FP8 or bf16, and its optimizer, as pretrain() makes."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     ARGS.transformer_impl = impl
-    ARGS.fp8 = "e4m3" if recipe else None
-    ARGS.fp8_recipe = recipe or "delayed"
-    ARGS.fp8_param_gather = recipe is not None
+    ARGS.fp4 = "e2m1" if recipe == "nvfp4" else None
+    ARGS.fp8 = "e4m3" if recipe and not ARGS.fp4 else None
+    ARGS.fp8_recipe = recipe if ARGS.fp8 else "delayed"
+    ARGS.fp8_param_gather = recipe is not None and weights == "fp8"
+    torch.manual_seed(ARGS.seed)  # Adam's parameters
+    model_parallel_cuda_manual_seed(ARGS.seed)
     model = get_model(model_provider, ModelType.encoder_or_decoder)
     config, overrides = get_megatron_optimizer_config(ARGS)
     return model, get_megatron_optimizer(config, model, config_overrides=overrides)
@@ -84,8 +95,18 @@ def masters(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
     return {name: found[name, shard(p)] for name, p in rotated(model).items()}
 
 
+def trained(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
+    """The masters of Pion's weights, and Adam's parameters as this rank has them."""
+    found = masters(model, optimizer)
+    for p in model[0].parameters():
+        info, decision = decided(p)
+        if not isinstance(decision, Rotated):
+            found[info.name] = p.detach().clone()
+    return found
+
+
 def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Take steps; after each, the masters."""
+    """Take steps; after each, what is trained."""
     for step in range(STEPS):
         for name, p in model[0].named_parameters():
             generator = torch.Generator().manual_seed(hash_of(name) + step)
@@ -93,7 +114,7 @@ def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]
         assert optimizer.step()[0]
         if ARGS.overlap_param_gather:  # else the forward pass gathers
             model[0].start_param_sync(force_sync=True)
-        yield masters(model, optimizer)
+        yield trained(model, optimizer)
 
 
 def hash_of(name: str) -> int:
@@ -126,12 +147,21 @@ def transposed(p: Any) -> torch.Tensor:
     return p._columnwise_data if hasattr(p, "_rowwise_data") else p._transpose
 
 
+def check_bf16(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
+    """A recipe is nothing to Pion where the weights are bf16."""
+    model, optimizer = setup(recipe, weights="bf16")
+    assert not any(is_fp8(p) for p in rotated(model).values()), recipe
+    found = [trained(model, optimizer), *train(model, optimizer)]
+    for step, (mine, theirs) in enumerate(zip(found, plain, strict=True)):
+        assert_equal(mine, theirs, f"{recipe}, weights in bf16: after step {step}")
+
+
 def check_fp8(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
-    """Masters are the bf16 run's to the last bit; every rank's weights are they, rounded."""
+    """All is the bf16 run's to the last bit, and every rank's FP8 weights are it, rounded."""
     model, optimizer = setup(recipe)
     weights = {name: p for name, p in rotated(model).items() if is_fp8(p)}
-    assert len(weights) >= len(plain[0]) // 2, "the model was not built in FP8"
-    assert_equal(masters(model, optimizer), plain[0], f"{recipe}: at the start")
+    assert len(weights) >= len(rotated(model)) // 2, "the model was not built in FP8"
+    assert_equal(trained(model, optimizer), plain[0], f"{recipe}: at the start")
     for step, found in enumerate(train(model, optimizer), 1):
         assert_equal(found, plain[step], f"{recipe}: after step {step}")
         for name, p in weights.items():
@@ -145,7 +175,7 @@ def check_fp8(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
 
 
 def check_resume(
-    recipe: str, model: list[Any], optimizer: Any, trained: dict[str, torch.Tensor]
+    recipe: str, model: list[Any], optimizer: Any, straight: dict[str, torch.Tensor]
 ) -> None:
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
@@ -157,9 +187,9 @@ def check_resume(
             wanted = optimizer.sharded_state_dict(model[0].sharded_state_dict(), True)
             found = dist_checkpointing.load({"optimizer": wanted}, folder[0])["optimizer"]
             optimizer.load_state_dict(found)
-            assert_equal(
-                masters(model, optimizer), trained, f"{recipe}: resumed with {into or 'bf16'}"
-            )
+            wanted = {name: straight[name] for name in rotated(model)}
+            what = f"{recipe}: resumed with {into or 'bf16'}"
+            assert_equal(masters(model, optimizer), wanted, what)
         dist.barrier()
 
 
@@ -192,27 +222,82 @@ def check_names() -> None:
         assert (info.tp_axis, info.tp_size) == (other.tp_axis, other.tp_size), name
 
 
-def check_other_names_are_refused() -> None:
-    layer = te.LayerNormMLP(64, 128)
-    names = {p: ParamInfo(name=name, shape=tuple(p.shape)) for name, p in layer.named_parameters()}
-    decisions = [(info, p, classify(info, PionConfig())) for p, info in names.items()]
+def check_refusals() -> None:
+    """What has moved in Transformer Engine, and FP8 weights that would not be written, by name."""
+
+    def init(**options: Any) -> Any:
+        return te.fp8_model_init(recipe=Float8CurrentScaling(), **options)
+
+    with init():
+        not_kept = te.Linear(64, 64, bias=False)
+    with init(preserve_high_precision_init_val=True):
+        fp8 = te.Linear(64, 64, bias=False)
+    for layer, says in (
+        (te.LayerNormMLP(64, 128), "fc1_weight is of Transformer Engine's LayerNormMLP"),
+        (te.Linear(64, 64, parallel_mode="column", tp_size=2), "weight is one rank's shard"),
+        (not_kept, "weight has no get_high_precision_init_val"),
+    ):
+        with refused(SeamError, says):
+            transformer_engine.check([layer], decisions(layer))
+    config = types.SimpleNamespace(bf16=True, use_layer_wise_distributed_optimizer=True)
+    with refused(ValueError, "weight is kept as Float8Tensor (--fp8-param-gather), which"):
+        transformer_engine.refuse_unwritable([fp8], decisions(fp8), config)
+    mxfp8 = torch.nn.Module()
+    mxfp8.weight = torch.nn.Parameter(
+        MXFP8Tensor(
+            shape=(64, 64),
+            dtype=torch.bfloat16,
+            rowwise_data=torch.zeros(64, 64, dtype=torch.uint8),
+            rowwise_scale_inv=torch.zeros(64, 2, dtype=torch.uint8),
+            columnwise_data=None,
+            columnwise_scale_inv=None,
+            fp8_dtype=te.DType.kFloat8E4M3,
+            quantizer=None,
+            with_gemm_swizzled_scales=False,
+            device=torch.device("cpu"),
+        )
+    )
+    with refused(ValueError, "use --fp8-recipe delayed, tensorwise, blockwise"):
+        transformer_engine.refuse_unwritable([mxfp8], decisions(mxfp8), config)
+    ARGS.pion_exclude = ["linear_proj"]
+    with refused(ValueError, "linear_proj.weight is kept in FP8 and Adam's"):
+        setup("tensorwise")
+    ARGS.pion_exclude = None
+    fp8.weight.clear_high_precision_init_val()
+    with refused(ValueError, "weight: --pion-init found no value before rounding"):
+        transformer_engine.start_from(fp8.weight, torch.zeros(64, 64), "weight")
+
+
+def decisions(layer: torch.nn.Module) -> list[tuple[ParamInfo, Any, Any]]:
+    found = []
+    for name, p in layer.named_parameters():
+        info = ParamInfo(name=name, shape=tuple(p.shape))
+        found.append((info, p, classify(info, PionConfig())))
+    return found
+
+
+@contextlib.contextmanager
+def refused(kind: type[Exception], says: str) -> Iterator[None]:
     try:
-        transformer_engine.check([layer], decisions)
-    except SeamError as error:
-        assert "fc1_weight is of Transformer Engine's LayerNormMLP" in str(error), error
+        yield
+    except kind as error:
+        assert says in str(error), error
     else:
-        raise AssertionError("weights of unknown names were taken")
+        raise AssertionError(f"not refused: {says}")
 
 
 def main() -> None:
-    check_other_names_are_refused()
+    check_refusals()
     check_names()
     model, optimizer = setup()
-    plain = [masters(model, optimizer), *train(model, optimizer)]
-    assert len(plain[0]) >= 4 * ARGS.num_layers
+    plain = [trained(model, optimizer), *train(model, optimizer)]
+    pions = len(rotated(model))
+    assert pions >= 4 * ARGS.num_layers
+    for recipe in BF16_RECIPES:
+        check_bf16(recipe, plain)
     for recipe in RECIPES:
         check_fp8(recipe, plain)
-    print(f"all checks passed: {len(plain[0])} weights, {', '.join(RECIPES)}", flush=True)
+    print(f"all checks passed: {pions} weights, {', '.join(RECIPES)}", flush=True)
 
 
 if __name__ == "__main__":
