@@ -296,11 +296,11 @@ def precision(runner: Runner, size: Size) -> None:
         f"{of}: {what}": Method("Pion", (*PION.flags, *base, *flags), PION.lr, PION.rest)
         for of, base in (("default", ()), ("lie, adaptive", lie))
         for what, flags in (
-            ("nothing", computed),
+            ("as computed", computed),
             ("products", ()),
             ("moments", (*computed, *moments)),
             ("both", moments),
-            ("products, moments in int8", coded),
+            ("moments in int8", (*computed, *coded)),
         )
     }
 
