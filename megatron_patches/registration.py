@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -223,7 +224,8 @@ def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> Non
         if getattr(config, field, False):
             raise ValueError(f"optimizer='pion' does not support {field}=True")
     name = config.pion_recipe
-    if options == PionConfig() != RECIPES[name]:
+    given = dataclasses.replace(options, matmul_precision="highest")  # which follows bf16 by itself
+    if given == PionConfig() != RECIPES[name]:
         raise ValueError(
             f"pion_recipe={name!r} alone sets nothing in a config: "
             f"OptimizerConfig(**megatron_patches.recipe({name!r}), ...)"
