@@ -192,6 +192,7 @@ class Runner:
         self._lock, self._start = threading.Lock(), time.monotonic()
         self._running: list[Any] = []
         self._stopped = False
+        self._failed: StudyError | None = None  # the first, for which the others are ended
         self.trained = self.asked = 0
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         # Before the server starts, whose children it holds for.
@@ -292,7 +293,7 @@ class Runner:
             )
             with self._lock:
                 if self._stopped:
-                    raise StudyError("stopped")
+                    raise self._failed or StudyError("stopped")
                 process.start()
                 self._running.append(process)
             process.join()
@@ -301,8 +302,14 @@ class Runner:
         # The record alone tells: threads that start and await processes at once read exit codes in
         # each other's place.
         if not path.exists():
-            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-25:])
-            raise StudyError(f"a training failed. The end of its log, {log}:\n\n{tail}")
+            with self._lock:
+                if self._failed is None:
+                    lines = log.read_text(errors="replace").splitlines(keepends=True)
+                    tail = "".join(lines[-25:])
+                    self._failed = StudyError(
+                        f"a training failed. The end of its log, {log}:\n\n{tail}"
+                    )
+            raise self._failed
         self.trained += 1
         result = Result(run, json.loads(path.read_text()))
         minutes = (time.monotonic() - self._start) / 60
