@@ -56,9 +56,9 @@ clipped gradients at norm 1, did not tie embeddings, and left all but hidden mat
 def in_bf16(name: str) -> PionConfig:
     """The recipe's options where a model is trained in bf16.
 
-    Its gradients are rounded to 8 bits already, and losses do not change (docs/TRAINING.md) when
-    products that only decide where a weight moves are too; on GPUs they are 15 times as fast. The
-    published options stay as they are.
+    Its gradients are rounded to 8 bits already, and losses change by less than seeds do
+    (docs/TRAINING.md) when products that only decide where a weight moves are too; by data sheets
+    GPUs do them 15 times as fast. The published options stay as they are.
     """
     config = RECIPES[name]
     own = name in ("pretrain", "finetune")

@@ -120,7 +120,10 @@ def test_what_tensor_cores_move_keeps_the_spectrum(
 @pytest.mark.parametrize("d", [1, 319, 320, 643, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_mirrored_product_is_the_whole_one(d: int, dtype: torch.dtype) -> None:
-    """On 1 to 4 panels: to rounding of d terms, 2^-53 each, or of the result to 8 bits."""
+    """On 1 to 4 panels: to rounding of d terms, 2^-53 each, or of the result to 8 bits.
+
+    8 and 16 times that where 2 P or 3 X is added, whose elements are up to so many times X²'s.
+    """
     x = torch.randn(2, d, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = (x - x.mT).to(dtype) / d**0.5
     p, q, skew = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
