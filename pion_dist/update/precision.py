@@ -45,8 +45,8 @@ def float32_precision(name: str) -> Iterator[None]:
 
 # Rows of a panel, at least, and panels at most: lower ones keep a device less busy. On one CPU core
 # a product takes 0.78, 0.73 and 0.71 of its time at d = 512, 1024 and 2048 in float32, 0.88, 0.85
-# and 0.73 in bf16, and at 256 it would take more (4 panels, by hand). On an H100 2048 rows by 2048 are 128 of
-# cuBLAS's tiles for 132 multiprocessors (not measured).
+# and 0.73 in bf16, and at 256 it would take more (4 panels, by hand). On an H100 2048 rows by 2048
+# are 128 of cuBLAS's tiles for 132 multiprocessors (not measured).
 _PANEL_ROWS = {"cpu": 160}
 _PANEL_ROWS_OF_OTHERS = 2048
 _PANELS = 4
