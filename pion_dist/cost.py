@@ -48,6 +48,24 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
     return chosen
 
 
+def room(m: int, n: int, config: PionConfig) -> int:
+    """Elements that a step of one m x n matrix works in, about: generators, iterates, copies.
+
+    Args:
+        m: rows of the matrix.
+        n: columns of the matrix.
+        config: the run's options.
+    """
+    found = 4 * m * n
+    for side, form in forms(m, n, config).items():
+        d, other = (n, m) if side == "in" else (m, n)
+        if form == "dense":
+            found += d * d
+        elif config.direction == "msign":  # [U V] and Q, three iterates
+            found += 4 * d * other + 12 * other * other
+    return found
+
+
 def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
     """The active sides as they are applied: the larger first, which costs a product less."""
     return tuple(sorted(active, key=lambda side: -(n if side == "in" else m)))

@@ -105,8 +105,17 @@ class MatrixView:
         Raises:
             ValueError: the shape is not this view's.
         """
+        return {part.name: self.matrices(weight_RC, part.name) for part in self.parts}
+
+    def matrices(self, weight_RC: Tensor, name: str) -> Tensor:
+        """``split``'s tensor of one part."""
         self._check(weight_RC)
-        return {part.name: self._matrices(weight_RC, part) for part in self.parts}
+        part = next(part for part in self.parts if part.name == name)
+        rows = self._rows(weight_RC, part)
+        batch, m, _ = self.shape_of(part)
+        if part.length % m == 0:  # no matrix is gathered over repetitions: a view
+            return torch.unflatten(rows, 1, (part.length // m, m)).flatten(0, 1)
+        return torch.unflatten(rows.flatten(0, 1), 0, (batch, m))
 
     def merge(self, matrices: dict[str, Tensor], weight_RC: Tensor) -> None:
         """The inverse of ``split``: write the matrices into the weight (modified in place).
@@ -130,13 +139,6 @@ class MatrixView:
     def _rows(self, weight_RC: Tensor, part: Part) -> Tensor:
         repeated = torch.unflatten(weight_RC, 0, (self.rows // part.period, part.period))
         return repeated[:, part.offset : part.offset + part.length]
-
-    def _matrices(self, weight_RC: Tensor, part: Part) -> Tensor:
-        rows = self._rows(weight_RC, part)
-        batch, m, _ = self.shape_of(part)
-        if part.length % m == 0:  # no matrix is gathered over repetitions: a view
-            return torch.unflatten(rows, 1, (part.length // m, m)).flatten(0, 1)
-        return torch.unflatten(rows.flatten(0, 1), 0, (batch, m))
 
     def _check(self, weight_RC: Tensor) -> None:
         if tuple(weight_RC.shape) != (self.rows, self.cols):

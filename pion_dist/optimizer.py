@@ -20,13 +20,6 @@ from .plan import MatrixPlan, StepPlan, build_plan, due
 from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 
-# Bytes of generators and temporaries that one batch may have on the CPU, whose caches larger ones
-# fall out of; smaller ones are many calls. At 1, 4, 8, 64 MiB a step with adaptive Lie moments of
-# 24 heads of 64 x 512 takes 86, 76, 79 and 90 ms, of 96 of 8 x 256 49, 37, 39 and 75
-# (tools/bench_batch.py's cases, CPU time of one thread, torch 2.13). On other devices a part is one
-# batch.
-CPU_BATCH_BYTES = 4 << 20
-
 logger = logging.getLogger("pion_dist")
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -207,6 +200,14 @@ class Pion(torch.optim.Optimizer):
         joins = self.config.tp_mode in ("owner", "duplicated")
         together = self.plan.waves if joins else self.plan.batches
         self._together = [together(index) for index in range(len(self.groups))]
+        on: dict[torch.device, list[int]] = {}
+        for i in self.plan.own():
+            on.setdefault(self._places[i][0].device, []).append(i)
+        self._own = [
+            batch
+            for device, mine in on.items()
+            for batch in self.plan.own_batches(mine, device.type)
+        ]
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -259,7 +260,8 @@ class Pion(torch.optim.Optimizer):
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
         for i, (p, part) in enumerate(self._places):
-            yield from zip(self.names(i), self._slots[p].view.split(p.detach())[part], strict=True)
+            each = self._slots[p].view.matrices(p.detach(), part)
+            yield from zip(self.names(i), each, strict=True)
 
     def names(self, i: int) -> list[str]:
         """Of the plan's matrices ``i`` on this rank, each the same in every layout."""
@@ -270,7 +272,7 @@ class Pion(torch.optim.Optimizer):
     def whole(self, i: int) -> Tensor:
         """The plan's matrices ``i``, [B, m, n]: a collective of the ranks that share them."""
         p, part = self._places[i]
-        return self._joined(self.plan.matrices[i], self._slots[p].view.split(p.detach())[part])
+        return self._joined(self.plan.matrices[i], self._slots[p].view.matrices(p.detach(), part))
 
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
@@ -320,8 +322,8 @@ class Pion(torch.optim.Optimizer):
         names = [self._slots[p].name for p in due]
         ok = self._guard.check(names, [p.grad for p in due if p.grad is not None])
         ok = exchange.agree(ok, self.groups)
-        for p in due:
-            self._step_local(p, ok)
+        for batch in self._own:
+            self._step_own([i for i in batch if self._places[i][0].grad is not None], ok)
         for index in range(len(self.groups)):
             if self._together[index]:
                 self._step_shared(index, ok)
@@ -337,28 +339,29 @@ class Pion(torch.optim.Optimizer):
                 raise ValueError(f"{self._slots[p].name} has a sparse gradient")
         return due
 
-    def _step_local(self, p: Tensor, ok: Tensor) -> None:
-        """Step a parameter's matrices, if this rank has them whole."""
-        slot, dtype = self._slots[p], compute_dtype(p)
-        if slot.group is not None and slot.view.axis is not None:
+    def _step_own(self, batch: Sequence[int], ok: Tensor) -> None:
+        """Step matrices of one shape that this rank has whole."""
+        if len(batch) > 1:
+            self._step_together(batch, ok)
             return
-        assert p.grad is not None
-        weights, grads = slot.view.split(p.to(dtype)), slot.view.split(p.grad.to(dtype))
-        for part in slot.view.shapes:
-            batch, m, n = weights[part].shape
-            moments = self._held(p, part)
-            stride = _batch_size(m, n, p)
-            for first in range(0, batch, stride):
-                some = slice(first, first + stride)
-                i = self._numbers[p, part]
-                self._update(
-                    [(i, index) for index in range(batch)[some]],
-                    weights[part][some],
-                    grads[part][some],
-                    {name: moment[some] for name, moment in moments.items()},
-                    ok,
-                )
-        slot.view.merge(weights, p)
+        for i in batch:
+            weight, grad = self._shard(i)
+            self._step_apart(i, weight, grad, ok)
+            self._store(i, weight)
+
+    def _step_apart(self, i: int, weight: Tensor, grad: Tensor, ok: Tensor) -> None:
+        """Step the plan's matrices ``i``, whole (modified in place), a batch after the other."""
+        moments = self._held(*self._places[i])
+        stride = self.plan.batch_size(self.plan.matrices[i], weight.device.type)
+        for first in range(0, len(weight), stride):
+            some = slice(first, first + stride)
+            self._update(
+                [(i, index) for index in range(len(weight))[some]],
+                weight[some],
+                grad[some],
+                {name: moment[some] for name, moment in moments.items()},
+                ok,
+            )
 
     def _step_shared(self, index: int, ok: Tensor) -> None:
         """Step the matrices of which every rank of a group has a shard."""
@@ -369,7 +372,7 @@ class Pion(torch.optim.Optimizer):
                 raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
         if self.config.tp_mode in ("distributed", "blockwise"):
             for batch in self._together[index]:
-                self._step_shards(batch, ok)
+                self._step_together(batch, ok)
             return
         pieces = {}
         for i in self.plan.of_group(index):
@@ -378,8 +381,7 @@ class Pion(torch.optim.Optimizer):
             pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
 
         def compute(i: int, weight: Tensor, grad: Tensor) -> None:
-            members = [(i, index) for index in range(len(weight))]
-            self._update(members, weight, grad, self._held(*places[i]), ok)
+            self._step_apart(i, weight, grad, ok)
 
         exchange.run(
             [{i: pieces[i] for i in wave} for wave in self._together[index]],
@@ -390,8 +392,8 @@ class Pion(torch.optim.Optimizer):
             group=self.groups[index],
         )
 
-    def _step_shards(self, batch: Sequence[int], ok: Tensor) -> None:
-        """Step shards of one shape together, where they lie."""
+    def _step_together(self, batch: Sequence[int], ok: Tensor) -> None:
+        """Step matrices of one shape, or this rank's shards of them, as one batch."""
         shards = [self._shard(i) for i in batch]
         held = [self._held(*self._places[i]) for i in batch]
         counts = [weight.shape[0] for weight, _ in shards]
@@ -407,11 +409,11 @@ class Pion(torch.optim.Optimizer):
                 moments[name].copy_(stepped)
 
     def _shard(self, i: int) -> tuple[Tensor, Tensor]:
-        """This rank's shards of the weight and the gradient of the plan's matrices ``i``."""
+        """What this rank has of the weight and the gradient of the plan's matrices ``i``."""
         p, part = self._places[i]
         view, dtype = self._slots[p].view, compute_dtype(p)
         assert p.grad is not None
-        return view.split(p.to(dtype))[part], view.split(p.grad.to(dtype))[part]
+        return view.matrices(p, part).to(dtype), view.matrices(p.grad, part).to(dtype)
 
     def _store(self, i: int, shard: Tensor) -> None:
         p, part = self._places[i]
@@ -598,10 +600,3 @@ class Pion(torch.optim.Optimizer):
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
-
-
-def _batch_size(m: int, n: int, p: Tensor) -> int:
-    """How many matrices a batch has."""
-    if p.device.type != "cpu":
-        return p.numel()
-    return max(1, CPU_BATCH_BYTES // (compute_dtype(p).itemsize * (m * m + n * n + 4 * m * n)))

@@ -2,7 +2,7 @@
 
     python tools/bench_batch.py [--heads 24 --rows 64 --cols 512]
 
-Prints the median step for every budget: what pion_dist.optimizer.CPU_BATCH_BYTES is chosen by.
+Prints the median step for every budget: what pion_dist.plan.BATCH_BYTES is chosen by.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.utils.benchmark import Timer
 
-import pion_dist.optimizer
+import pion_dist.plan
 from pion_dist import RECIPES, Pion
 from pion_dist.matrices import stacked
 
@@ -32,7 +32,7 @@ def main() -> None:
         config = replace(RECIPES["paper-1.3b"], momentum=momentum, direction="adaptive")
         optimizer = Pion([weight], config=config, views={weight: view})
         for budget in (1, 4, 8, 16, 64, 1024):
-            pion_dist.optimizer.CPU_BATCH_BYTES = budget << 20
+            pion_dist.plan.BATCH_BYTES["cpu"] = budget << 20
             timer = Timer("optimizer.step()", globals={"optimizer": optimizer})
             median = timer.blocked_autorange(min_run_time=1.0).median
             print(f"{momentum:12} {budget:5} MiB {median * 1e3:8.1f}", flush=True)

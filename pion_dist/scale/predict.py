@@ -302,10 +302,8 @@ def _pion(plan: StepPlan, rank: int, local: int, cluster: Cluster) -> _Rank:
             for batch, m, n, axis, ranks in _work(plan, rank)
         )
         collectives = plan.collectives(place, step)
-        copies, exchange = 0.0, 0.0
-        if plan.sizes:
-            copies = _copied(plan, rank) / (cluster.memory * cluster.stream)
-            exchange = _exchange(plan, step, cluster, compute)
+        copies = _copied(plan, rank) / (cluster.memory * cluster.stream)
+        exchange = _exchange(plan, step, cluster, compute) if plan.sizes else 0.0
         found.append(Seconds(compute + copies, exchange))
         moved.append(Counter({f"tp {op}": each.bytes for op, each in collectives.items()}))
     state = plan.state_bytes(place)
@@ -318,27 +316,42 @@ Work = tuple[int, int, int, Literal["rows", "cols"] | None, int]
 
 def _work(plan: StepPlan, rank: int) -> Iterable[Work]:
     """Batches that a rank computes: B, m, n, axis of a cut, ranks that share the computation."""
-    together = plan.config.tp_mode in ("distributed", "blockwise")
-    for x in plan.matrices:
-        if not x.shared or (not together and x.owner in (None, rank)):
-            axis = x.axis if plan.config.tp_mode == "blockwise" else None
-            yield x.batch, x.m, x.n, axis, 1
-    if together:
+    divided = plan.config.tp_mode in ("distributed", "blockwise")
+    owned = [
+        [i]
+        for i, x in enumerate(plan.matrices)
+        if x.shared and not divided and x.owner in (None, rank)
+    ]
+    for batch in [*plan.own_batches(plan.own(), "cuda"), *owned]:
+        x = plan.matrices[batch[0]]
+        axis = x.axis if plan.config.tp_mode == "blockwise" else None
+        left, most = _count(plan, batch), plan.batch_size(x, "cuda")
+        while left > 0:
+            yield min(left, most), x.m, x.n, axis, 1
+            left -= most
+    if divided:
         for group, size in enumerate(plan.sizes):
             for batch in plan.batches(group):
                 x = plan.matrices[batch[0]]
-                yield sum(plan.matrices[i].batch for i in batch), x.m, x.n, x.axis, size
+                yield _count(plan, batch), x.m, x.n, x.axis, size
+
+
+def _count(plan: StepPlan, batch: Sequence[int]) -> int:
+    return sum(plan.matrices[i].batch for i in batch)
 
 
 def _copied(plan: StepPlan, rank: int) -> float:
-    """Bytes read and written to pack what the exchange sends, and to take it apart."""
+    """Bytes read and written to join batches and to pack what travels, and to take both apart."""
     found = 0.0
+    for batch in plan.own_batches(plan.own(), "cuda"):
+        if len(batch) > 1:  # weight, gradient and moment joined; two taken apart
+            found += sum(2 * 5 * plan.matrices[i].itemsize * plan.matrices[i].numel for i in batch)
     for group, size in enumerate(plan.sizes):
         for i in plan.of_group(group):
             x = plan.matrices[i]
             shard = x.itemsize * x.numel / size
             if plan.config.tp_mode in ("distributed", "blockwise"):
-                found += 2 * 5 * shard  # weight, gradient and moment joined; two taken apart
+                found += 2 * 5 * shard
                 continue
             # W and G packed; W taken back. Where it is computed W and G joined and W packed.
             whole = x.itemsize * x.numel if x.owner in (None, rank) else 0
