@@ -84,7 +84,7 @@ LAYER = "decoder.layers.3."  # the last
 SHOWN = {  # panel title: matrix, one of each kind
     "key": LAYER + "self_attention.linear_qkv.weight:k",
     "attention output": LAYER + "self_attention.linear_proj.weight:whole",
-    "gate": LAYER + "mlp.linear_fc1.weight:gate_up",
+    "gate": LAYER + "mlp.linear_fc1.weight:gate",
     "down projection": LAYER + "mlp.linear_fc2.weight:whole",
 }
 # Singular values by matrix name, at the start and at the end of a run.

@@ -130,16 +130,14 @@ def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
                 "--tensor-model-parallel-size 1, since each rank stores rows of gate and of up"
             )
         return whole(rows, cols, axis=info.tp_axis)
-    if info.gate_interleave:
-        block = info.gate_interleave
-        return interleaved(
-            rows,
-            cols,
-            repeated=[("gate", block), ("up", block)],
-            per_repetition=False,
-            axis=info.tp_axis,
-        )
-    return stacked(rows, cols, name="gate_up", count=2, axis=info.tp_axis)
+    block = info.gate_interleave or rows // 2
+    return interleaved(
+        rows,
+        cols,
+        repeated=[("gate", block), ("up", block)],
+        per_repetition=False,
+        axis=info.tp_axis,
+    )
 
 
 def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:

@@ -85,7 +85,10 @@ def check(
     layer = "decoder.layers.1."
     assert len(parts) == 8
     assert parts[layer + "self_attention.linear_qkv.weight"] == {"head": (16, 8, 64)}
-    assert parts[layer + "mlp.linear_fc1.weight"] == {"gate_up": (2, 96, 64)}
+    assert parts[layer + "mlp.linear_fc1.weight"] == {
+        "gate": (1, 96, 64),
+        "up": (1, 96, 64),
+    }
     assert all(torch.equal(p, weights[name]) for name, p in chunk.named_parameters())  # keep
     before = {name: torch.linalg.svdvals(x.double()) for name, x in pion.matrices()}
     generator = torch.Generator().manual_seed(0)

@@ -86,7 +86,7 @@ def check_plan() -> None:
     assert "excluded by 'linear_proj'" in rows["decoder.layers.0.self_attention.linear_proj.weight"]
     qkv = rows["decoder.layers.3.self_attention.linear_qkv.weight"]
     assert "q 1 of 64x64, k 1 of 32x64, v 1 of 32x64" in qkv
-    assert "gate_up 2 of 96x64" in rows["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert "gate 1 of 96x64, up 1 of 96x64" in rows["decoder.layers.0.mlp.linear_fc1.weight"]
     assert "embedding or output" in rows["output_layer.weight"]
     pion = {name for name, row in rows.items() if "Pion: " in row and name in names}
     # What the plan says is what the optimizers hold, and what they hold is said.

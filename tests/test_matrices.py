@@ -136,7 +136,7 @@ def test_gated_fc1() -> None:
     info = ParamInfo(name="mlp.linear_fc1.weight", shape=(8, 3), gated=True)
     split = classify(info, PionConfig())
     one = classify(info, PionConfig(split_gate=False))
-    assert isinstance(split, Rotated) and split.view.shapes == {"gate_up": (2, 4, 3)}
+    assert isinstance(split, Rotated) and split.view.shapes == {"gate": (1, 4, 3), "up": (1, 4, 3)}
     assert isinstance(one, Rotated) and one.view.shapes == {"whole": (1, 8, 3)}
     turns = classify(
         ParamInfo(name="fc1", shape=(8, 3), gated=True, gate_interleave=2), PionConfig()

@@ -156,7 +156,7 @@ def by_hand(name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
         }
     if "linear_fc1" in name:
         gate, up = np.split(weight, 2)
-        return {f"{name}:gate_up[0]": gate, f"{name}:gate_up[1]": up}
+        return {f"{name}:gate[0]": gate, f"{name}:up[0]": up}
     return {f"{name}:whole[0]": weight}
 
 
@@ -307,7 +307,7 @@ def test_experts_are_weights_of_their_own(runs: Path) -> None:
                 checkpoint.read(weight), stacked[key][layer, expert], rtol=0, atol=0
             )
             cut = view(weight, checkpoint.args, PionConfig())
-            assert cut.shapes == {"gate_up": (2, 48, 64)}  # type: ignore[union-attr]
+            assert cut.shapes == {"gate": (1, 48, 64), "up": (1, 48, 64)}  # type: ignore[union-attr]
     assert "decoder.layers.0.mlp.router.weight" in checkpoint.weights
 
 
@@ -474,7 +474,7 @@ def test_arguments_of_a_file_of_their_own(tmp_path: Path) -> None:
     torch.save({"args": args, "iteration": 1}, folder / "common.pt")
     Trap.sprung = False
     found = as_json(build(runs_of([folder]), None, EVERY))
-    assert [m["name"].partition(":")[2] for m in found["matrices"]] == ["gate_up[0]", "gate_up[1]"]
+    assert [m["name"].partition(":")[2] for m in found["matrices"]] == ["gate[0]", "up[0]"]
     assert not Trap.sprung, "an object of the file ran"
 
 

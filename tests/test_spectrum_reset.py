@@ -65,7 +65,9 @@ def test_each_matrix_gets_its_values_back_in_its_turn(
 
 def test_turns_are_spread_and_are_the_names() -> None:
     names = [
-        f"decoder.layers.{i}.mlp.linear_fc1.weight:gate_up[{j}]" for i in range(200) for j in (0, 1)
+        f"decoder.layers.{i}.mlp.linear_fc1.weight:{part}[0]"
+        for i in range(200)
+        for part in ("gate", "up")
     ]
     counts = [sum(due(name, step, 20) for name in names) for step in range(1, 21)]
     # 400 names in 20 turns, 20 in each: a binomial of deviation 4.4, 5 of them.

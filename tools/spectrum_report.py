@@ -217,7 +217,7 @@ def matrices_of(weight: Weight, checkpoint: Checkpoint, config: PionConfig) -> l
             weight=weight.name,
             part=(part, i),
             layer=int(number[1]) if number else None,
-            kind=f"{kind}:{part}[{i}]" if part == "gate_up" else f"{kind}:{part}",
+            kind=f"{kind}:{part}",
             shape=(m, n),
         )
         for part, (batch, m, n) in found.shapes.items()
