@@ -31,7 +31,8 @@ class PionConfig:
 
     Attributes:
         momentum: what the first moment averages. ``lie``: the generators; ``transported``: the
-            gradient, rotated along with the weight; ``ambient``: the gradient as it is.
+            gradient, rotated along with the weight (by a polynomial retraction to second order);
+            ``ambient``: the gradient as it is.
         direction: how a moment becomes a generator. ``adaptive``: m / (sqrt(v) + eps);
             ``momentum``: m; ``msign``: the matrix sign of the skew generator.
         nesterov: use the look-ahead average beta1 m + (1 - beta1) g in place of m.

@@ -246,7 +246,7 @@ def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
     else:
         degree = 3 if config.retraction == "cubic" else config.degree
         # The second side multiplies what the first has changed, for a known first-order term too.
-        on_w, on_moment = degree + (config.scaling == "rms" and not first), degree
+        on_w, on_moment = degree + (config.scaling == "rms" and not first), min(degree, 2)
     return on_w, on_moment if config.momentum == "transported" else 0
 
 

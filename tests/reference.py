@@ -187,6 +187,8 @@ class ReferencePion:
         }
         self.w = rotate(self.w, factors)
         if self.config.momentum == "transported":
+            if self.config.retraction in ("taylor", "cubic"):  # to second order
+                factors = {side: retract(turn, "taylor", 2) for side, turn in self.turns.items()}
             self.m["ambient"] = rotate(self.m["ambient"], factors)
 
     def _lie(self, g: Array) -> dict[str, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .direction import adapted, msign_outer
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, float32_precision, moving
 from .readings import Turning, read
-from .retraction import Known, coefficients, factor, rotate
+from .retraction import Known, Polynomial, coefficients, factor, following, rotate
 
 
 @float32_precision("ieee")
@@ -85,26 +86,29 @@ def step(
         matmul=moves,
     )
     angles = [alpha * lr for alpha in alphas]
-    change_of = _turning(generators, angles, config=config)
+    how = _retraction(config)
+    change_of = turned = _turning(generators, angles, how)
     change = change_of(w_Bmn, known, matmul=moves)
     del known
     found = None
     if watched:
         each = zip(generators, angles, strict=True)
-        turnings = [_turning([a], [angle], config=config) for a, angle in each]
+        turnings = [_turning([a], [angle], how) for a, angle in each]
         found = read(change, generators, alphas, turnings, lies, active=active, ok=ok)
     if config.momentum != "transported":
         kernels.moved(w_Bmn, change, ok=ok)
         return found
     m = moments["m"]
+    if isinstance(how, tuple):
+        turned = _turning(generators, angles, following(how))
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
-        turn = change_of(m.to(w_Bmn.dtype), None, matmul=fast)
+        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
         kernels.moved(w_Bmn, change, ok=ok)
     else:
         kernels.moved(w_Bmn, change, ok=ok)
         del change
-        turn = change_of(m.to(w_Bmn.dtype), None, matmul=fast)
+        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
     kernels.moved(m, turn, ok=ok)
     return found
 
@@ -217,22 +221,28 @@ def _alphas(
     return [scale / (lies.norm(*terms) + config.eps)] * len(generators)
 
 
-def _turning(
-    generators: Sequence[Generator], angles: Sequence[Tensor], *, config: PionConfig
-) -> Turning:
-    """What applies every active side's factor."""
+Retraction = Polynomial | Literal["cayley", "exp"]
+
+
+def _retraction(config: PionConfig) -> Retraction:
     if config.retraction == "taylor" or config.retraction == "cubic":
-        poly = coefficients(config.retraction, degree=config.degree)
+        return coefficients(config.retraction, degree=config.degree)
+    return config.retraction
+
+
+def _turning(generators: Sequence[Generator], angles: Sequence[Tensor], how: Retraction) -> Turning:
+    """What applies every active side's factor."""
+    if isinstance(how, tuple):
 
         def by_polynomial(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
-            return rotate(x, generators, angles, known, poly=poly, matmul=matmul)
+            return rotate(x, generators, angles, known, poly=how, matmul=matmul)
 
         return by_polynomial
 
     made: list[Generator] = []
     for a, angle in zip(generators, angles, strict=True):
         assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
-        made.append(a.mapped(functools.partial(factor, retraction=config.retraction), angle))
+        made.append(a.mapped(functools.partial(factor, retraction=how), angle))
 
     def by_factors(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
         total: Tensor | None = None
