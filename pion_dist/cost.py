@@ -22,8 +22,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
     """For each side, how its generator is held: as its matrix, or in factors where that is cheaper.
 
     Lie moments are dense, and ``cayley`` and ``exp`` need the matrix; the averages of the gradient
-    (``transported``, ``ambient``) allow either, and FLOP over their rates decide: with bf16
-    products a QR decomposition costs more than the large matrix.
+    (``transported``, ``ambient``) allow either, but for a matrix sign of the smaller side's, and
+    FLOP over their rates decide.
 
     Args:
         m: rows of the matrix.
@@ -39,8 +39,7 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
         in_factors = (
             config.momentum != "lie"
             and config.retraction in ("taylor", "cubic")
-            # Q of the matrix sign has 2·other columns: it must be the narrower one.
-            and (config.direction != "msign" or 2 * other < d)
+            and (config.direction != "msign" or in_parts(d, other, config))
             and _work(d, other, config, form="factors", first=False).weighed(config)
             < _work(d, other, config, form="dense", first=False).weighed(config)
         )
@@ -61,9 +60,14 @@ def room(m: int, n: int, config: PionConfig) -> int:
         d, other = (n, m) if side == "in" else (m, n)
         if form == "dense":
             found += d * d
-        elif config.direction == "msign":  # [U V] and Q, three iterates
-            found += 4 * d * other + 12 * other * other
+        if in_parts(d, other, config):  # Q, Z, two iterates, and of Grams and signs
+            found += 4 * m * n + 5 * other * other
     return found
+
+
+def in_parts(d: int, other: int, config: PionConfig) -> bool:
+    """Whether the direction on the side of ``d`` is made in parts: ``update.direction.apart``."""
+    return config.direction == "msign" and config.momentum != "lie" and d > other
 
 
 def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
@@ -102,21 +106,23 @@ def step_flop(
         d, other = (n, m) if side == "in" else (m, n)
         alone = config.side == "alternate" or position == 0
         cut = axis is not None and side == SIDE_OF[axis]
-        # Of Divided's cut side both products of the generator are formed: no transpose is at hand.
-        made = 2.0 if divided and cut else 1.0
+        parts = in_parts(d, other, config) and not blocks
+        # Of Divided's rows both products are formed where no transpose is at hand.
+        made = 2.0 if divided and (cut or parts) else 1.0
         size, count = (d // blocks[side], blocks[side]) if side in blocks else (d, 1)
         dense = bool(blocks) or divided
         form: Form = "dense" if dense else chosen[side]
         # Rows of a divided product have no mirror image on their rank.
-        work = _work(
-            size, other, config, form=form, first=alone, device=None if divided else device
-        )
+        on = None if divided and not parts else device
+        work = _work(size, other, config, form=form, first=alone, device=on, parts=parts)
         always, once = made * count / ranks * work.generator, work.flop - work.generator
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
         alike += _sign_flop(size, config, device) if blocks and not cut else 0.0
         if config.scaling == "spectral" and (blocks or divided) and not cut:
             alike += PRODUCTS * 2.0 * size * size
+        if divided and parts:
+            alike += _parts_flop(d, other, config, device)[1]
         once = (once * count - alike) / ranks + alike
         if config.side == "alternate":
             # Both sides' Lie moments are updated every step, so their generators are formed then.
@@ -185,22 +191,26 @@ def traffic(
     found = Traffic()
     active = order(m, n, config.active_sides(step))
     for side in config.sides if config.momentum == "lie" else active:
-        d = n if side == "in" else m
+        d, other = (n, m) if side == "in" else (m, n)
         cut = side == SIDE_OF[axis]
+        parts = in_parts(d, other, config)
         if config.tp_mode == "blockwise":
             if not cut:
                 found.add("all_reduce", batch * d * d)
             elif config.scaling == "spectral" and side in active:
                 found.add("all_reduce", batch)
             continue
-        if cut:
+        if cut != parts:
             found.add("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
-        else:
+        elif not parts:
             found.add("reduce_scatter", batch * d * d)
+        if parts:  # WᵀW, WᵀS, and XᵀX of a polar factor's iteration; its norm; both factors
+            found.add("all_reduce", batch * other * other, 2 + len(NEWTON_SCHULZ))
+            found.add("all_reduce", batch)
+            found.add("all_gather", batch * m * n // ranks, 2)
         if side in active:
             first = active[0] == side
-            shard = m * n // ranks
-            _divided(found, config, batch, d, shard, cut=cut, ranks=ranks, first=first, low=low)
+            _divided(found, config, batch, d, other, cut=cut, ranks=ranks, first=first, low=low)
     if config.scaling == "rms":
         found.add("all_reduce", batch)
     return found
@@ -211,7 +221,7 @@ def _divided(
     config: PionConfig,
     batch: int,
     d: int,
-    shard: int,
+    other: int,
     *,
     cut: bool,
     ranks: int,
@@ -220,7 +230,8 @@ def _divided(
 ) -> None:
     """Count what an active side of ``distributed`` moves after its generator's rows are there."""
     rows = batch * d * d // ranks
-    if config.direction == "msign":
+    parts = in_parts(d, other, config)
+    if config.direction == "msign" and not parts:
         found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
         found.add("all_gather", rows // 2 if low else rows, 2 * len(NEWTON_SCHULZ) + 1)
     if not cut:
@@ -228,14 +239,34 @@ def _divided(
         return
     if config.scaling == "spectral":
         found.add("all_gather", batch * d // ranks, PRODUCTS)
-    # W is at hand: for the first-order term, and for the first side's first product.
+    # W is at hand, or in parts once it is: for the first-order term, and the first side's product.
     products = sum(_products(config, first=first))
+    with_w = [config.scaling == "rms", first]
     if config.retraction in ("cayley", "exp"):
         found.add("all_gather", rows)
-        products -= (config.scaling == "rms") + first
+        products -= sum(with_w)
     else:
-        products -= config.scaling == "rms" or first
-    found.add("all_gather", batch * shard, products)
+        products -= any(with_w)
+    products += parts and any(with_w)
+    found.add("all_gather", batch * d * other // ranks, products)
+
+
+def _parts_flop(d: int, r: int, config: PionConfig, device: str) -> tuple[float, float]:
+    """What ``update.direction.apart`` takes: by the rows of W, and what has none of them.
+
+    WᵀW, WᵀS, Q, what S has beside W's space (two), and Z; of a polar factor's iteration XᵀX and the
+    product with X. Two products for the skew part, its sign, and the polynomials of XᵀX.
+    """
+    iterations = len(NEWTON_SCHULZ)
+    mirrored = sum(2.0 * (high - low) * high for low, high in panels(r, device))
+    rows = 2.0 * d * r * r * (6 + iterations) + iterations * d * mirrored
+    alike = 2 * 2.0 * r**3 + _sign_flop(r, config, device) + iterations * r * mirrored
+    return rows, alike + _solver_flop(r)
+
+
+def _solver_flop(r: int) -> float:
+    """A Cholesky decomposition and the inverse of its factor."""
+    return r**3 / 3.0 + r**3
 
 
 def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
@@ -250,17 +281,9 @@ def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
     return on_w, on_moment if config.momentum == "transported" else 0
 
 
-def _outer(config: PionConfig, *, first: bool) -> tuple[int, int]:
-    """``_products`` with a side's Q or Qᵀ, where its generator is Q C Qᵀ."""
-    on_w = 1 + (not first)  # Qᵀ W is of the QR decomposition
-    if config.side == "both" and config.scaling == "rms":
-        on_w += 1  # both first-order terms are summed for their norm
-    return on_w, 2 if config.momentum == "transported" else 0
-
-
 # Of a GPU's rate of large IEEE float32 products, by matmul_precision: that of its products, and of
-# what moves W (three bf16 products for one); and of QR. From H100's data sheet, and for QR what
-# ``scale.describe`` assumes; one core had 0.45 (tools/fit_scale.py).
+# what moves W (three bf16 products for one); and of solvers. From H100's data sheet, but for
+# solvers what ``scale.describe`` assumes; one core had 0.45 (tools/fit_scale.py).
 _RATES = {"highest": (1.0, 1.0), "high": (7.4, 5.0), "bf16": (15.0, 5.0)}
 _SOLVER_RATE = 0.4
 
@@ -274,7 +297,7 @@ class _Work:
         other: further ones at matmul_precision: the matrix sign, the turning of a moment.
         moving: products that move W.
         vectors: float32 products with vectors.
-        solvers: QR, LU and exponentials.
+        solvers: Cholesky, LU and exponentials.
     """
 
     generator: float = 0.0
@@ -303,31 +326,28 @@ def _work(
     form: Form,
     first: bool,
     device: str | None = "cuda",
+    parts: bool | None = None,
 ) -> _Work:
     """The work of the side whose generator is [d, d]; None for whole products in its sign."""
     vectors = PRODUCTS if config.scaling == "spectral" else 0
     on_w, on_moment = (other * x for x in _products(config, first=first))
-    if form == "dense":
-        row = 2.0 * d * d
-        return _Work(
-            generator=other * row,
-            other=on_moment * row + _sign_flop(d, config, device),
-            moving=on_w * row,
-            vectors=vectors * row,
-            solvers=_factor_flop(d, config),
-        )
-    if config.direction != "msign":
-        row = 8.0 * other * d
-        return _Work(other=on_moment * row, moving=on_w * row, vectors=vectors * row)
-    k = 2 * other
-    row, outer = 2.0 * k * k, 2.0 * d * k
-    outer_w, outer_moment = (other * x for x in _outer(config, first=first))
+    parts = in_parts(d, other, config) if parts is None else parts
+    made = basis = solvers = 0.0
+    if parts:
+        assert device is not None, "ranks that divide rows have mirror images in parts"
+        solvers, basis = _solver_flop(other), 2.0 * other * other * (4 * d + other)
+        made = sum(_parts_flop(d, other, config, device)) - solvers - basis
+    elif config.direction == "msign":
+        made = _sign_flop(d, config, device)
+    dense = form == "dense"
+    row = 2.0 * d * d if dense else 8.0 * other * d
+    # Factors of the gradient's average are there: nothing is computed to have them.
     return _Work(
-        generator=other * row,
-        other=on_moment * row + outer_moment * outer + _sign_flop(k, config, device),
-        moving=on_w * row + outer_w * outer,
-        vectors=vectors * (row + 2 * outer),
-        solvers=4.0 * d * k * k - 4.0 / 3.0 * k**3,
+        generator=other * row if dense else 0.0,
+        other=on_moment * row + made,
+        moving=on_w * row + basis,
+        vectors=vectors * row,
+        solvers=_factor_flop(d, config) + solvers,
     )
 
 

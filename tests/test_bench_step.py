@@ -81,7 +81,7 @@ def test_what_is_counted_is_what_happens(contender, group) -> None:  # type: ign
     counted = sum(contender.flop(weight) for weight in group.weights)
     held = [t for moments in optimizer.state.values() for t in moments.values()]
     assert contender.state(group.weights) == sum(t.nbytes for t in held if t.dim())
-    # Pion's count also has LAPACK's QR, which torch's does not: tests/test_cost.py.
+    # Pion's count also has LAPACK's solvers, which torch's does not: tests/test_cost.py.
     if contender.kind != "pion":
         assert counted == executed
 

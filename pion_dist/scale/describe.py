@@ -269,7 +269,7 @@ class Cluster:
         network_latency: of one between nodes.
         launch: of a kernel.
         matmul: share of a peak that large products reach.
-        qr: share of the float32 peak that a QR decomposition reaches.
+        solver: share of the float32 peak that Cholesky decompositions and inverses reach.
         stream: share of ``memory`` that elementwise work reaches.
         link: share of a link's rate that a collective reaches.
         mfu: share of ``bf16`` that forward and backward reach.
@@ -288,7 +288,7 @@ class Cluster:
     network_latency: float = 15e-6
     launch: float = 5e-6
     matmul: float = 0.6
-    qr: float = 0.25
+    solver: float = 0.25
     stream: float = 0.8
     link: float = 0.75
     mfu: float = 0.4

@@ -443,7 +443,7 @@ def priced(launched: Sequence[Kernel], cluster: Cluster) -> float:
         "float32": cluster.fp32 * cluster.matmul,
         "tf32": cluster.tf32 * cluster.matmul,
         "bf16": cluster.bf16 * cluster.matmul,
-        "qr": cluster.fp32 * cluster.qr,
+        "solver": cluster.fp32 * cluster.solver,
     }
     stream = cluster.memory * cluster.stream
     total = 0.0

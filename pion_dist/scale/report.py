@@ -14,7 +14,7 @@ from .predict import Method, Prediction, largest_matrix, predict
 Found = Mapping[str, tuple[Method, Prediction]]
 """What was predicted of each method, by its name."""
 
-ASSUMED = ("matmul", "qr", "stream", "link", "mfu")
+ASSUMED = ("matmul", "solver", "stream", "link", "mfu")
 """Shares of a cluster's peaks that nothing here was measured on."""
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.

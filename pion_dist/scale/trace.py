@@ -21,8 +21,8 @@ from ..config import SIDE_OF, Axis, PionConfig
 from ..update.arrangement import Blocks, Divided
 from ..update.step import step as update
 
-Kind = Literal["float32", "tf32", "bf16", "qr", "other"]
-"""Products by their precision; QR and other solvers; the rest."""
+Kind = Literal["float32", "tf32", "bf16", "solver", "other"]
+"""Products by their precision; Cholesky and other solvers; the rest."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (kwargs or {}).get("beta", 1.0) == 0.0:
                 inputs = inputs[1:]  # what would be added is not read
         elif name in _SOLVERS:
-            flop, kind = _SOLVERS[name](inputs[0].shape), "qr"
+            flop, kind = _SOLVERS[name](inputs[0].shape), "solver"
         read = 0 if name.startswith("aten::new_") else _bytes(inputs)  # these read shapes alone
         self.kernels.append(Kernel(kind, flop, read, _bytes(outputs)))
         return out
@@ -168,9 +168,12 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _qr(shape: Sequence[int]) -> float:
-    batch, d, k = shape
-    return batch * (4.0 * d * k * k - 4.0 / 3.0 * k**3)
+def _cholesky(shape: Sequence[int]) -> float:
+    return shape[0] * shape[-1] ** 3 / 3.0
+
+
+def _inverse(shape: Sequence[int]) -> float:
+    return float(shape[0] * shape[-1] ** 3)  # of a triangle, as direction.py has it
 
 
 def _solve(shape: Sequence[int]) -> float:
@@ -184,7 +187,8 @@ def _exp(shape: Sequence[int]) -> float:
 # Launch nothing.
 _NOTHING = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view")
 _SOLVERS: dict[str, Callable[[Sequence[int]], float]] = {
-    "aten::linalg_qr": _qr,
+    "aten::linalg_cholesky_ex": _cholesky,
+    "aten::linalg_solve_triangular": _inverse,
     "aten::_linalg_solve_ex": _solve,
     "aten::linalg_matrix_exp": _exp,
 }

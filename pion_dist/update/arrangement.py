@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import PionConfig, Side
-from .direction import NEWTON_SCHULZ, adapted, msign, tight
-from .generators import Dense, Generator, Matmul, Wide, factors, generator
+from .direction import NEWTON_SCHULZ, adapted, apart, msign, tight
+from .generators import Dense, Generator, Matmul, factors, generator, multiplied
 from .precision import Products, exact
 from .scaling import power_iteration
 
@@ -109,6 +109,10 @@ class Arrangement(Protocol):
         """Whether generators may be held in factors."""
 
     @property
+    def parts(self) -> bool:
+        """Whether the direction on a larger side is of its parts: ``direction.apart``."""
+
+    @property
     def shares(self) -> int:
         """Ranks that have a share of each matrix."""
 
@@ -120,6 +124,14 @@ class Arrangement(Protocol):
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """The skew generator that S gives at W."""
+
+    def apart(
+        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
+    ) -> tuple[Tensor, Tensor]:
+        """Factors U, V of the direction U Vᵀ − V Uᵀ on the larger side, or this rank's rows."""
+
+    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
+        """What ``product`` would make, of ``apart``'s factors."""
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -143,6 +155,7 @@ class Whole:
     """Each matrix lies on one rank and has one factor a side."""
 
     low_rank = True
+    parts = True
     shares = 1
 
     def cuts(self, side: Side) -> bool:
@@ -156,6 +169,18 @@ class Whole:
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """[B, d, d]."""
         return generator(w, s, side=side, matmul=matmul)
+
+    def apart(
+        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
+    ) -> tuple[Tensor, Tensor]:
+        """[B, d, r] each."""
+        u, v = (x if side == "out" else x.mT for x in (w, s))
+        z, q = apart(u, v, eps=eps, matmul=matmul, moves=moves, total=lambda x: x)
+        return (z, q) if side == "out" else (q, z)
+
+    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
+        """[B, d, d]."""
+        return multiplied(u, v, matmul=matmul)
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -194,6 +219,7 @@ class Blocks:
     count: int
     peers: Peers | None = None
     low_rank = False
+    parts = False
 
     @property
     def shares(self) -> int:
@@ -218,6 +244,16 @@ class Blocks:
         blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
         k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
         return torch.unflatten(k, 0, (-1, self.count))
+
+    def apart(
+        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
+    ) -> tuple[Tensor, Tensor]:
+        """Not of blocks."""
+        raise NotImplementedError
+
+    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
+        """Not of blocks."""
+        raise NotImplementedError
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -263,6 +299,7 @@ class Divided:
     """Each matrix is cut over ranks, and so are the rows of its generators."""
 
     low_rank = False
+    parts = True
 
     def __init__(self, side: Side, peers: Peers) -> None:
         """With W cut along the dimension of ``side``."""
@@ -296,6 +333,21 @@ class Divided:
         whole_s, whole_w = self.whole(s), self.whole(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
+
+    def apart(
+        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's rows, [B, d / ranks, r] each."""
+        if side != self.side:
+            w, s = (_share(self.whole(x), side, self.peers) for x in (w, s))
+        u, v = (x if side == "out" else x.mT for x in (w, s))
+        z, q = apart(u, v, eps=eps, matmul=matmul, moves=moves, total=self.peers.total)
+        return (z, q) if side == "out" else (q, z)
+
+    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
+        """This rank's rows: skew to the rounding of what moves a weight."""
+        whole_u, whole_v = (self.peers.gathered(x, 1) for x in (u, v))
+        return moves(u, whole_v.mT).sub_(moves(v, whole_u.mT))
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -336,7 +388,7 @@ class Divided:
 
 
 @dataclass(frozen=True)
-class Blocked(Wide):
+class Blocked:
     """A generator as the blocks [B, N, d, d] of a block-diagonal matrix."""
 
     side: Side
@@ -358,7 +410,7 @@ class Blocked(Wide):
 
 
 @dataclass(frozen=True)
-class Shard(Wide):
+class Shard:
     """A generator as the rows (out) or columns (in) that make this rank's shard of a product."""
 
     side: Side

@@ -1,13 +1,23 @@
-"""From moments to the generators a step uses, and the matrix sign of a skew matrix."""
+"""From moments to the generators a step uses, and the matrix signs that they are made of.
+
+Where W has a larger side, say m > n rows, its n columns span a space, and a generator on that side
+turns this space within itself and out of itself. With an orthonormal basis Q of it,
+
+    K = W Sᵀ − S Wᵀ = Q Ω Qᵀ + N Qᵀ − Q Nᵀ,   Ω = Qᵀ K Q,   N = (I − Q Qᵀ) K Q,
+
+and the direction has the matrix sign of Ω and the polar factor of N in their places: all singular
+values of each part are made alike, by products of n columns, where the sign of K is of m rows.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import Side
-from .generators import Framed
 from .precision import Products
 
 # Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/). From a tight bound
@@ -55,7 +65,37 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def tight(norm: Tensor) -> Tensor:
+def polar(y: Tensor, *, eps: float, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The polar factor Y (YᵀY)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
+
+    Args:
+        y: [B, m, n] with n columns, or the rows of it that this rank has. (its values are lost)
+        eps: as for ``msign``.
+        matmul: the products to use.
+        total: sums what ranks with other rows have (in place).
+
+    Returns:
+        [B, m, n], singular values in [0.68, 1.21] where Y's are above 0.02 of the largest.
+    """
+    batch, _, n = y.shape
+    norm = total(kernels.frobenius(y).square_()).sqrt_()
+    x = matmul.rounded(y.div_(norm + eps))
+    gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
+    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        matmul.mirrored(gram, x.mT, x, sign=1)
+        gram = matmul.rounded(total(gram.to(y.dtype)))
+        if step == 0:
+            matmul.mirrored(poly, gram, gram, sign=1)
+            r = tight(kernels.frobenius(poly), pairs=False)
+            x.mul_(r.to(x.dtype))
+            poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
+        else:
+            matmul.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
+        x = matmul.into(torch.empty_like(x), x, poly, add=x, beta=a)
+    return x.to(y.dtype)
+
+
+def tight(norm: Tensor, *, pairs: bool = True) -> Tensor:
     """What X is multiplied by, so that its largest singular value is at most 1, just below it.
 
     A skew X has its singular values in equal pairs, so that ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸; it is
@@ -63,29 +103,53 @@ def tight(norm: Tensor) -> Tensor:
     equal values is 64 σ₁.
 
     Args:
-        norm: ‖X⁴‖_F where ‖X‖_F is 1 or 0.
+        norm: ‖X⁴‖_F, or ‖(XᵀX)²‖_F, where ‖X‖_F is 1 or 0.
+        pairs: whether X is skew.
     """
     # ‖X⁴‖_F^(1/4) is d^(−3/8) at least.
-    return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125)
+    return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125 if pairs else 1.0)
 
 
-def msign_outer(uv: Tensor, *, side: Side, eps: float, matmul: Products) -> Framed:
-    """The matrix sign of a generator in factors, without the large matrix.
+def apart(
+    w_Bdr: Tensor,
+    s_Bdr: Tensor,
+    *,
+    eps: float,
+    matmul: Products,
+    moves: Products,
+    total: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The direction on the larger side of W, from what turns its space and what moves it out.
 
-    The generator is U Vᵀ − V Uᵀ = [U V] J [U V]ᵀ with J = [[0, I], [−I, 0]]; with [U V] = Q R it is
-    Q (R J Rᵀ) Qᵀ and its sign Q msign(R J Rᵀ) Qᵀ, well conditioned and exact.
+    Q is W R⁻¹ with RᵀR = WᵀW, to which as much is added as rounding may have taken away: where W
+    has (nearly) lost a direction, Q has it shorter. Any other basis gives the same direction.
 
     Args:
-        uv: [U V], [B, n, 2r] for the in side, where V is Wᵀ; [B, m, 2r] for the out side, where U
-            is W.
-        side: of the generator.
+        w_Bdr: weights, the larger side first, [B, d, r], or the rows of it that this rank has.
+        s_Bdr: an average of gradients, likewise.
         eps: as for ``msign``.
-        matmul: as for ``msign``.
+        matmul: the products to use.
+        moves: those for the basis and what S has beside it: R⁻¹ enlarges their rounding by W's
+            condition. (In bf16 a 12 x 9 matrix of condition 8 would go elsewhere by a sixth of
+            its way in ten steps, for a fiftieth.)
+        total: sums what ranks with other rows have (in place).
+
+    Returns:
+        Z and Q, as W: the direction is Z Qᵀ − Q Zᵀ, for the descent of W Sᵀ − S Wᵀ.
     """
-    q, r = torch.linalg.qr(uv)
-    del uv  # the sign needs its room, and R's
-    r_u, r_v = r.chunk(2, dim=-1)
-    core = kernels.skew(matmul(r_u, r_v.mT))
-    weights = (r_v.mT if side == "in" else r_u).clone()
-    del r, r_u, r_v
-    return Framed(side, q, msign(core, eps=eps, matmul=matmul), weights)
+    r = w_Bdr.shape[-1]
+    square = total(moves(w_Bdr.mT, w_Bdr))
+    least = kernels.frobenius(square).mul_(4.0 * torch.finfo(square.dtype).eps)
+    tiny = torch.finfo(square.dtype).tiny ** 0.5
+    square.diagonal(dim1=-2, dim2=-1).add_(least.squeeze(-1) + tiny)
+    # Of a W that is not finite the factor is not either, and nothing moves: there is no check that
+    # would wait for the device.
+    upper, _ = torch.linalg.cholesky_ex(square, upper=True, check_errors=False)
+    eye = torch.eye(r, dtype=upper.dtype, device=upper.device).expand_as(upper)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    q = moves(w_Bdr, inverse)
+    inner = moves(inverse.mT, total(moves(w_Bdr.mT, s_Bdr)))  # Qᵀ S
+    within = msign(kernels.skew(matmul(upper, inner.mT)), eps=eps, matmul=matmul)
+    out = matmul(moves(q, inner).sub_(s_Bdr), upper.mT)
+    z = polar(out, eps=eps, matmul=matmul, total=total)
+    return z.add_(matmul(q, within), alpha=0.5), q

@@ -7,7 +7,6 @@ right one need never be formed: X A_in = (X Sᵀ) W − (X Wᵀ) S, and likewise
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,54 +21,14 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 class Generator(Protocol):
-    """A skew generator that multiplies a batch [B, m, n] from its own side.
-
-    ``apply`` is ``narrow``, ``inner``, ``widen``. Where A is Q C Qᵀ with an orthonormal Q, powers
-    of A need the outer two once, A^k X = Q C^k (Qᵀ X), and a narrow term's norm is the wide one's.
-    """
+    """A skew generator that multiplies a batch [B, m, n] from its own side."""
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
         """X A for the in side, A X for the out side."""
-
-    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """What A sees of X."""
-
-    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """What A makes of it."""
-
-    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """As X is, [B, m, n]."""
-
-    def seen(self, w_Bmn: Tensor) -> Tensor:
-        """``narrow`` of the weights that A was made at: no product."""
-
-
-class Wide(ABC):
-    """A generator that sees all of X."""
-
-    @abstractmethod
-    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """X A for the in side, A X for the out side."""
-
-    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """X."""
-        return x_Bmn
-
-    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """``apply``."""
-        return self.apply(narrow, matmul=matmul)
-
-    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """As it is."""
-        return narrow
-
-    def seen(self, w_Bmn: Tensor) -> Tensor:
-        """W."""
-        return w_Bmn
 
 
 @dataclass(frozen=True)
-class Dense(Wide):
+class Dense:
     """A generator as its matrix: [B, n, n] for the in side, [B, m, m] for the out side."""
 
     side: Side
@@ -85,7 +44,7 @@ class Dense(Wide):
 
 
 @dataclass(frozen=True)
-class Outer(Wide):
+class Outer:
     """A generator as U Vᵀ − V Uᵀ: U, V are [B, n, r] for the in side, [B, m, r] for the out."""
 
     side: Side
@@ -98,44 +57,6 @@ class Outer(Wide):
         if self.side == "in":
             return matmul(matmul(x_Bmn, u), v.mT) - matmul(matmul(x_Bmn, v), u.mT)
         return matmul(u, matmul(v.mT, x_Bmn)) - matmul(v, matmul(u.mT, x_Bmn))
-
-
-@dataclass(frozen=True)
-class Framed:
-    """A generator as Q C Qᵀ: orthonormal Q [B, n or m, k], skew C [B, k, k].
-
-    Attributes:
-        side: that it multiplies from.
-        q: Q.
-        core: C.
-        weights: ``seen``, which the QR decomposition has given.
-    """
-
-    side: Side
-    q: Tensor
-    core: Tensor
-    weights: Tensor
-
-    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """X A for the in side, A X for the out side."""
-        inner = self.inner(self.narrow(x_Bmn, matmul=matmul), matmul=matmul)
-        return self.widen(inner, matmul=matmul)
-
-    def narrow(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """X Q [B, m, k] for the in side, Qᵀ X [B, k, n] for the out side."""
-        return matmul(x_Bmn, self.q) if self.side == "in" else matmul(self.q.mT, x_Bmn)
-
-    def inner(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """With C."""
-        return matmul(narrow, self.core) if self.side == "in" else matmul(self.core, narrow)
-
-    def widen(self, narrow: Tensor, *, matmul: Matmul) -> Tensor:
-        """[B, m, n]."""
-        return matmul(narrow, self.q.mT) if self.side == "in" else matmul(self.q, narrow)
-
-    def seen(self, w_Bmn: Tensor) -> Tensor:
-        """Of the QR decomposition."""
-        return self.weights
 
 
 def factors(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side) -> tuple[Tensor, Tensor]:
@@ -155,5 +76,9 @@ def generator(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side, matmul: Matmul = exac
     Returns:
         The generator, exactly skew: one product and a transpose-subtract.
     """
-    u, v = factors(w_Bmn, s_Bmn, side=side)
+    return multiplied(*factors(w_Bmn, s_Bmn, side=side), matmul=matmul)
+
+
+def multiplied(u: Tensor, v: Tensor, *, matmul: Matmul) -> Tensor:
+    """U Vᵀ − V Uᵀ of factors [B, d, r]."""
     return kernels.skew(matmul(u, v.mT))

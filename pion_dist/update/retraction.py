@@ -39,7 +39,7 @@ def following(poly: Polynomial) -> Polynomial:
 
 
 def change(
-    seen: Tensor,
+    x: Tensor,
     generator: Generator,
     angle: Tensor,
     *,
@@ -50,10 +50,10 @@ def change(
     """E(aA)X − X (or X E(aA) − X).
 
     Args:
-        seen: X, narrow.
+        x: X, [B, m, n].
         generator: A.
         angle: a, [B, 1, 1].
-        first_order: A X (or X A), narrow, where it is known. (its values are lost)
+        first_order: A X (or X A), where it is known. (its values are lost)
         poly: coefficients of E.
         matmul: the product to use.
 
@@ -61,17 +61,16 @@ def change(
         [B, m, n].
     """
     _, *inner, last = poly
-    total = first_order if first_order is not None else generator.inner(seen, matmul=matmul)
+    total = first_order if first_order is not None else generator.apply(x, matmul=matmul)
     total.mul_(angle * last)
     for coefficient in reversed(inner):
-        total.add_(seen, alpha=coefficient)
-        total = generator.inner(total, matmul=matmul).mul_(angle)
-    return generator.widen(total, matmul=matmul)
+        total.add_(x, alpha=coefficient)
+        total = generator.apply(total, matmul=matmul).mul_(angle)
+    return total
 
 
-Known = Sequence[tuple[Tensor, Tensor | None]]
-"""For each generator: the weights that it was made at, narrow, and its product with them or None.
-(The product's values are lost.)"""
+Known = Sequence[Tensor | None]
+"""Each generator's product with the weights that it was made at, or None. (Its values are lost.)"""
 
 
 def rotate(
@@ -98,16 +97,13 @@ def rotate(
     """
     total: Tensor | None = None
     for index, (generator, angle) in enumerate(zip(generators, angles, strict=True)):
-        term = None
-        if known is None:
-            seen = generator.narrow(x if total is None else x + total, matmul=matmul)
-        else:
-            seen, term = known[index]
-            if total is not None:
-                more = generator.narrow(total, matmul=matmul)
-                seen = seen + more
-                term = term.add_(generator.inner(more, matmul=matmul)) if term is not None else None
-        step = change(seen, generator, angle, first_order=term, poly=poly, matmul=matmul)
+        term = known[index] if known is not None else None
+        now = x
+        if total is not None:
+            now = x + total
+            if term is not None:
+                term = term.add_(generator.apply(total, matmul=matmul))
+        step = change(now, generator, angle, first_order=term, poly=poly, matmul=matmul)
         total = step if total is None else total.add_(step)
     assert total is not None, "a step has an active side"
     return total

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import kernels
 from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
-from .direction import adapted, msign_outer
+from .direction import adapted
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, float32_precision, moving
 from .readings import Turning, read
@@ -72,18 +72,19 @@ def step(
             forms=forms,
             ok=ok,
             matmul=fast,
+            moves=moves,
         )
-    known = [(a.seen(w_Bmn), _first_order(a, w_Bmn, config, moves)) for a in generators]
+    rms = config.scaling == "rms"
+    known = [a.apply(w_Bmn, matmul=moves) if rms else None for a in generators]
     alphas = _alphas(
         w_Bmn,
         generators,
-        [term for _, term in known if term is not None],
+        [term for term in known if term is not None],
         moments,
         lies,
         config=config,
         active=active,
         ok=ok,
-        matmul=moves,
     )
     angles = [alpha * lr for alpha in alphas]
     how = _retraction(config)
@@ -150,6 +151,7 @@ def _from_average(
     forms: Mapping[Side, str],
     ok: Tensor,
     matmul: Products,
+    moves: Products,
 ) -> list[Generator]:
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
@@ -159,32 +161,35 @@ def _from_average(
         square = m.to(g.dtype).square()
         v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
         s = adapted(s, v, eps=config.eps)
-    low_rank = [side for side in active if lies.low_rank and forms[side] == "factors"]
     sign = config.direction == "msign"
     made: dict[Side, Tensor] = {}
     found: dict[Side, Generator] = {}
     for side in active:
-        if side not in low_rank:
-            made[side] = lies.product(w, s, side=side, matmul=matmul)
-        elif sign:
-            made[side] = torch.cat(factors(w, s, side=side), dim=-1)
-        else:
-            found[side] = Outer(side, *factors(w, s, side=side))
-    del s  # the sign needs its room, and below that of what it is made from
-    for side in list(made):
-        if side in low_rank:
-            found[side] = msign_outer(made.pop(side), side=side, eps=config.eps, matmul=matmul)
-        elif sign:
-            k = lies.sign(made.pop(side), side=side, eps=config.eps, matmul=matmul)
+        in_parts = sign and lies.parts and side == _larger(w, lies)
+        pair = factors(w, s, side=side)
+        if in_parts:
+            pair = lies.apart(w, s, side=side, eps=config.eps, matmul=matmul, moves=moves)
+        if lies.low_rank and forms[side] == "factors":
+            found[side] = Outer(side, *pair)
+        elif in_parts:
+            k = lies.joined(*pair, matmul=matmul, moves=moves)
             found[side] = lies.generator(k, side=side)
         else:
-            found[side] = lies.generator(made.pop(side), side=side)
+            made[side] = lies.product(w, s, side=side, matmul=matmul)
+    del s, pair  # the sign needs its room, and below that of what it is made from
+    for side in list(made):
+        k = made.pop(side)
+        k = lies.sign(k, side=side, eps=config.eps, matmul=matmul) if sign else k
+        found[side] = lies.generator(k, side=side)
     return [found[side] for side in active]
 
 
-def _first_order(a: Generator, w: Tensor, config: PionConfig, matmul: Products) -> Tensor | None:
-    """A's product with W, narrow, where the angle depends on it."""
-    return a.inner(a.seen(w), matmul=matmul) if config.scaling == "rms" else None
+def _larger(w: Tensor, lies: Arrangement) -> Side | None:
+    """The larger side of whole matrices, if there is one."""
+    _, m, n = w.shape
+    m, n = (m * lies.shares, n) if lies.cuts("out") else (m, n)
+    n = n * lies.shares if lies.cuts("in") else n
+    return None if m == n else "out" if m > n else "in"
 
 
 def _alphas(
@@ -197,7 +202,6 @@ def _alphas(
     config: PionConfig,
     active: Sequence[Side],
     ok: Tensor,
-    matmul: Products,
 ) -> list[Tensor]:
     """α [B, 1, 1] of each active side: one for all, c √(mn) / (‖A_out W + W A_in‖_F + ε) or 1.
 
@@ -214,11 +218,8 @@ def _alphas(
         return found
     if config.scaling == "none":
         return [w.new_ones(batch, 1, 1)] * len(generators)
-    terms = first_order
-    if len(terms) == 2:
-        terms = [a.widen(x, matmul=matmul) for a, x in zip(generators, terms, strict=True)]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
-    return [scale / (lies.norm(*terms) + config.eps)] * len(generators)
+    return [scale / (lies.norm(*first_order) + config.eps)] * len(generators)
 
 
 Retraction = Polynomial | Literal["cayley", "exp"]
