@@ -11,7 +11,6 @@ values of each part are made alike, by products of n columns, where the sign of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
