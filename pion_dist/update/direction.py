@@ -138,12 +138,14 @@ def apart(
     """
     r = w_Bdr.shape[-1]
     square = total(moves(w_Bdr.mT, w_Bdr))
-    least = kernels.frobenius(square).mul_(4.0 * torch.finfo(square.dtype).eps)
-    tiny = torch.finfo(square.dtype).tiny ** 0.5
-    square.diagonal(dim1=-2, dim2=-1).add_(least.squeeze(-1) + tiny)
-    # Of a W that is not finite the factor is not either, and nothing moves: there is no check that
-    # would wait for the device.
-    upper, _ = torch.linalg.cholesky_ex(square, upper=True, check_errors=False)
+    # Half of it was enough for W of up to 1024 columns and of rank 1 or with values down to 1e-8.
+    least = kernels.frobenius(square).mul_(8.0 * moves.rounding(square.dtype))
+    diagonal = square.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(least.squeeze(-1) + torch.finfo(square.dtype).tiny)
+    upper, failed = torch.linalg.cholesky_ex(square, upper=True, check_errors=False)
+    # Should it not be, columns of length 1 do, which no check has to wait for.
+    alone = torch.diag_embed(diagonal.sqrt())
+    upper = torch.where(failed.view(-1, 1, 1) == 0, upper, alone)
     eye = torch.eye(r, dtype=upper.dtype, device=upper.device).expand_as(upper)
     inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
     q = moves(w_Bdr, inverse)

@@ -131,6 +131,14 @@ class Products:
         """X as it is multiplied."""
         return x if x.dtype in (self.stored, torch.float64) else x.to(self.stored)
 
+    def rounding(self, dtype: torch.dtype) -> float:
+        """How far off a product's terms are, relative to them, for factors of a dtype."""
+        if dtype == torch.float64:
+            return 2.0**-53
+        if self.stored == torch.bfloat16:
+            return 2.0**-9
+        return 2.0**-24 if self.setting == _IEEE else 2.0**-11
+
     def _in_force(self, a: Tensor) -> contextlib.AbstractContextManager[None]:
         if self.setting == _IEEE or a.dtype != torch.float32 or a.device.type == "cpu":
             return _NOTHING
@@ -155,6 +163,10 @@ class Split(Products):
         if a.device.type == "cpu":  # has no bf16 product with a float32 result; pieces are exact
             return super().__call__(left.float(), right.float())
         return torch.bmm(left, right, out_dtype=torch.float32)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """As of others; of float32's pieces."""
+        return 2.0**-16 if dtype == torch.float32 else super().rounding(dtype)
 
 
 def _pieces(x: Tensor, dim: int, order: tuple[int, ...]) -> Tensor:
