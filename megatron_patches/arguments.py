@@ -73,8 +73,8 @@ FLAGS = (
     _choice(
         "direction",
         "How a moment becomes a generator: m/(sqrt(v)+eps) (adaptive), m (momentum), or the matrix "
-        "sign of the skew generator, by Newton-Schulz (msign; on the larger side of a rectangle of "
-        "its parts within the weight's space and out of it).",
+        "sign of the skew generator, by Newton-Schulz (msign; on a side more than twice as large "
+        "as the other of its parts within the weight's space and out of it).",
     ),
     Flag(
         "nesterov",

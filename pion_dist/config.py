@@ -34,9 +34,9 @@ class PionConfig:
             gradient, rotated along with the weight (by a polynomial retraction to second order);
             ``ambient``: the gradient as it is.
         direction: how a moment becomes a generator. ``adaptive``: m / (sqrt(v) + eps);
-            ``momentum``: m; ``msign``: the matrix sign of the skew generator. Where that is of the
-            average of gradients and of a matrix's larger side, of its parts within W's space and
-            out of it, each by itself (``update/direction.py``; not with blocks).
+            ``momentum``: m; ``msign``: the matrix sign of the skew generator. On a side more than
+            twice as large as the other, of the generator's parts within W's space and out of it,
+            each by itself (``update/direction.py``; not with ``lie``, nor with blocks).
         nesterov: use the look-ahead average beta1 m + (1 - beta1) g in place of m.
         betas: decay of the first and of the second moment, each in [0, 1). The second is used by
             ``direction="adaptive"`` only.

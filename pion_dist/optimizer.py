@@ -346,10 +346,10 @@ class Pion(torch.optim.Optimizer):
             return
         for i in batch:
             weight, grad = self._shard(i)
-            self._step_apart(i, weight, grad, ok)
+            self._step_whole(i, weight, grad, ok)
             self._store(i, weight)
 
-    def _step_apart(self, i: int, weight: Tensor, grad: Tensor, ok: Tensor) -> None:
+    def _step_whole(self, i: int, weight: Tensor, grad: Tensor, ok: Tensor) -> None:
         """Step the plan's matrices ``i``, whole (modified in place), a batch after the other."""
         moments = self._held(*self._places[i])
         stride = self.plan.batch_size(self.plan.matrices[i], weight.device.type)
@@ -381,7 +381,7 @@ class Pion(torch.optim.Optimizer):
             pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
 
         def compute(i: int, weight: Tensor, grad: Tensor) -> None:
-            self._step_apart(i, weight, grad, ok)
+            self._step_whole(i, weight, grad, ok)
 
         exchange.run(
             [{i: pieces[i] for i in wave} for wave in self._together[index]],

@@ -176,7 +176,7 @@ class Run:
             for w, value in zip(weights, values, strict=True)
         ]
         self.references = [
-            ReferenceWeight(value, w.whole, config, unit=torch.finfo(dtype).eps)
+            ReferenceWeight(value, w.whole, config)
             for w, value in zip(weights, values, strict=True)
             if reference
         ]

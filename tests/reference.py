@@ -92,17 +92,17 @@ def newton_schulz(k: Array, eps: float) -> Array:
     return x
 
 
-def direction_in_parts(w: Array, s: Array, eps: float, unit: float) -> Array:
-    """The direction on the larger side, W's rows: of the parts of K = W Sᵀ − S Wᵀ by themselves.
+def direction_in_parts(w: Array, s: Array, eps: float) -> Array:
+    """The direction on a large side, W's rows: of the parts of K = W Sᵀ − S Wᵀ by themselves.
 
     With an orthonormal basis Q of W's columns K is Q (Qᵀ K Q) Qᵀ and what leads out of their span,
     (I − Q Qᵀ) K Q Qᵀ, minus its transpose. Qᵀ K Q has its matrix sign in its place, (I − Q Qᵀ) K Q
-    its polar factor, both by the iteration. Here Q = W (WᵀW)^(−1/2), with 4 ``unit`` of its norm
+    its polar factor, both by the iteration. Here Q = W (WᵀW)^(−1/2), with 4 · 2^-52 of its norm
     added to WᵀW.
     """
     k = w @ s.T - s @ w.T
     square = w.T @ w
-    square += 4 * unit * np.linalg.norm(square) * np.eye(len(square))
+    square += 4 * np.finfo(float).eps * np.linalg.norm(square) * np.eye(len(square))
     values, v = np.linalg.eigh(square)
     q = w @ (v / np.sqrt(values)) @ v.T
     within = q.T @ k @ q
@@ -165,7 +165,6 @@ class ReferencePion:
         config: the run's options.
         axis: the matrix's cut axis: with blocks, "rows" is of blocks on the side "out", "cols" on
             the side "in"; a matrix without one is whole.
-        unit: distance from 1 to the next number, of what is compared.
 
     Attributes:
         w: the weight.
@@ -177,11 +176,9 @@ class ReferencePion:
             of one is the largest angle by which the step rotated on that side.
     """
 
-    def __init__(
-        self, w: npt.ArrayLike, config: PionConfig, axis: Axis = None, unit: float = 2.0**-52
-    ) -> None:
+    def __init__(self, w: npt.ArrayLike, config: PionConfig, axis: Axis = None) -> None:
         self.w: Array = np.array(w, dtype=np.float64)
-        self.config, self.unit = config, unit
+        self.config = config
         self.blocks = {
             "in": config.blocks if axis == "cols" else 1,
             "out": config.blocks if axis == "rows" else 1,
@@ -238,11 +235,11 @@ class ReferencePion:
             s = s / (np.sqrt(self.v["ambient"]) + self.config.eps)
         generators = {}
         m, n = self.w.shape
-        larger = {1: "out", -1: "in"}.get(np.sign(m - n)) if self.in_parts else None
+        large = ("out" if m > 2 * n else "in" if n > 2 * m else None) if self.in_parts else None
         for side in self.config.active_sides(self.t):
-            if side == larger:
+            if side == large:
                 w, s_side = (self.w, s) if side == "out" else (self.w.T, s.T)
-                found = direction_in_parts(w, s_side, self.config.eps, self.unit)
+                found = direction_in_parts(w, s_side, self.config.eps)
                 generators[side] = found if side == "out" else -found
                 continue
             k = skew_of_blocks(self.w, s, side, self.blocks[side])
@@ -318,12 +315,10 @@ class ReferenceWeight:
         parts: the references by part, in the order of the batch.
     """
 
-    def __init__(
-        self, w: Array, view: MatrixView, config: PionConfig, unit: float = 2.0**-52
-    ) -> None:
+    def __init__(self, w: Array, view: MatrixView, config: PionConfig) -> None:
         self.view = view
         self.parts = {
-            part: [ReferencePion(matrix, config, view.axis, unit) for matrix in batch]
+            part: [ReferencePion(matrix, config, view.axis) for matrix in batch]
             for part, batch in self._split(w).items()
         }
 

@@ -110,7 +110,7 @@ class Arrangement(Protocol):
 
     @property
     def parts(self) -> bool:
-        """Whether the direction on a larger side is of its parts: ``direction.apart``."""
+        """Whether the direction on a large side is of its parts: ``direction.apart``."""
 
     @property
     def shares(self) -> int:
@@ -128,7 +128,7 @@ class Arrangement(Protocol):
     def apart(
         self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
     ) -> tuple[Tensor, Tensor]:
-        """Factors U, V of the direction U Vᵀ − V Uᵀ on the larger side, or this rank's rows."""
+        """Factors U, V of the direction U Vᵀ − V Uᵀ on a large side, or this rank's rows."""
 
     def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
         """What ``product`` would make, of ``apart``'s factors."""

@@ -1,7 +1,8 @@
 """From moments to the generators a step uses, and the matrix signs that they are made of.
 
-Where W has a larger side, say m > n rows, its n columns span a space, and a generator on that side
-turns this space within itself and out of itself. With an orthonormal basis Q of it,
+Where W has a side more than twice as large as the other, say m > 2n rows, its n columns span a
+small space, and a generator on that side turns it within itself and out of itself. With an
+orthonormal basis Q of it,
 
     K = W Sᵀ − S Wᵀ = Q Ω Qᵀ + N Qᵀ − Q Nᵀ,   Ω = Qᵀ K Q,   N = (I − Q Qᵀ) K Q,
 
@@ -118,13 +119,13 @@ def apart(
     moves: Products,
     total: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The direction on the larger side of W, from what turns its space and what moves it out.
+    """The direction on a large side of W, from what turns its space and what moves it out.
 
     Q is W R⁻¹ with RᵀR = WᵀW, to which as much is added as rounding may have taken away: where W
     has (nearly) lost a direction, Q has it shorter. Any other basis gives the same direction.
 
     Args:
-        w_Bdr: weights, the larger side first, [B, d, r], or the rows of it that this rank has.
+        w_Bdr: weights, the large side first, [B, d, r], or the rows of it that this rank has.
         s_Bdr: an average of gradients, likewise.
         eps: as for ``msign``.
         matmul: the products to use.
@@ -149,7 +150,7 @@ def apart(
     eye = torch.eye(r, dtype=upper.dtype, device=upper.device).expand_as(upper)
     inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
     q = moves(w_Bdr, inverse)
-    inner = moves(inverse.mT, total(moves(w_Bdr.mT, s_Bdr)))  # Qᵀ S
+    inner = total(moves(q.mT, s_Bdr))
     within = msign(kernels.skew(matmul(upper, inner.mT)), eps=eps, matmul=matmul)
     out = matmul(moves(q, inner).sub_(s_Bdr), upper.mT)
     z = polar(out, eps=eps, matmul=matmul, total=total)

@@ -165,7 +165,7 @@ def _from_average(
     made: dict[Side, Tensor] = {}
     found: dict[Side, Generator] = {}
     for side in active:
-        in_parts = sign and lies.parts and side == _larger(w, lies)
+        in_parts = sign and lies.parts and side == _large(w, lies)
         pair = factors(w, s, side=side)
         if in_parts:
             pair = lies.apart(w, s, side=side, eps=config.eps, matmul=matmul, moves=moves)
@@ -184,12 +184,12 @@ def _from_average(
     return [found[side] for side in active]
 
 
-def _larger(w: Tensor, lies: Arrangement) -> Side | None:
-    """The larger side of whole matrices, if there is one."""
+def _large(w: Tensor, lies: Arrangement) -> Side | None:
+    """The side of whole matrices that is more than twice as large as the other, as in ``cost``."""
     _, m, n = w.shape
-    m, n = (m * lies.shares, n) if lies.cuts("out") else (m, n)
+    m = m * lies.shares if lies.cuts("out") else m
     n = n * lies.shares if lies.cuts("in") else n
-    return None if m == n else "out" if m > n else "in"
+    return "out" if m > 2 * n else "in" if n > 2 * m else None
 
 
 def _alphas(
