@@ -294,7 +294,7 @@ def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
                 tag = f"pion-{kind}/{name.replace('.layers.', f'.layers.{layer}.')}"
                 # Event files have float32 numbers; squares of singular values are exact to 1e-15.
                 assert mine[tag][20] == pytest.approx(value, rel=1e-6, abs=1e-12), tag
-    assert len(mine) == 7 + 2 * 4 * 6
+    assert len(mine) == 7 + 2 * 4 * 7
     assert 1e-7 < mine["pion/drift"][20] == max(mine[tag][20] for tag in mine if "drift/" in tag)
 
 
