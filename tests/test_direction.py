@@ -68,6 +68,23 @@ def test_weights_that_have_lost_directions(kind: str, moves: Products) -> None:
     assert (kind == "zero") == bool((a == 0).all())
 
 
+class Bare(Products):
+    """Without what is added to WᵀW for their rounding."""
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        return 0.0
+
+
+def test_where_cholesky_fails_columns_stand_for_the_basis() -> None:
+    """W's own, of length 1 to rounding: the direction is finite, and skew."""
+    w = drawn(20, 200, 1, dtype=torch.float32) @ drawn(20, 1, 64, dtype=torch.float32)
+    _, failed = torch.linalg.cholesky_ex(w.mT @ w)
+    assert failed.all()
+    a, q = direction(w, drawn(20, 200, 64, dtype=torch.float32), Bare())
+    assert (q.norm(dim=-2) - 1).abs().max() < 200 * 2.0**-24
+    assert a.isfinite().all() and torch.equal(a, -a.mT)
+
+
 def test_steps_keep_the_spectrum_of_a_weight_without_full_rank() -> None:
     """A step's rounding is 10 u of the largest singular value: ten steps, and u = 2^-24."""
     w = drawn(48, 8, dtype=torch.float32) @ drawn(8, 20, dtype=torch.float32) / math.sqrt(48)

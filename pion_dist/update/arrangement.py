@@ -101,6 +101,18 @@ class Lie:
         return a if self.wanted else None
 
 
+class InParts(Protocol):
+    """How the direction on a large side is made of its parts: ``direction.apart``."""
+
+    def apart(
+        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
+    ) -> tuple[Tensor, Tensor]:
+        """Factors U, V of the direction U Vᵀ − V Uᵀ on a large side, or this rank's rows."""
+
+    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
+        """What ``product`` would make, of ``apart``'s factors."""
+
+
 class Arrangement(Protocol):
     """What a step needs to know of how its matrices lie."""
 
@@ -109,8 +121,8 @@ class Arrangement(Protocol):
         """Whether generators may be held in factors."""
 
     @property
-    def parts(self) -> bool:
-        """Whether the direction on a large side is of its parts: ``direction.apart``."""
+    def parts(self) -> InParts | None:
+        """What makes a large side's direction of its parts; None where the whole sign does."""
 
     @property
     def shares(self) -> int:
@@ -124,14 +136,6 @@ class Arrangement(Protocol):
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """The skew generator that S gives at W."""
-
-    def apart(
-        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
-    ) -> tuple[Tensor, Tensor]:
-        """Factors U, V of the direction U Vᵀ − V Uᵀ on a large side, or this rank's rows."""
-
-    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
-        """What ``product`` would make, of ``apart``'s factors."""
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -155,8 +159,12 @@ class Whole:
     """Each matrix lies on one rank and has one factor a side."""
 
     low_rank = True
-    parts = True
     shares = 1
+
+    @property
+    def parts(self) -> InParts:
+        """Itself."""
+        return self
 
     def cuts(self, side: Side) -> bool:
         """No."""
@@ -219,7 +227,7 @@ class Blocks:
     count: int
     peers: Peers | None = None
     low_rank = False
-    parts = False
+    parts = None
 
     @property
     def shares(self) -> int:
@@ -244,16 +252,6 @@ class Blocks:
         blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
         k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
         return torch.unflatten(k, 0, (-1, self.count))
-
-    def apart(
-        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
-    ) -> tuple[Tensor, Tensor]:
-        """Not of blocks."""
-        raise NotImplementedError
-
-    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
-        """Not of blocks."""
-        raise NotImplementedError
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -299,12 +297,16 @@ class Divided:
     """Each matrix is cut over ranks, and so are the rows of its generators."""
 
     low_rank = False
-    parts = True
 
     def __init__(self, side: Side, peers: Peers) -> None:
         """With W cut along the dimension of ``side``."""
         self.side, self.peers = side, peers
         self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def parts(self) -> InParts:
+        """Itself."""
+        return self
 
     @property
     def shares(self) -> int:

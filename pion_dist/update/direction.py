@@ -139,7 +139,8 @@ def apart(
     """
     r = w_Bdr.shape[-1]
     square = total(moves(w_Bdr.mT, w_Bdr))
-    # Half of it was enough for W of up to 1024 columns and of rank 1 or with values down to 1e-8.
+    # Half of it was enough (tried by hand) for W of up to 1024 columns, of rank 1, of half the
+    # rank, or with values down to 1e-8.
     least = kernels.frobenius(square).mul_(8.0 * moves.rounding(square.dtype))
     diagonal = square.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(least.squeeze(-1) + torch.finfo(square.dtype).tiny)

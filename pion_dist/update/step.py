@@ -165,14 +165,14 @@ def _from_average(
     made: dict[Side, Tensor] = {}
     found: dict[Side, Generator] = {}
     for side in active:
-        in_parts = sign and lies.parts and side == _large(w, lies)
+        parts = lies.parts if sign and side == _large(w, lies) else None
         pair = factors(w, s, side=side)
-        if in_parts:
-            pair = lies.apart(w, s, side=side, eps=config.eps, matmul=matmul, moves=moves)
+        if parts is not None:
+            pair = parts.apart(w, s, side=side, eps=config.eps, matmul=matmul, moves=moves)
         if lies.low_rank and forms[side] == "factors":
             found[side] = Outer(side, *pair)
-        elif in_parts:
-            k = lies.joined(*pair, matmul=matmul, moves=moves)
+        elif parts is not None:
+            k = parts.joined(*pair, matmul=matmul, moves=moves)
             found[side] = lies.generator(k, side=side)
         else:
             made[side] = lies.product(w, s, side=side, matmul=matmul)
