@@ -58,7 +58,7 @@ setup(
         "examples": EXAMPLES,
         "dev": [
             *(*STUDY, *DOCS, *EXAMPLES, *MPI),
-            *("hypothesis", "mypy", "pytest", "ruff", "tensorboard"),
+            *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"),
         ],
     },
     options={"egg_info": {"egg_base": egg_base}},

@@ -74,6 +74,7 @@ def adamw_flags(lr: float, rest: float) -> list[str]:
 PION_FLAGS = pion_flags(6e-2, 8e-2)
 # Likewise: 1.556 at (2.5e-3, 4e-2), 1.577 at (2.5e-3, 0.16).
 ADAMW_FLAGS = adamw_flags(2.5e-3, 4e-2)
+BETWEEN_LINES_S = 8.0  # of progress, where it is not a terminal
 LAST = 25  # iterations whose mean is printed as the final train loss
 
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)")
@@ -116,18 +117,18 @@ class Run:
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and a line now and then elsewhere."""
+    """One line that is rewritten on a terminal, and a line every few seconds elsewhere."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         self.live = sys.stdout.isatty()
-        self.every = max(1, total // 10)
-        self.next = 0
+        self.last = float("-inf")
 
-    def show(self, text: str, step: int | None = None) -> None:
+    def show(self, text: str) -> None:
+        now = time.monotonic()
         if self.live:
             print(f"\r\033[K{text}", end="", flush=True)
-        elif step is None or step >= self.next:
-            self.next = (step or 0) + self.every
+        elif now - self.last >= BETWEEN_LINES_S:
+            self.last = now
             print(text, flush=True)
 
     def done(self, text: str) -> None:
@@ -161,18 +162,20 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
         *("--data-cache-path", str(corpus.parent / "cache"), "--save", str(run.checkpoint)),
         *("--save-initial", str(run.initial)),
     ]
-    progress, start, since = Progress(iterations), time.monotonic(), None
-    progress.show(f"{run.name}: starting Megatron on {'the GPU' if gpu else 'the CPU'} ...", 0)
+    progress, start, since = Progress(), time.monotonic(), None
+    progress.show(f"{run.name}: starting Megatron on {'the GPU' if gpu else 'the CPU'} ...")
     for line in lines_of(command, run.folder.with_suffix(".log")):
         if match := STEP.search(line):
             step, loss = int(match[1]), float(match[2])
             run.train.append((step, loss))
             since, now = since or (step, time.monotonic()), time.monotonic()
             eta = (iterations - step) * (now - since[1]) / max(1, step - since[0])
-            text = f"{run.name}: iteration {step}/{iterations}, loss {loss:.3f}, {eta:.0f} s to go"
-            progress.show(text, step)
+            progress.show(
+                f"{run.name}: iteration {step}/{iterations}, loss {loss:.3f}, {eta:.0f} s to go"
+            )
         elif match := VALIDATION.search(line):
             run.validation.append((int(match[1]), float(match[2])))
+            progress.show(f"{run.name}: iteration {match[1]}, validation loss {match[2]}")
         elif "saving checkpoint" in line:
             progress.show(f"{run.name}: saving the checkpoint ...")
     if not (run.train and run.validation):

@@ -1,7 +1,7 @@
 """Run unmodified Megatron on CPU and gloo, for tests and demonstrations without a GPU.
 
 `install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU and nccl is
-gloo; `patch_megatron()` then mends the one place of Megatron itself that needs it. Importing this
+gloo, and mends bf16 products (``cpu_products.py``); `patch_megatron()` then mends the one place of Megatron itself that needs it. Importing this
 module changes nothing. Megatron's logic, sharding and collectives run for real; CUDA kernels,
 stream ordering, memory and speed do not. Places named FILE:LINE are megatron-core 0.19.2's.
 
@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.adam import adam
 from torch.utils.data import DataLoader
+
+from . import cpu_products
 
 _installed = False
 
@@ -55,6 +57,7 @@ def install() -> None:
     _share_one_generator()
     _redirect_collectives()
     _replace_optional_packages()
+    cpu_products.install()
     _installed = True
 
 

@@ -48,6 +48,8 @@ def check_torch() -> None:
         absent("all of this needs it")
     import torch
 
+    from .update.precision import cpu_bf16_products
+
     print(f"{torch.__version__}, {built_for()}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -55,6 +57,7 @@ def check_torch() -> None:
         print(f"GPU {index}: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
     if not torch.cuda.is_available():
         print("no GPU that torch can use: run with `python -m megatron_patches --cpu SCRIPT ...`")
+        print(f"the CPU has {cpu_bf16_products()}")
     elif torch.cuda.get_device_capability() >= (8, 0):
         print("bf16 and TF32 products: --pion-matmul-precision bf16 (default with --bf16), high")
 

@@ -34,12 +34,14 @@ from torch.autograd import DeviceType
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_patches import cpu_products
 from pion_dist import RECIPES, Pion, PionConfig
 from pion_dist.config import Axis
 from pion_dist.cost import forms, step_flop
 from pion_dist.matrices import stacked
 from pion_dist.recipes import in_bf16
 from pion_dist.state import moments, unfit
+from pion_dist.update.precision import cpu_bf16_products
 
 FLOAT = 4  # bytes
 EXPERTS = 16  # of the 128: what one of 8 expert-parallel ranks has
@@ -722,10 +724,10 @@ def draw(found: Found) -> Figure:
 
 
 def cpu_name() -> str:
-    """As Linux says."""
+    """The CPU's name as Linux says it, and how it computes bf16 products."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()} ({cpu_bf16_products()})"
 
 
 def machine(device: torch.device) -> str:
@@ -759,6 +761,7 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines between the progress
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
+    cpu_products.install()  # for the peers too: their bf16 products are as slow without
     torch.manual_seed(0)
     scales = {}
     for name in args.model:
