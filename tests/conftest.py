@@ -13,8 +13,31 @@ if cache := os.environ.get("XDG_CACHE_HOME"):  # `make test` keeps every cache i
     set_hypothesis_home_dir(Path(cache) / "hypothesis")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first, and what takes a worker longest before the rest of its kind."""
+    groups = {item: group(item) for item in items}
+    size = Counter(groups.values())
+    items.sort(key=lambda item: (is_slow(item), -size[groups[item]]))
+    if config.getoption("dist", None) == "loadgroup":
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def group(item: pytest.Item) -> str:
+    """The tests that a worker has to run together: fast ones of a file, and what share a launch."""
+    file = item.nodeid.partition("::")[0]
+    if not is_slow(item):
+        return f"{file} fast"
+    fixtures = (
+        item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+    )
+    shares = any(each.scope == "module" for definitions in fixtures for each in definitions)
+    return file if shares else item.nodeid
 
 
 @pytest.fixture(scope="session")
