@@ -1,9 +1,10 @@
 """Run unmodified Megatron on CPU and gloo, for tests and demonstrations without a GPU.
 
-`install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU and nccl is
-gloo, and mends bf16 products (``cpu_products.py``); `patch_megatron()` then mends the one place of Megatron itself that needs it. Importing this
-module changes nothing. Megatron's logic, sharding and collectives run for real; CUDA kernels,
-stream ordering, memory and speed do not. Places named FILE:LINE are megatron-core 0.19.2's.
+`install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU and nccl is gloo,
+and mends bf16 products (``cpu_products.py``); `patch_megatron()` then mends the one place of
+Megatron itself that needs it. Importing this module changes nothing. Megatron's logic, sharding and
+collectives run for real; CUDA kernels, stream ordering, memory and speed do not. Places named
+FILE:LINE are megatron-core 0.19.2's.
 
 Functions are replaced rather than caught by a ``TorchFunctionMode``, because a mode is
 thread-local and Megatron builds tensors in other threads too (checkpoint workers, data loaders).

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron_runs import COMMON, LLAMA, NO_DROPOUT, PION, ROOT, launch
+from megatron_runs import COMMON, LIMIT_S, LLAMA, NO_DROPOUT, PION, ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pion_dist import PionConfig
@@ -23,6 +23,7 @@ from pion_dist.classify import ParamInfo, Rotated, classify
 from pion_dist.spectrum import singular_values
 
 HEADS, GROUPS, HEAD_DIM = 8, 4, 8  # of COMMON and LLAMA
+MANY_RUNS = ROOT / "tests" / "many_runs.py"
 # Runs that start with equal singular values pass on least of what they round differently, so that
 # their bounds are the tightest. From fan_in those of the published algorithm differ by up to 20
 # times as much: its step is divided by the root of second moments, however small.
@@ -255,8 +256,9 @@ class Table:
         file = self.folder / "jobs.json"
         while todo:
             file.write_text(json.dumps([self._job(*job) for job in todo]))
+            limit = LIMIT_S + 30 * len(todo)
             try:
-                launch(ROOT / "tests" / "many_runs.py", str(file), processes=processes, timeout=600)
+                launch(MANY_RUNS, str(file), processes=processes, timeout=limit)
                 return
             except AssertionError as error:
                 todo = [(run, result) for run, result in todo if not result.file.exists()]

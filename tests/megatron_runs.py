@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 MEGATRON_018 = ROOT / ".venv" / "megatron-0.18.2"  # `make test` puts it there
 SCRIPT = ROOT / "examples" / "pretrain_bytes.py"
 
+# Seconds of a launch. It takes 10 to 60 alone; beside another on slow cores, several times as many.
+LIMIT_S = 600
+
 # 4 layers fill 2 pipeline stages of 2 chunks; of 8 heads TP 4 has whole query groups.
 COMMON = [
     *("--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "96"),
@@ -78,7 +81,7 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT_S,
     )
 
 
@@ -112,7 +115,7 @@ def run(
     processes: int = 1,
     before: tuple[Path, ...] = (),
     launcher: Sequence[str] = (*LAUNCHER, "--cpu"),
-    timeout: float = 300,
+    timeout: float = LIMIT_S,
 ) -> Launched:
     """Run a script, through the launcher on the CPU, with folders before the installed packages.
 
@@ -173,7 +176,7 @@ def refused(script: Path, *arguments: str) -> str:
     """What a run that must be refused prints, before any training."""
     command = [sys.executable, *LAUNCHER, "--cpu", str(script), *arguments]
     done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.returncode != 0 and not steps(done.stdout), done.stdout[-2000:]
     return done.stdout + done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_runs import LIMIT_S
 from torch.utils.flop_counter import FlopCounterMode
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -113,7 +114,7 @@ def test_what_does_not_fit_is_skipped_with_the_reason() -> None:
 def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "bench_step.py"), "--out", str(tmp_path)]
     command += ["--model", "60m", "--scale", str(1 / 32), "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "step.md").read_text() in done.stdout
     assert (tmp_path / "step.png").stat().st_size > 10_000

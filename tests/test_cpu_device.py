@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_runs import LIMIT_S, ROOT
 
 from megatron_patches.cpu_device import FusedAdam
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(code: str, *args: str) -> None:
@@ -21,7 +20,7 @@ def python(code: str, *args: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in hidden}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *args]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from megatron_runs import NO_DROPOUT, PION, ROOT, train
+from megatron_runs import LIMIT_S, NO_DROPOUT, PION, ROOT, train
 
 from pion_dist.update.precision import cpu_has_bf16_units
 
@@ -29,7 +29,7 @@ def python(code: str) -> str:
     """Run code after ``SETUP`` in a process of its own; return what it prints."""
     env = {**os.environ, **WITHOUT_UNITS, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", SETUP + textwrap.dedent(code)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

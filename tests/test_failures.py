@@ -46,7 +46,7 @@ class Jobs:
         # Without an end of its own, the other rank would wait for minutes: gloo's timeout is 10.
         script = ROOT / "tests" / "failing_run.py"
         options = [str(rank), moment, str(count)]
-        return run(script, self.write(job), *options, processes=2, timeout=120)
+        return run(script, self.write(job), *options, processes=2, timeout=400)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, environment, steps, train
+from megatron_runs import LIMIT_S, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, environment, steps, train
 
 from megatron_patches import LaunchError
 from megatron_patches.launch import (
@@ -192,7 +192,7 @@ def mpirun(*command: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from megatron_runs import (
+    LIMIT_S,
     MEGATRON_018,
     MODEL,
     NO_DROPOUT,
@@ -146,7 +147,9 @@ def test_apply_in_a_script_of_ones_own(corpus: Path, tmp_path: Path) -> None:
     )
     data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
     command = [sys.executable, str(script), *MODEL, *PION, *data, "--exit-interval", "2"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert [s.iteration for s in steps(done.stdout)] == [1, 2], done.stderr[-3000:]
 
 

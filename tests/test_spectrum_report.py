@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from layout_table import GROUPS, HEAD_DIM, HEADS, MODELS
-from megatron_runs import COMMON, NO_DROPOUT, PION, ROOT, environment, launch
+from megatron_runs import COMMON, LIMIT_S, NO_DROPOUT, PION, ROOT, environment, launch
 
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -114,7 +114,7 @@ def run_tool(runs: Path, blocked: Path, name: str) -> Path:
         cwd=runs,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     return out

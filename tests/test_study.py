@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from megatron_runs import ROOT, environment, tool
+from megatron_runs import LIMIT_S, ROOT, environment, tool
 
 TOOLS = ROOT / "tools"
 SMALL = ["--widths", "32", "--iterations", "2", "--seq", "32", "--batch", "2", "--seeds", "2"]
@@ -71,7 +71,7 @@ if __name__ == "__main__":
         | {"PYTHONPATH": os.pathsep.join((str(TOOLS), str(ROOT))), "MARK": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # Orphans have the environment of this launch.

@@ -127,9 +127,7 @@ class Products:
         """Write alpha a @ b + beta add into ``out``, which is none of them; all are ``rounded``."""
         c = out if add is None else add
         if _lacks_units(a):
-            return out.copy_(
-                torch.baddbmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha)
-            )
+            return out.copy_(torch.baddbmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha))
         with self._in_force(a):
             return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
 
