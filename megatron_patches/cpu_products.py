@@ -25,7 +25,7 @@ _RESULT = {
     "addmv_": "self",
 }
 # Kernels stay registered as long as their library lives: for good.
-_libraries: list[torch.library.Library] = []
+_libraries: list[Any] = []
 
 
 def install() -> None:
@@ -38,9 +38,10 @@ def install() -> None:
     """
     if cpu_has_bf16_units() or _libraries:
         return
-    _libraries.append(torch.library.Library("aten", "IMPL"))
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
     for name, result in _RESULT.items():
-        _libraries[0].impl(name, _in_float32(name, result), "CPU", with_keyset=True)
+        library.impl(name, _in_float32(name, result), "CPU", with_keyset=True)
 
 
 def _in_float32(name: str, result: str | None) -> Any:

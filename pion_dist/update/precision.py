@@ -52,9 +52,8 @@ def cpu_has_bf16_units() -> bool:
     float32 has 50. Products are then computed in float32 from the bf16 values and rounded once, as
     bf16 units do. oneDNN's own variable forces it: ``ONEDNN_MAX_CPU_ISA=AVX2``.
     """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    mkldnn: Any = torch.backends.mkldnn  # untyped
+    return mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_bf16_products() -> str:
