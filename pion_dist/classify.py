@@ -25,6 +25,7 @@ class ParamInfo:
         tp_axis: what tensor parallelism cuts, also where it has one rank; None where each rank has
             the whole weight.
         tp_size: ranks that it is cut to; ``shape`` is one's.
+        initialized: it has initial values; else zeros in its memory mean nothing.
         unsupported: why Pion cannot rotate it and what to do; empty where it can.
     """
 
@@ -37,6 +38,7 @@ class ParamInfo:
     gate_interleave: int = 0
     tp_axis: Axis | None = None
     tp_size: int = 1
+    initialized: bool = True
     unsupported: str = ""
 
 
