@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.utils import get_pg_rank
 
 from pion_dist import Pion, PionConfig, cost
-from pion_dist.classify import Rotated
+from pion_dist.classify import Rotated, Scalar
 from pion_dist.plan import deal, deal_shards
 
 from . import seams
@@ -163,19 +163,19 @@ def _routed(original: Any) -> Any:
         if args.optimizer == "pion":
             exclude = args.pion_exclude or ()
             for info, p, decision in decide(model_chunks, pion_config(args), exclude=exclude):
-                rotated = isinstance(decision, Rotated)
-                if not rotated and not getattr(p, "allreduce", True):
+                if isinstance(decision, Scalar) and not getattr(p, "allreduce", True):
                     # Megatron's other distributed optimizer here has no group of expert ranks.
                     raise ValueError(
                         f"--optimizer pion with --use-distributed-optimizer: {info.name} is a "
-                        "routed expert's and Adam's, which needs --no-use-layer-wise-param-layout"
+                        f"routed expert's and Adam's ({decision.reason}), which needs "
+                        "--no-use-layer-wise-param-layout"
                     )
-                if not rotated and is_fp8(p):
+                if isinstance(decision, Scalar) and is_fp8(p):
                     # Megatron groups the buckets of one buffer of FP8 weights at most.
                     raise ValueError(
                         f"--optimizer pion with --fp8-param-gather: {info.name} is kept in FP8 and "
-                        "Adam's: leave it out of --pion-exclude, or leave --fp8-param-gather out"
+                        f"Adam's ({decision.reason}): leave --fp8-param-gather out"
                     )
-                p.is_managed_by_layer_wise_optimizer = rotated  # type: ignore[attr-defined]
+                p.is_managed_by_layer_wise_optimizer = isinstance(decision, Rotated)  # type: ignore[attr-defined]
 
     return tag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
+from pion_dist.classify import ZEROS, ParamInfo, Rotated, Scalar, classify, query_group
+from pion_dist.matrices import MatrixView
+
+from . import transformer_engine
+
+logger = logging.getLogger("pion_dist")
 
 _DECISION = "pion_decision"
 
@@ -56,8 +62,23 @@ def _info(
         name=_global_name(name, modules),
         shape=tuple(param.shape),
         embedding_or_output=bool(getattr(param, "is_embedding_or_output_parameter", False)),
+        initialized=_initialized(path, modules),
         **geometry,
     )
+
+
+def _initialized(path: str, modules: dict[str, Any]) -> bool:
+    """Whether a module's weights have initial values, by the nearest config that says so.
+
+    An adapter that is added to a model without them, which is to be loaded, can have its own.
+    """
+    words = path.split(".")
+    for length in range(len(words), -1, -1):
+        config: Any = getattr(modules[".".join(words[:length])], "config", None)
+        if hasattr(config, "perform_initialization"):
+            on_meta = getattr(config, "init_model_with_meta_device", False)
+            return bool(config.perform_initialization and not on_meta)
+    return True
 
 
 def _tp_size(name: str, config: Any) -> int:
@@ -120,18 +141,91 @@ def _first_expert(experts: Any) -> int:
 def decide(
     model_chunks: Sequence[torch.nn.Module], config: PionConfig, *, exclude: Sequence[str]
 ) -> list[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]]:
-    """Classify every parameter of this rank and note the decision on it, for ``decided``.
+    """Classify every parameter of this rank and note the decision on it; a collective of all ranks.
+
+    A weight with a matrix of zeros is Adam's on all ranks that have a piece or a copy of it. What a
+    parameter starts with is looked at once, the first time that it is seen here: before buffers are
+    made, and before a checkpoint is loaded. So a resume decides as the start did.
 
     Raises:
         ValueError: a fused weight's rows do not fit its geometry.
     """
-    found = [
+    decisions = [
         (info, param, classify(info, config, exclude=exclude))
         for info, param in named_parameters(model_chunks)
     ]
-    for info, param, decision in found:
+    unseen = [
+        (info, param, decision)
+        for info, param, decision in decisions
+        if isinstance(decision, Rotated) and not _looked_at(param)
+    ]
+    zeros = _with_zeros(unseen)
+    if zeros and _rank() == 0:
+        logger.warning("Adam's, not Pion's: %s, which %s", ", ".join(sorted(zeros)), ZEROS.reason)
+    decisions = [
+        (info, param, ZEROS)
+        if isinstance(decision, Rotated) and (info.name in zeros or _is_known_zero(param))
+        else (info, param, decision)
+        for info, param, decision in decisions
+    ]
+    for info, param, decision in decisions:
         setattr(param, _DECISION, (info, decision))
-    return found
+    return decisions
+
+
+def _looked_at(param: torch.Tensor) -> bool:
+    return noted(param) and (isinstance(decided(param)[1], Rotated) or _is_known_zero(param))
+
+
+def _is_known_zero(param: torch.Tensor) -> bool:
+    return noted(param) and decided(param)[1] == ZEROS
+
+
+def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]) -> set[str]:
+    """Names of all ranks' weights of which a matrix is zero; a collective of all ranks.
+
+    A matrix is zero if it is on every rank that has a piece or a copy of it: shards of tensor
+    parallelism have the name of their weight in common, and replicas have too.
+    """
+    zero: set[tuple[str, str, int, int]] = set()
+    others: set[tuple[str, str, int, int]] = set()
+    for info, param, decision in weights:
+        values = _initial_values(param) if info.initialized else None
+        if values is None:
+            continue
+        # Where ranks are dealt whole matrices, each has its own.
+        own = _rank() if decision.ranks > 1 and decision.view.axis is None else -1
+        for part, index, nonzero in _nonzero(values, decision.view):
+            (others if nonzero else zero).add((info.name, part, index, own))
+    anywhere = set().union(*_of_all_ranks(zero))
+    if anywhere:
+        anywhere -= set().union(*_of_all_ranks(anywhere & others))
+    return {name for name, *_ in anywhere}
+
+
+def _nonzero(values: torch.Tensor, view: MatrixView) -> Iterator[tuple[str, int, bool]]:
+    for part in view.shapes:
+        for index, nonzero in enumerate(view.nonzero(values, part).tolist()):
+            yield part, index, nonzero
+
+
+def _initial_values(param: torch.nn.Parameter) -> torch.Tensor | None:
+    """What a parameter starts with, or None where that is not known."""
+    if transformer_engine.is_fp8(param):
+        return transformer_engine.before_rounding(param)
+    return None if param.is_meta else param.detach()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _of_all_ranks(mine: set[Any]) -> list[set[Any]]:
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyone: list[set[Any]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def noted(param: torch.Tensor) -> bool:

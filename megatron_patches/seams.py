@@ -60,6 +60,12 @@ CORE = (
         attributes=("__dataclass_fields__", "optimizer"),
     ),
     Seam(
+        "megatron.core.model_parallel_config",
+        "ModelParallelConfig",
+        "says whether weights have initial values",
+        attributes=("perform_initialization",),
+    ),
+    Seam(
         "megatron.core.optimizer.optimizer_config",
         "ParamKey",
         "routes parameters to Pion or Adam",

@@ -7,6 +7,7 @@ are recorded here, by part, with the weight's layer or expert.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,3 +82,6 @@ class CheckpointedPion(Pion):
         for index, key, place in self.records():
             _PLACES[found["state"][index][key]] = place
         return found
+
+    def _warn_of_zeros(self, params: Iterable[torch.Tensor]) -> None:
+        """Say nothing: ``parameters.decide`` has, of weights whose initial values are known."""

@@ -238,7 +238,7 @@ def start_from(param: torch.nn.Parameter, value: Tensor, name: str) -> None:
     Raises:
         ValueError: the value before rounding is gone.
     """
-    initial = _before_rounding(param)
+    initial = before_rounding(param)
     if initial is None:
         raise ValueError(
             f"{name}: --pion-init found no value before rounding to FP8, which Transformer Engine "
@@ -249,7 +249,8 @@ def start_from(param: torch.nn.Parameter, value: Tensor, name: str) -> None:
     param.copy_(value)
 
 
-def _before_rounding(param: Tensor) -> Tensor | None:
+def before_rounding(param: Tensor) -> Tensor | None:
+    """An FP8 weight's initial value, until an optimizer has written the weight; else None."""
     get = getattr(param, "get_high_precision_init_val", None)
     return None if get is None else get()
 
@@ -320,7 +321,7 @@ def _pairs(leaf: Any) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _start(leaf: Any) -> None:
     for weight, master in _pairs(leaf):
-        initial = _before_rounding(weight) if is_fp8(weight) else None
+        initial = before_rounding(weight) if is_fp8(weight) else None
         if initial is not None:
             master.copy_(initial)
 

@@ -25,6 +25,7 @@ class ParamInfo:
         tp_axis: what tensor parallelism cuts, also where it has one rank; None where each rank has
             the whole weight.
         tp_size: ranks that it is cut to; ``shape`` is one's.
+        initialized: it has initial values; else zeros in its memory mean nothing.
         unsupported: why Pion cannot rotate it and what to do; empty where it can.
     """
 
@@ -37,6 +38,7 @@ class ParamInfo:
     gate_interleave: int = 0
     tp_axis: Axis | None = None
     tp_size: int = 1
+    initialized: bool = True
     unsupported: str = ""
 
 
@@ -72,13 +74,20 @@ class Scalar:
     reason: str
 
 
+# Rotations of zeros are zeros: Pion would never train such a weight. ``classify`` sees no values.
+ZEROS = Scalar("starts with a matrix of zeros, which rotations keep")
+# The word in a parameter's own name: bias, down_proj_bias, bias0, pos_bias_u.
+_BIAS = re.compile(r"(?<![a-z])bias(?![a-z])[^.]*$")
+
+
 def classify(
     info: ParamInfo, config: PionConfig, *, exclude: Sequence[str] = ()
 ) -> Rotated | Scalar:
     """What a parameter is to Pion.
 
-    2-D weights are Pion's, but for embeddings, the output layer and what ``exclude`` names: the
-    rule by which Megatron routes parameters to the buffers of its layer-wise optimizer.
+    2-D weights are Pion's, but for embeddings, the output layer, biases (which fused experts have
+    as a row each) and what ``exclude`` names. Weights that start with a matrix of zeros are to be
+    found by the caller: see ``ZEROS``.
 
     Args:
         info: the parameter.
@@ -95,6 +104,8 @@ def classify(
         return Scalar("embedding or output layer")
     if len(info.shape) != 2:
         return Scalar(f"{len(info.shape)}-D")
+    if _BIAS.search(info.name):
+        return Scalar("bias")
     if info.unsupported:
         raise ValueError(f"{info.name}: {info.unsupported}")
     return Rotated(_view(info, config), info.tp_size)

@@ -7,8 +7,10 @@ results go. ``GroupPeers`` is what shards need of each other where none has a wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -187,6 +189,33 @@ def agree(ok: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return flag.bool()
+
+
+def cut_elsewhere(x: Tensor) -> str:
+    """Why a parameter's data cannot be stepped here, or an empty string: others have cut it."""
+    if (tensors := _loaded("torch.distributed.tensor")) and isinstance(x, tensors.DTensor):
+        return (
+            "is a DTensor (fully_shard, FSDP2, or tensor parallelism by DTensor), which Pion does "
+            "not take: use DistributedDataParallel and, for tensor parallelism, Pion's shards=; or "
+            "give it to torch.optim.AdamW"
+        )
+    return ""
+
+
+def flattened_by(module: torch.nn.Module) -> str:
+    """Why the parameters in a module are no matrices, or an empty string: FSDP1 has cut them."""
+    fsdp = _loaded("torch.distributed.fsdp")
+    if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
+        return (
+            "is wrapped in FullyShardedDataParallel, which leaves flat pieces of its weights: Pion "
+            "needs whole matrices. Use DistributedDataParallel"
+        )
+    return ""
+
+
+def _loaded(name: str) -> Any:
+    """A module of torch.distributed's that only its users import, since that takes a second."""
+    return sys.modules.get(name)
 
 
 class GroupPeers:

@@ -117,6 +117,10 @@ class MatrixView:
             return torch.unflatten(rows, 1, (part.length // m, m)).flatten(0, 1)
         return torch.unflatten(rows.flatten(0, 1), 0, (batch, m))
 
+    def nonzero(self, weight_RC: Tensor, name: str) -> Tensor:
+        """Whether each matrix of one part has an element other than zero, [B]."""
+        return self.matrices(weight_RC, name).any(-1).any(-1)
+
     def merge(self, matrices: dict[str, Tensor], weight_RC: Tensor) -> None:
         """The inverse of ``split``: write the matrices into the weight (modified in place).
 

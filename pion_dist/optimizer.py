@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,15 @@ from .update.step import step as update
 logger = logging.getLogger("pion_dist")
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OPTIONS = {field.name for field in dataclasses.fields(PionConfig)}
+_OPTIONS_OF_OTHERS = {
+    name
+    for each in vars(torch.optim).values()
+    if inspect.isclass(each) and issubclass(each, torch.optim.Optimizer)
+    for name in inspect.signature(each).parameters
+} - {"params", "lr", "defaults"}
+# Of a copy, which makes the rest anew: the plan, the guard and what a diagnosis collects.
+_COPIED = ("config", "_names", "_views", "_slots", "_started")
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,17 @@ class Pion(torch.optim.Optimizer):
     R = E(lr α A_out) and P = E(lr α A_in) for skew generators that descend; see PionConfig and
     arXiv 2605.12492. Weight decay would change the spectrum and does not exist here.
 
+    Parameters may be converted at any time, as by ``model.cuda()`` or ``model.double()``: the
+    moments follow at the next step. ``torch.compile`` leaves ``step`` out of its graph and compiles
+    a training step around it.
+
     Args:
         params: 2-D parameters, or groups of them; as for any torch optimizer, also
             ``model.named_parameters()``. Give embeddings, output layers, norms and biases to AdamW.
         lr: η, per group; schedulers set ``group["lr"]``.
-        config: the options that all groups share.
+        config: the options that all groups share. A group has none but ``lr``: those of
+            PionConfig are refused there, and those of torch's optimizers unless they are off, as
+            ``weight_decay=0``. Other keys of a group are the caller's, and stay.
         views: how a parameter is seen as matrices; one that has none is one matrix, cut (where the
             options cut) along its longer dimension, rows if both are equal.
         names: of parameters, for messages; ``named_parameters()`` brings its own.
@@ -64,9 +81,13 @@ class Pion(torch.optim.Optimizer):
             and to be made on all of them at a time.
 
     Raises:
-        ValueError: a parameter is not 2-D or not real floating point, a view does not fit it, it
-            cannot be cut as the options say, or lr is negative.
+        ValueError: a parameter is not 2-D or not real floating point, or is a DTensor; a view does
+            not fit it; it cannot be cut as the options say; lr is negative; or a group has options.
         RuntimeError: the ranks of a group have other parameters or options.
+
+    A matrix of zeros stays zero under any factors: the log warns of weights that have one when the
+    optimizer is made. It is no error, since weights may still be loaded; ``split_parameters`` gives
+    such weights to AdamW.
 
     Low-precision parameters (bf16, fp16) are computed in float32 and rounded when stored, which
     moves singular values by the rounding; keep float32 masters where that matters.
@@ -98,6 +119,7 @@ class Pion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self._constructed = True
         self.settle()
+        self._warn_of_zeros(self._slots)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked as a whole before anything changes; see torch's."""
@@ -106,6 +128,7 @@ class Pion(torch.optim.Optimizer):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         named = [p if isinstance(p, tuple) else (None, p) for p in params]
         place = f"of group {len(self.param_groups)}"
+        _refuse_options(group, place)
         slots = {
             p: self._slot(p, name or self._names.get(p, f"parameter {index} {place}"))
             for index, (name, p) in enumerate(named)
@@ -119,6 +142,7 @@ class Pion(torch.optim.Optimizer):
         self._slots.update(slots)
         if self._constructed:
             self.settle()
+            self._warn_of_zeros(slots)
 
     def _slot(self, p: Any, name: str) -> _Slot:
         if not isinstance(p, Tensor):
@@ -129,8 +153,9 @@ class Pion(torch.optim.Optimizer):
                 f"{name} has shape {tuple(p.shape)}: Pion rotates 2-D weights only; give this "
                 "parameter to torch.optim.AdamW"
             )
-        if p.dtype not in _FLOATS:
-            raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
+        if why := exchange.cut_elsewhere(p):
+            raise ValueError(f"{name} {why}")
+        _check_dtype(p, name)
         if view is not None and (view.rows, view.cols) != tuple(p.shape):
             raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
         if view is None:
@@ -140,6 +165,70 @@ class Pion(torch.optim.Optimizer):
             if why := state.unfit(m, n, self.config, view.axis, slot.ranks):
                 raise ValueError(f"{name}: {why}")
         return slot
+
+    def _warn_of_zeros(self, params: Iterable[Tensor]) -> None:
+        """Name the weights with a matrix of zeros; a collective of the ranks that share them."""
+        asked = set(params)
+        nonzero = {
+            i: self._slots[p].view.nonzero(p.detach(), part)
+            for i, (p, part) in enumerate(self._places)
+            if p in asked and not p.is_meta
+        }
+        for index, group in enumerate(self.groups):
+            cut = [i for i in nonzero if self.plan.matrices[i].group == index]
+            cut = [i for i in cut if self.plan.matrices[i].shared]
+            if cut:
+                flags = torch.cat([nonzero[i] for i in cut]).int()
+                flags = GroupPeers(group).largest(flags).bool()
+                sizes = [len(nonzero[i]) for i in cut]
+                nonzero |= dict(zip(cut, torch.split(flags, sizes), strict=True))
+        names = [self.plan.matrices[i].weight for i, flags in nonzero.items() if not flags.all()]
+        if names:
+            logger.warning(
+                "%s: a matrix of zeros, which Pion never moves. Unless weights are still to be "
+                "loaded, give it to torch.optim.AdamW, as split_parameters does",
+                ", ".join(dict.fromkeys(names)),
+            )
+
+    def _follow(self) -> None:
+        """Take over parameters that were converted, as by ``model.cuda()``, with their moments."""
+        if self._kinds == self._kinds_now():
+            return
+        for p, slot in self._slots.items():
+            _check_dtype(p, slot.name)
+        self._guard.report()
+        self._guard = Guard()  # its counts lie where the gradients were
+        for p in self._slots:
+            for key, (moment, ranks) in self._held_moments(p).items():
+                value = storage.matrices(self.state[p][key], moment, ranks, key)
+                self.state[p][key] = storage.zeros(moment, ranks, p)
+                storage.hold(value, self.state[p][key], moment, ranks, key)
+        self.settle()
+
+    def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
+        return [(p.device, p.dtype) for p in self._slots]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything that a copy needs, for ``copy.deepcopy``, ``pickle`` and ``torch.save``.
+
+        Raises:
+            TypeError: there are shards, whose process groups are of this process alone.
+        """
+        if self._shards:
+            raise TypeError(
+                "Pion with shards= cannot be copied or pickled, since their process groups cannot: "
+                "take state_dict(), and load it into a Pion that is made on all ranks"
+            )
+        self._guard.report()
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy; also torch's way to load groups and moments, which are all it gives."""
+        super().__setstate__(state)
+        if state.keys() >= set(_COPIED):
+            self._shards, self._guard, self.readings = {}, Guard(), None
+            self._constructed = True
+            self._plan()
 
     def settle(self) -> None:
         """Make the plan, compare it with other ranks', and make the state this rank holds.
@@ -162,7 +251,7 @@ class Pion(torch.optim.Optimizer):
         if stepped and any(
             old.get((x.weight, x.part), x.owner) != x.owner for x in self.plan.matrices
         ):
-            raise RuntimeError("add sharded parameters before the first step")
+            raise RuntimeError("add or convert sharded parameters before the first step")
         self._compare()
         for p in params:
             self.state[p] = {
@@ -172,6 +261,7 @@ class Pion(torch.optim.Optimizer):
 
     def _plan(self) -> None:
         """Build ``plan``, and where each of its matrices is."""
+        self._kinds = self._kinds_now()
         self.groups: list[ProcessGroup] = []
         self._places: list[tuple[Tensor, str]] = []
         found = []
@@ -292,6 +382,8 @@ class Pion(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # As torch's own optimizers; torch.compiler.disable would import dynamo, 2 s, with this module.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
@@ -313,6 +405,7 @@ class Pion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         self._guard.look()
         due = self._due()
         for group in self.param_groups:
@@ -529,6 +622,7 @@ class Pion(torch.optim.Optimizer):
         ``state_layout`` and ``int8`` can be loaded as ``fp32``; they are made on the CPU, since
         devices may not have room for all.
         """
+        self._follow()
         self._guard.report()
         found = super().state_dict()
         params = (p for group in self.param_groups for p in group["params"])
@@ -551,6 +645,7 @@ class Pion(torch.optim.Optimizer):
             RuntimeError: ranks that share weights have loaded different steps.
         """
         self._refuse_other_state(state_dict)
+        self._follow()
         self._started.clear()
         lacking = []
         # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
@@ -600,3 +695,24 @@ class Pion(torch.optim.Optimizer):
                     if key not in found or tuple(found[key].shape) != shape:
                         has = tuple(found[key].shape) if key in found else "nothing"
                         raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
+
+
+def _check_dtype(p: Tensor, name: str) -> None:
+    if p.dtype not in _FLOATS:
+        raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
+
+
+def _refuse_options(group: Mapping[str, Any], place: str) -> None:
+    for name, value in group.items():
+        if name in _OPTIONS:
+            raise ValueError(
+                f"{name}={value!r} {place}: Pion's options are the same in all groups; give "
+                f"config=PionConfig({name}=...)"
+            )
+        if name == "weight_decay" and value:
+            raise ValueError(
+                f"weight_decay={value!r} {place}: decay would change the spectrum, so that Pion "
+                "has none; set it to 0, or give the parameters to torch.optim.AdamW"
+            )
+        if name in _OPTIONS_OF_OTHERS and value:
+            raise ValueError(f"{name}={value!r} {place}: Pion has no such option; leave it out")

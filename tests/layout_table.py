@@ -42,6 +42,7 @@ MODELS = {
         *("--rope-type", "rope", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
     ],
     "mtp": [*LLAMA, "--mtp-num-layers", "1"],
+    "zeros": [*LLAMA, "--start-zeros"],  # many_runs.start_zeros
 }
 
 
@@ -150,9 +151,11 @@ class Result:
 
 def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
     """The matrices that Pion makes of a whole weight of a checkpoint."""
+    flags = MODELS[run.model]
     if name.endswith(("norm.weight", "norm_weight", "bias")):
         return {}  # vectors of all layers
-    flags = MODELS[run.model]
+    if "linear_proj" in name and "--start-zeros" in flags:
+        return {}  # Adam's
     groups = GROUPS if "--group-query-attention" in flags else HEADS
     query_group = (("q", HEADS // groups * HEAD_DIM), ("k", HEAD_DIM), ("v", HEAD_DIM))
     info = ParamInfo(

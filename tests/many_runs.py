@@ -128,8 +128,39 @@ def build_what_the_example_does_not() -> None:
         assert sizes <= {None, config.kv_channels}, f"heads of {sizes}"
         make_attention(self, config, *args, **options)
 
-    pretrain_bytes.GPTModel = model
+    pretrain_bytes.GPTModel = start_zeros(model)
     DotProductAttention.__init__ = attention
+
+
+def start_zeros(make_model: Any) -> Any:
+    """Let --start-zeros start attention's output projections as zeros.
+
+    And the first shards of fc2, where tensor parallelism cuts it, which do not make it a matrix of
+    zeros; --pion-init draws it anew.
+    """
+    import pretrain_bytes
+    import torch
+    from megatron.core.parallel_state import get_tensor_model_parallel_rank as tp_rank
+    from megatron.training import get_args
+
+    add_arguments = pretrain_bytes.add_arguments
+
+    def with_start_zeros(parser: Any) -> Any:
+        parser.add_argument("--start-zeros", action="store_true")
+        return add_arguments(parser)
+
+    @torch.no_grad()
+    def model(*args: Any, **options: Any) -> Any:
+        made = make_model(*args, **options)
+        if get_args().start_zeros:
+            cut = get_args().tensor_model_parallel_size > 1 and tp_rank() == 0
+            for name, p in made.named_parameters():
+                if "linear_proj" in name or (cut and "linear_fc2" in name):
+                    p.zero_()
+        return made
+
+    pretrain_bytes.add_arguments = with_start_zeros
+    return model
 
 
 def tear_down() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ from megatron_patches.seams import megatron_version
 from pion_dist import RECIPES, Pion, PionConfig
 
 
-def setup(**changes: object) -> tuple[list, object, str]:
+def setup(model: list | None = None, **changes: object) -> tuple[list, object, str]:
     """A fresh model and its optimizer, made as pretrain() makes them; and what was printed."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    model = get_model(model_provider, ModelType.encoder_or_decoder)
+    model = model or get_model(model_provider, ModelType.encoder_or_decoder)
     config, overrides = get_megatron_optimizer_config(ARGS)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -160,6 +161,66 @@ def check_lr_mult_is_pion_s() -> None:
         assert abs(moved - 1e-3) < torch.finfo(plain[norm].dtype).eps, (norm, moved)
 
 
+def with_zeros() -> tuple[list, dict[str, torch.nn.Parameter]]:
+    """A model with a weight of zeros and one whose V is; and these two."""
+    model = get_model(model_provider, ModelType.encoder_or_decoder)
+    names = ("layers.1.mlp.linear_fc2.weight", "layers.2.self_attention.linear_qkv.weight")
+    fc2, qkv = (f"decoder.{name}" for name in names)
+    zeros = {name: parameters(model)[name] for name in (fc2, qkv)}
+    with torch.no_grad():
+        zeros[fc2].zero_()
+        zeros[qkv].unflatten(0, (4, 32))[:, 24:].zero_()  # of 4 query groups: 2 heads of Q, K, V
+    return model, zeros
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[io.StringIO]:
+    """What Pion logs."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger("pion_dist").addHandler(handler)
+    yield text
+    logging.getLogger("pion_dist").removeHandler(handler)
+
+
+def check_weights_of_zeros_are_adam_s() -> None:
+    """Weights with a matrix of zeros are neither redrawn nor left; plan and log name them."""
+    model, zeros = with_zeros()
+    before = {name: p.detach().clone() for name, p in zeros.items()}
+    with logged() as text:
+        _, optimizer, printed = setup(model, pion_print_plan=True)
+    held = {slot.name for slot in inner(optimizer)._slots.values()}
+    assert not held & set(zeros) and len(held) == 14
+    assert text.getvalue().count("matrix of zeros") == 1, text.getvalue()
+    for name, p in zeros.items():
+        assert name in text.getvalue()
+        (row,) = (line for line in printed.splitlines() if line.split()[:1] == [name])
+        assert "Adam: starts with a matrix of zeros" in row
+        assert torch.equal(p, before[name]), "--pion-init has drawn it"
+    for seed in range(3):
+        set_grads(model, seed)
+        assert optimizer.step()[0]
+    assert all(p.all() for p in zeros.values())
+    with logged() as text:  # it has moved since; buffers were made for what it was
+        again = {slot.name for slot in inner(setup(model)[1])._slots.values()}
+    assert again == held and not text.getvalue()
+    with logged() as text:  # in whole, QKV is no matrix of zeros
+        whole = {
+            slot.name for slot in inner(setup(with_zeros()[0], pion_qkv="whole")[1])._slots.values()
+        }
+    assert set(zeros) - whole == {name for name in zeros if "linear_fc2" in name}
+
+
+def check_memory_without_values_is_not_looked_at() -> None:
+    """With --no-initialization memory may be zeros, and weights come with a checkpoint."""
+    model, zeros = with_zeros()
+    model[0].config.perform_initialization = False
+    with logged() as text:
+        _, optimizer, _ = setup(model, pion_init="keep")
+    held = {slot.name for slot in inner(optimizer)._slots.values()}
+    assert set(zeros) <= held and not text.getvalue(), text.getvalue()
+
+
 def check_only_pion_rotates() -> None:
     model, optimizer, _ = setup()
     pion = inner(optimizer)
@@ -201,12 +262,9 @@ def check_non_finite_gradients() -> None:
         optimizer.step()
         for key, tensor in everything(model, optimizer).items():
             assert torch.equal(tensor, before[key]), f"{key} moved"
-        logged = io.StringIO()
-        handler = logging.StreamHandler(logged)
-        logging.getLogger("pion_dist").addHandler(handler)
-        inner(optimizer).state_dict()
-        logging.getLogger("pion_dist").removeHandler(handler)
-        assert f"{name} (1 step)" in logged.getvalue(), logged.getvalue()
+        with logged() as text:
+            inner(optimizer).state_dict()
+        assert f"{name} (1 step)" in text.getvalue(), text.getvalue()
 
 
 def check_megatrons_own_skip() -> None:

@@ -557,6 +557,31 @@ def check_two_groups(place: Place, config: PionConfig) -> None:
     assert not moved(run, before)
 
 
+def check_zeros(place: Place) -> None:
+    """A shard of zeros is no matrix of zeros; matrices that are dealt are each rank's own."""
+    weights = [w for w in WEIGHTS if w.name in ("fc1", "fc2", "heads", "uncut")]
+    run = Run(place, PionConfig(), weights, reference=False)
+    with torch.no_grad():
+        if place.rank == 0:
+            run.params[0].zero_()  # fc1
+            run.params[2][: 24 // 4] = 0  # a head
+        run.params[1].zero_()  # fc2
+    with patch("pion_dist.optimizer.logger.warning") as warning:
+        run.new_optimizer()
+    ((_, names),) = (call.args for call in warning.call_args_list)
+    assert names == ("fc2, heads" if place.rank == 0 else "fc2"), names
+
+
+def check_conversion(place: Place, config: PionConfig) -> None:
+    """Weights that are converted before the first step are computed as they are then."""
+    run = Run(place, config, WEIGHTS, dtype=torch.float32)
+    for p in run.params:
+        p.data = p.data.double()
+    for _ in range(CUT_STEPS):
+        run.step()
+        check_weights(run, TOLERANCE)
+
+
 def half_of(place: Place) -> Place:
     half = place.ranks // 2
     groups = [dist.new_group(range(i, i + half), timeout=TIMEOUT) for i in (0, half)]
@@ -671,6 +696,7 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
         found[name] = lambda place: check(place, *arguments)
 
     add(check_counting, "")
+    add(check_zeros, "")
     modes = (*((mode, 1) for mode in EXACT), *(("blockwise", n * ranks) for n in (1, 2)))
     # Of pairs on 4 ranks: with 2 cores a check of "distributed" takes 1.5 s there.
     for *options, (mode, blocks) in covering(*VALUES, modes, together=3 if ranks == 2 else 2):
@@ -687,6 +713,7 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
         (check_nothing_shared, FEW[:2]),
         (check_part_of_the_ranks, FEW[:2]),
         (check_two_groups, FEW[:2]),
+        (check_conversion, FEW[:2]),
     ):
         for mode, options in itertools.product(MODES, tried):
             config = PionConfig(**options, **mode_options(mode, ranks))

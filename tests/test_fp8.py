@@ -72,6 +72,27 @@ def test_other_fp8_weights_are_refused(
     assert says in capsys.readouterr().err
 
 
+def test_fp8_weights_are_judged_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_patches import parameters, transformer_engine
+    from pion_dist.classify import ParamInfo, Rotated
+    from pion_dist.matrices import whole
+
+    class Kept(torch.Tensor):
+        """An FP8 weight, whose bytes say nothing without their scales."""
+
+        def any(self, *_: object) -> torch.Tensor:
+            raise AssertionError("it was read")
+
+    def weight(name: str, initial: torch.Tensor | None) -> tuple[ParamInfo, torch.Tensor, Rotated]:
+        kept = torch.zeros(4, 3).as_subclass(Kept)
+        kept.get_high_precision_init_val = lambda: initial  # None once it is cleared
+        return ParamInfo(name=name, shape=(4, 3)), kept, Rotated(whole(4, 3))
+
+    monkeypatch.setattr(transformer_engine, "is_fp8", lambda p: isinstance(p, Kept))
+    weights = [("zero", torch.zeros(4, 3)), ("other", torch.ones(4, 3)), ("cleared", None)]
+    assert parameters._with_zeros([weight(*each) for each in weights]) == {"zero"}
+
+
 @pytest.mark.slow
 def test_megatron_takes_the_flags_with_pion(corpus: Path) -> None:
     # Layers that are not Transformer Engine's compute in bf16 all the same.

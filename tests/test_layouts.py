@@ -97,6 +97,12 @@ WATCHED_RUNS = [
 # gradient of the positional key. So the modes are compared with each other there.
 MLA_DUPLICATED = Run("mla tp2 duplicated", 2, tp(2, *DUPLICATED), "mla")
 
+ZEROS = [
+    Run("zeros tp2", 2, tp(2), "zeros"),
+    Run("zeros dp2 dist-opt", 2, DIST_OPT, "zeros"),
+    Run("zeros pp2", 2, PP2, "zeros"),
+]
+
 FLOAT32 = [
     TP2,
     TP2_DUPLICATED,
@@ -132,6 +138,7 @@ FLOAT32 = [
     Run("mla pp2", 2, PP2, "mla"),
     Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
     Run("mtp pp2", 2, PP2, "mtp"),
+    *ZEROS,
     Run("mla tp2, owner to duplicated", 2, tp(2), "mla", against=MLA_DUPLICATED),
     *(P_TP2, P_DUPLICATED, P_DISTRIBUTED, P_BLOCKS, P_SPECTRAL_BLOCKS, P_PP2),
     *(P_DIST_OPT, P_OLD_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
@@ -268,6 +275,13 @@ def exact(run: Run) -> Limits:
 @named(FLOAT32)
 def test_float32(check: Callable[..., None], run: Run) -> None:
     check("float32, to one process", run, exact(run))
+
+
+@named([run.start for run in ZEROS[:1]])
+def test_weights_of_zeros_train(table: Table, run: Run) -> None:
+    """Under Pion they would be zeros still."""
+    (name,) = (name for name in table[run].weights if "linear_proj" in name)
+    assert table[run].weights[name].any(-1).all()
 
 
 @named(BFLOAT16)

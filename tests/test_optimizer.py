@@ -1,11 +1,15 @@
 """Pion as a torch optimizer: groups, schedulers, state, refusals, and steps that must not move."""
 
 import copy
+import io
 import logging
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from reference import PUBLISHED
 from test_reference import TOLERANCE
 from torch import nn
@@ -173,6 +177,164 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"weight_decay": 0.1}, "spectrum"),
+        ({"betas": (0.9, 0.99)}, r"PionConfig\(betas=...\)"),
+        ({"eps": 1e-6}, r"PionConfig\(eps=...\)"),
+        ({"nesterov": False}, r"PionConfig\(nesterov=...\)"),
+        ({"maximize": True}, "no such option"),
+        ({"amsgrad": True}, "no such option"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_of_a_group_are_refused_by_name_and_nothing_changes(
+    option: dict[str, object], says: str
+) -> None:
+    (name,) = option
+    first, second = weights((4, 3), (4, 3))
+    with pytest.raises(ValueError, match=f"^{name}=.* of group 0: .*{says}"):
+        Pion([{"params": [first], **option}])
+    optimizer = Pion([first])
+    with pytest.raises(ValueError, match=f"^{name}=.* of group 1: .*{says}"):
+        optimizer.add_param_group({"params": [second], **option})
+    assert len(optimizer.param_groups) == len(optimizer.plan.matrices) == 1
+
+
+def test_options_that_are_off_and_keys_of_the_caller_stay() -> None:
+    """As Megatron has them in its groups, and its scheduler writes them."""
+    keys = {"weight_decay": 0.0, "foreach": None, "initial_lr": 0.1, "max_lr": 0.1, "wd_mult": 1.0}
+    optimizer = Pion([{"params": weights((4, 3)), **keys}])
+    assert optimizer.param_groups[0].items() >= keys.items()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.load_state_dict(optimizer.state_dict())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4, cycle_momentum=False)
+    Pion(optimizer.param_groups[0]["params"]).load_state_dict(optimizer.state_dict())
+
+
+def saved_and_loaded(both: tuple[nn.Parameter, Pion]) -> tuple[nn.Parameter, Pion]:
+    file = io.BytesIO()
+    torch.save(both, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[tuple[nn.Parameter, Pion]], tuple[nn.Parameter, Pion]]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS, PionConfig(state_dtype="int8", spectrum_reset_interval=2)],
+    ids=lambda config: f"{config.momentum}-{config.direction}-{config.state_dtype}",
+)
+def test_a_copy_steps_as_the_original(
+    config: PionConfig, copied: Callable[[tuple[nn.Parameter, Pion]], tuple[nn.Parameter, Pion]]
+) -> None:
+    (p,) = weights((8, 3))
+    optimizer = Pion([("p", p)], lr=0.1, config=config, views={p: stacked(8, 3, name="h", count=2)})
+    for step in range(2):
+        set_grads([p], step)
+        optimizer.step()
+    q, other = copied((p, optimizer))
+    assert q is not p and other.param_groups[0]["params"] == [q]
+    for step in range(2, 5):
+        for mine, each in ((p, optimizer), (q, other)):
+            set_grads([mine], step)
+            each.step()
+        assert torch.equal(p, q)
+    (more,) = weights((4, 3))
+    other.add_param_group({"params": [("more", more)]})
+    set_grads([q, more], 5)
+    other.step()
+    assert [name for name, _ in other.matrices()] == ["p:h[0]", "p:h[1]", "more:whole[0]"]
+
+
+def test_a_copy_with_process_groups_is_refused() -> None:
+    (p,) = weights((4, 3))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        optimizer = Pion([p], shards={p: dist.group.WORLD})
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"shards= cannot be copied .* state_dict\(\)"):
+                copied(optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS, PionConfig(state_dtype="int8"), PionConfig(spectrum_reset_interval=2)],
+    ids=lambda config: f"{config.momentum}-{config.direction}-{config.state_dtype}",
+)
+def test_a_converted_model_is_followed(config: PionConfig, steps: int) -> None:
+    """The moments are those of the model as it is now, and state_dict's too."""
+    model = nn.ModuleList([nn.Linear(6, 4, bias=False), nn.Linear(4, 8, bias=False)])
+    params = list(model.parameters())
+    optimizer = Pion(params, lr=0.1, config=config)
+    for step in range(steps):
+        set_grads(params, step)
+        optimizer.step()
+    model.double()
+    straight = [nn.Parameter(p.detach().clone()) for p in params]
+    expected = Pion(straight, lr=0.1, config=config)
+    if steps:
+        expected.load_state_dict(optimizer.state_dict())
+    for step in range(steps, steps + 2):
+        for each in (params, straight):
+            set_grads(each, step)
+        optimizer.step()
+        expected.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, straight, strict=True))
+    moments = optimizer.state_dict()["state"]
+    for index, state in expected.state_dict()["state"].items():
+        for key, moment in state.items():
+            assert moment.dtype == moments[index][key].dtype == torch.float64
+            assert torch.equal(moments[index][key], moment)
+
+
+def test_a_model_of_low_precision_and_back_is_followed() -> None:
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = Pion(model.parameters(), lr=0.1, config=PionConfig(state_dtype="int8"))
+    for convert in (model.bfloat16, model.double, model.float):
+        convert()
+        before = model.weight.detach().clone()
+        model(torch.ones(2, 6, dtype=before.dtype)).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.weight, before), convert
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_goes_around_a_step(backend: str) -> None:
+    results = []
+    for compiled in (lambda f: f, torch.compile(backend=backend)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4, bias=False)
+        optimizer = Pion(model.parameters(), lr=0.1)
+
+        def train(model: nn.Module, optimizer: Pion) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 6)).square().sum()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        losses = [compiled(train)(model, optimizer).item() for _ in range(3)]
+        compiled(optimizer.step)()
+        results.append((losses, model.weight.detach()))
+    # The same operations but for the loss, whose backward may sum 2 terms in another order.
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=0, atol=1e-5)
 
 
 LIE = PionConfig(**PUBLISHED)

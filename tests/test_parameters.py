@@ -1,8 +1,13 @@
 """Which parameters of a PyTorch model are Pion's, and that the two lists train it."""
 
+import logging
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 from pion_dist import RECIPES, Pion, split_parameters
 
@@ -35,6 +40,59 @@ class WithHead(Model):
         return self.head
 
 
+class Adapted(nn.Module):
+    """A model in PEFT's two wrappers, which hand on the attributes of what they wrap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = Delegating(model)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> object:
+        return own_or(super().__getattr__, name, "base_model")
+
+
+class Delegating(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> object:
+        return own_or(super().__getattr__, name, "model")
+
+
+def own_or(own: Callable[[str], object], name: str, inner: str) -> object:
+    try:
+        return own(name)
+    except AttributeError:
+        if name == inner:
+            raise
+        return getattr(own(inner), name)
+
+
+class Lora(nn.Module):
+    """A linear layer with LoRA's two factors."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
 def names(model: nn.Module, *exclude: str) -> tuple[list[str], list[str]]:
     pion, others = split_parameters(model, exclude=exclude)
     return [name for name, _ in pion], [name for name, _ in others]
@@ -55,6 +113,96 @@ def test_hidden_matrices_are_pion_s(model: nn.Module, exclude: tuple[str, ...]) 
 def test_an_output_layer_that_nothing_names_is_a_matrix() -> None:
     assert names(Model())[0] == ["hidden.weight", "head.weight"]
     assert names(Model(), "weight")[0] == []
+
+
+def test_biases_are_no_matrices() -> None:
+    """Fused experts have a row each; so have other models' biases of heads."""
+    model = nn.Module()
+    matrices = ("weight", "biased_projection", "gate_up_proj")
+    biases = ("bias", "gate_up_proj_bias", "bias0", "pos_bias_u", "relative_position_bias_table")
+    for name in (*matrices, *biases):
+        model.register_parameter(name, nn.Parameter(torch.ones(4, 6)))
+    model.bias_net = nn.Linear(3, 2, bias=False)
+    assert names(model) == ([*matrices, "bias_net.weight"], list(biases))
+
+
+def with_adapter() -> WithHead:
+    model = WithHead()
+    model.hidden = Lora(model.hidden)
+    return model
+
+
+def test_a_weight_of_zeros_is_adam_s_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_adapter()
+    with caplog.at_level(logging.WARNING, logger="pion_dist"):
+        pion, others = names(model)
+    assert pion == ["hidden.lora_A.weight"] and "hidden.lora_B.weight" in others
+    assert "hidden.lora_B.weight" in caplog.text and "zeros" in caplog.text
+    assert "lora_A" not in caplog.text
+
+
+def test_adapters_train() -> None:
+    torch.manual_seed(0)
+    model = with_adapter()
+    pion, others = split_parameters(model)
+    optimizers = [Pion(pion, lr=0.1), torch.optim.AdamW(others, lr=1e-2)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.randint(11, (4, 8))
+    for _ in range(3):  # at the first, the gradient of A is zero
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name in ("hidden.lora_A.weight", "hidden.lora_B.weight"):
+        assert not torch.equal(model.get_parameter(name), before[name]), name
+
+
+def test_memory_without_values_is_not_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    assert names(nn.Linear(4, 3, device="meta"))[0] == ["weight"]
+    assert not caplog.text
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "PEFT": Adapted,
+    "compiled, DistributedDataParallel, PEFT": lambda model: torch.compile(
+        nn.parallel.DistributedDataParallel(Adapted(model)), backend="eager"
+    ),
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_the_bare_one(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = with_adapter()
+    bare, wrapped = split_parameters(model), split_parameters(wrap(model))
+    for mine, theirs in zip(bare, wrapped, strict=True):
+        assert [name for name, _ in mine] == [name for name, _ in theirs]
+        assert all(p is q for (_, p), (_, q) in zip(mine, theirs, strict=True))
+
+
+def test_compiled_layers_and_models_in_a_model_are_the_bare_ones() -> None:
+    model = nn.ModuleDict({"policy": WithHead(), "module": nn.Linear(3, 2)})
+    bare = names(model)
+    assert bare[0] == ["policy.hidden.weight", "module.weight"]
+    model["policy"].hidden = torch.compile(model["policy"].hidden, backend="eager")
+    assert names(model) == bare
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_others_have_cut_is_refused_by_name() -> None:
+    sharded = WithHead()
+    fully_shard(sharded)
+    with pytest.raises(ValueError, match=r"hidden\.weight is a DTensor"):
+        split_parameters(sharded)
+    with pytest.raises(ValueError, match=r"hidden is a DTensor .*DistributedDataParallel"):
+        Pion([("hidden", sharded.hidden.weight)])
+    assert "head.weight" in names(sharded, "hidden")[1], "AdamW takes DTensors"
+    flat = nn.Sequential(WithHead())
+    options = {"use_orig_params": True, "sharding_strategy": ShardingStrategy.NO_SHARD}
+    flat[0] = FullyShardedDataParallel(flat[0], device_id=torch.device("cpu"), **options)
+    with pytest.raises(ValueError, match="0 is wrapped in FullyShardedDataParallel"):
+        split_parameters(flat)
 
 
 def test_both_lists_train_the_model_and_keep_the_spectrum() -> None:
@@ -81,9 +229,14 @@ def test_both_lists_train_the_model_and_keep_the_spectrum() -> None:
     assert ((now - was).abs() / was.max()).max() < 20 * 1e-7
 
 
-def test_a_weight_of_zeros_stays() -> None:
+def test_a_weight_of_zeros_stays_under_pion_which_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     weight = nn.Parameter(torch.zeros(6, 8))
     weight.grad = torch.randn(6, 8)
     for recipe in RECIPES.values():
-        Pion([weight], lr=0.1, config=recipe).step()
+        caplog.clear()
+        optimizer = Pion([("last", weight)], lr=0.1, config=recipe)
+        assert "last: a matrix of zeros" in caplog.text and "AdamW" in caplog.text, recipe
+        optimizer.step()
         assert torch.equal(weight.data, torch.zeros(6, 8)), recipe
