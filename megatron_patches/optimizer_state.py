@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
 )
+from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
@@ -227,7 +228,7 @@ def _load_flat(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -
             leaf._set_main_param_and_optimizer_states(param, tensors)
 
 
-def _leave_out_missing_starts(state: dict[int, Any], have: Any) -> None:
+def _leave_out_missing_starts(state: dict[int, Any], have: set[str]) -> None:
     """Do not ask for spectra at start that were not recorded (modified in place); Pion says so."""
     for moments in (moments for params in state.values() for moments in params.values()):
         for key in [key for key in moments if is_start(key)]:
@@ -262,10 +263,11 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
             f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = "
             f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
         )
-    have = dist_checkpointing.load_tensors_metadata(checkpoint)
+    # Megatron's load_tensors_metadata fails with torch 2.15, whose metadata have strides.
+    have = set(_get_filesystem_reader(checkpoint).read_metadata().state_dict_metadata)
     _leave_out_missing_starts(wanted["state"], have)
     records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
-    if lacks := sorted({record.key for record in records} - set(have)):
+    if lacks := sorted({record.key for record in records} - have):
         raise ValueError(
             f"{where} has no {lacks[0]} ({len(lacks)} such). Set --pion-exclude and the model as "
             f"they were. {_FRESH}"

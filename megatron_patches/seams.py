@@ -165,8 +165,8 @@ CORE = (
         parameters=("sharded_state_dict", "checkpoint_dir"),
     ),
     Seam(
-        "megatron.core.dist_checkpointing",
-        "load_tensors_metadata",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "_get_filesystem_reader",
         "refuses state of another optimizer or of other matrices",
         parameters=("checkpoint_dir",),
     ),

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
-from .update.direction import NEWTON_SCHULZ
-from .update.precision import panels
-from .update.scaling import PRODUCTS
+from .iterations import NEWTON_SCHULZ, NORM_PRODUCTS, panels
 
 Form = Literal["dense", "factors"]
 
@@ -124,7 +122,7 @@ def step_flop(
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
         alike += _sign_flop(size, config, device) if blocks and not cut else 0.0
         if config.scaling == "spectral" and (blocks or divided) and not cut:
-            alike += PRODUCTS * 2.0 * size * size
+            alike += NORM_PRODUCTS * 2.0 * size * size
         if divided and parts:
             alike += _parts_flop(d, other, config, device)[1]
         once = (once * count - alike) / ranks + alike
@@ -242,7 +240,7 @@ def _divided(
         found.add("all_gather", rows)
         return
     if config.scaling == "spectral":
-        found.add("all_gather", batch * d // ranks, PRODUCTS)
+        found.add("all_gather", batch * d // ranks, NORM_PRODUCTS)
     # W is at hand, or in parts once it is: for the first-order term, and the first side's product.
     products = sum(_products(config, first=first))
     with_w = [config.scaling == "rms", first]
@@ -333,7 +331,7 @@ def _work(
     parts: bool | None = None,
 ) -> _Work:
     """The work of the side whose generator is [d, d]; None for whole products in its sign."""
-    vectors = PRODUCTS if config.scaling == "spectral" else 0
+    vectors = NORM_PRODUCTS if config.scaling == "spectral" else 0
     on_w, on_moment = (other * x for x in _products(config, first=first))
     parts = in_parts(d, other, config) if parts is None else parts
     made = basis = solvers = 0.0

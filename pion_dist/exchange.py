@@ -106,7 +106,7 @@ class _Owned:
         )
 
     def compute(self, compute: Compute) -> None:
-        self.work.wait()
+        _wait(self.work)
         stepped: list[tuple[Tensor, ...]] = []
         for i, whole in _joined(self.received, [(i, self.pieces[i]) for i in self.mine]):
             weight, grad = whole
@@ -125,7 +125,7 @@ class _Owned:
         )
 
     def finish(self, finalize: Finalize) -> None:
-        self.work.wait()
+        _wait(self.work)
         shards = torch.split(self.received, [self.pieces[i].numel for i in self.order])
         for i, shard in zip(self.order, shards, strict=True):
             finalize(i, shard.view(self.pieces[i].shape))
@@ -144,7 +144,7 @@ class _Repeated:
         self.stepped: dict[int, Tensor] = {}
 
     def compute(self, compute: Compute) -> None:
-        self.work.wait()
+        _wait(self.work)
         for i, whole in _joined(self.received, list(self.pieces.items())):
             weight, grad = whole
             compute(i, weight, grad)
@@ -153,6 +153,12 @@ class _Repeated:
     def finish(self, finalize: Finalize) -> None:
         for i, shard in self.stepped.items():
             finalize(i, shard)
+
+
+def _wait(work: dist.Work | None) -> None:
+    """Wait for an asynchronous collective; torch gives None to ranks outside of its group."""
+    assert work is not None, "ranks have plans for their own groups alone"
+    work.wait()
 
 
 def _packed(shards: Iterator[Tensor], *, like: Tensor | None = None) -> Tensor:

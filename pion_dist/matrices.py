@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .config import Axis
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,7 @@ class MatrixView:
         """``split``'s tensor of one part."""
         self._check(weight_RC)
         part = next(part for part in self.parts if part.name == name)
-        rows = self._rows(weight_RC, part)
-        batch, m, _ = self.shape_of(part)
-        if part.length % m == 0:  # no matrix is gathered over repetitions: a view
-            return torch.unflatten(rows, 1, (part.length // m, m)).flatten(0, 1)
-        return torch.unflatten(rows.flatten(0, 1), 0, (batch, m))
+        return self._rows(weight_RC, part).reshape(self.shape_of(part))
 
     def nonzero(self, weight_RC: Tensor, name: str) -> Tensor:
         """Whether each matrix of one part has an element other than zero, [B]."""
@@ -141,7 +138,7 @@ class MatrixView:
                 rows.copy_(matrices[part.name].reshape(rows.shape))
 
     def _rows(self, weight_RC: Tensor, part: Part) -> Tensor:
-        repeated = torch.unflatten(weight_RC, 0, (self.rows // part.period, part.period))
+        repeated = weight_RC.view(self.rows // part.period, part.period, self.cols)
         return repeated[:, part.offset : part.offset + part.length]
 
     def _check(self, weight_RC: Tensor) -> None:
@@ -192,8 +189,3 @@ def interleaved(
         parts.append(Part(name, period, offset, length, batch))
         offset += length
     return MatrixView(rows, cols, tuple(parts), axis)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype a weight is computed in: float64 for float64, float32 for everything smaller."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -17,8 +17,9 @@ from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .guard import Guard
-from .matrices import MatrixView, compute_dtype, whole
+from .matrices import MatrixView, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
+from .storage import compute_dtype
 from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 

@@ -25,6 +25,7 @@ _PAPER_1_3B = PionConfig(
     state_dtype="fp32",
     tp_mode="owner",
     blocks=1,
+    spectrum_reset_interval=0,
 )
 
 RECIPES: dict[str, PionConfig] = {

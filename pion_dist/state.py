@@ -10,17 +10,33 @@ And where spectra are reset, ``s.<part>`` [B, k], the singular values to put bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal
 
 from .config import Axis, PionConfig, StateDtype
-from .kernels.eight_bit import eight_bit_shape
-from .kernels.fold import folded_shape
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
 _NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out", "s")
 START = "s"  # zeros until it is measured, at the first step
+
+
+BLOCK = 128
+"""Elements that share a scale in 8 bits, see ``kernels.eight_bit``."""
+
+_BLOCK_BYTES = BLOCK + 2  # codes, and a bf16 scale
+
+
+def eight_bit_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape in which matrices of ``shape`` [B, ...] are held: [B, blocks, 130]."""
+    return shape[0], ceil(prod(shape[1:]) / BLOCK), _BLOCK_BYTES
+
+
+def folded_shape(d: int) -> tuple[int, int, int]:
+    """The shape [2, h, h] of a folded d x d matrix, see ``kernels.fold``."""
+    h = (d + 1) // 2
+    return 2, h, h
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from .kernels import fold, from_eight_bit, to_eight_bit, unfold
-from .matrices import compute_dtype
 from .state import Moment
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype a weight is computed in: float64 for float64, float32 for everything smaller."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:

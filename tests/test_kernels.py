@@ -22,8 +22,9 @@ from kernel_checks import (
 )
 
 from pion_dist import kernels
-from pion_dist.kernels import fold, folded_shape, reference, unfold
+from pion_dist.kernels import fold, reference, unfold
 from pion_dist.kernels.fold import fold_product, fold_skew
+from pion_dist.state import folded_shape
 
 HERE = Path(__file__).parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pion_dist import Pion, PionConfig
+from pion_dist.iterations import panels
 from pion_dist.update import step
-from pion_dist.update.precision import PRODUCTS, Products, Split, panels
+from pion_dist.update.precision import PRODUCTS, Products, Split
 
 # The last two have generators in factors, where the other dimension is more than twice as long.
 SHAPES = ((16, 16), (12, 9), (32, 6), (6, 32))

@@ -1,6 +1,9 @@
 """--pion-recipe: what each sets, and what wins over it."""
 
 import argparse
+import ast
+import inspect
+from dataclasses import fields
 
 import pytest
 
@@ -10,7 +13,7 @@ from megatron_patches.arguments import (
     pion_config,
     recipe_values,
 )
-from pion_dist import RECIPES
+from pion_dist import RECIPES, PionConfig, recipes
 from pion_dist.recipes import in_bf16
 
 
@@ -27,6 +30,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     return add_pion_arguments(parser)
+
+
+def test_published_recipes_name_every_option() -> None:
+    """Else a change of PionConfig's defaults would change them; the others follow the defaults."""
+    tree = ast.parse(inspect.getsource(recipes))
+    options = {field.name for field in fields(PionConfig)}
+    complete = {
+        ast.unparse(node.targets[0])
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and {option.arg for option in node.value.keywords} == options
+    }
+    table = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    for name, recipe in zip(RECIPES, table.values, strict=True):
+        if name.startswith("paper"):
+            base = recipe.args[0] if isinstance(recipe, ast.Call) else recipe
+            assert ast.unparse(base) in complete, name
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,14 +16,13 @@ from reference import PUBLISHED
 from pion_dist import Pion, PionConfig, cost
 from pion_dist.config import Axis
 from pion_dist.cost import step_flop, traffic
+from pion_dist.iterations import NEWTON_SCHULZ, NORM_PRODUCTS
 from pion_dist.scale.__main__ import main
 from pion_dist.scale.dealing import Weight, dealt, packed, weights
 from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
 from pion_dist.scale.predict import Method, Prediction, _Group, predict, priced
 from pion_dist.scale.report import best, exact, limits, methods
 from pion_dist.scale.trace import kernels
-from pion_dist.update.direction import NEWTON_SCHULZ
-from pion_dist.update.scaling import PRODUCTS
 
 SMALL = Model(name="small", layers=4, hidden=32, ffn=48, heads=4, groups=2, head_dim=8, vocab=64)
 MIXED = Model(
@@ -76,7 +75,7 @@ def test_products_at_full_precision_are_told_from_the_others() -> None:
     """
     d, other = 16, 24
     product, sign = 2 * other * d * d, 3 * len(NEWTON_SCHULZ) * 2 * d**3
-    low, norm = product + sign + 2 * product, PRODUCTS * 2 * d * d
+    low, norm = product + sign + 2 * product, NORM_PRODUCTS * 2 * d * d
     for precision, expected in (
         ("highest", {"float32": low + 3 * product + norm}),
         ("high", {"tf32": low, "bf16": 9 * product, "float32": norm}),

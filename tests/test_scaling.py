@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pion_dist import Pion, PionConfig
+from pion_dist.iterations import NORM_PRODUCTS
 from pion_dist.update.arrangement import Blocks
-from pion_dist.update.scaling import FRESH, PRODUCTS, fixed, power_iteration
+from pion_dist.update.scaling import FRESH, fixed, power_iteration
 
 # Of a dozen products and norms of length ≤ 40 in float64, relative: 12 · 40 · 1.1e-16 = 5e-14.
 ROUNDING = 1e-13
@@ -27,7 +28,7 @@ ROUNDING = 1e-13
 
 def lost(r: float) -> float:
     """See above; √(1 - x) ≥ 1 - 0.6 x for x ≤ 0.5, which also has room for what is not FRESH."""
-    return 0.6 * (FRESH / (1 - FRESH) * r ** (PRODUCTS - 1)) ** 2
+    return 0.6 * (FRESH / (1 - FRESH) * r ** (NORM_PRODUCTS - 1)) ** 2
 
 
 def skew_of(values: list[float], seed: int, extra: int = 0) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_estimates_are_between_their_bounds_while_the_matrix_changes(
         p = weight_in_plane(a, u + FRESH * fixed(u))
         norm, u = power_iteration(lambda x, a=a: a @ x, u)
         assert norm.item() <= exact * (1 + ROUNDING)
-        assert norm.item() >= p ** (1 / (2 * PRODUCTS)) * exact * (1 - ROUNDING)
+        assert norm.item() >= p ** (1 / (2 * NORM_PRODUCTS)) * exact * (1 - ROUNDING)
         assert abs(float(u.norm()) - 1) <= ROUNDING
 
 

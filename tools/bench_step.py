@@ -2,8 +2,8 @@
 
     python tools/bench_step.py --out bench_out          # also: --model 8b, --scale 1, --device cuda
 
-Every contender steps the same weights, by turns; medians over the rounds, and ratios within them.
-Writes tables, JSON and a plot.
+Every contender steps the same weights, by turns; times are medians over the rounds, and ratios are
+of these medians. Writes tables, JSON and a plot.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def transfer(runner: Runner, size: Size) -> None:
     widths = [str(model.width) for model in size.models]
     table = Table(
         f"The best learning rate of Pion's matrices at each width ({size.iterations} iterations, "
-        "one seed, the rest's the same at all)",
+        "one seed, the rest's the same at every width)",
         ["scaling", *(f"width {w}" for w in widths), "widest to narrowest", "loss of one for all"],
     )
     figure, axes = panels(len(scalings))

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .eight_bit import eight_bit_shape, from_eight_bit, to_eight_bit
-from .fold import fold, fold_product, folded_shape, unfold
+from .eight_bit import from_eight_bit, to_eight_bit
+from .fold import fold, fold_product, unfold
 
 __all__ = [
     "average",
     "backend",
-    "eight_bit_shape",
     "fold",
-    "folded_shape",
     "frobenius",
     "from_eight_bit",
     "lie_moments",

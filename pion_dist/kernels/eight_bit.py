@@ -15,16 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 128
-_BYTES = BLOCK + 2
+from ..state import BLOCK
+
 _END = 127  # the largest code
 # Below them the products, or squares, would be subnormal, and not exact: such blocks are zero.
 _SMALLEST, _SMALLEST_ROOT = 2.0**-126, 2.0**-63
-
-
-def eight_bit_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """The shape in which matrices of ``shape`` [B, ...] are held: [B, blocks, 130]."""
-    return shape[0], math.ceil(math.prod(shape[1:]) / BLOCK), _BYTES
 
 
 def to_eight_bit(x: Tensor, held: Tensor, *, root: bool, ok: Tensor) -> None:

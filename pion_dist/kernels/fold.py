@@ -17,11 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def folded_shape(d: int) -> tuple[int, int, int]:
-    """The shape [2, h, h] of a folded d x d matrix."""
-    h = (d + 1) // 2
-    return 2, h, h
+from ..state import folded_shape
 
 
 def is_folded(x: Tensor, d: int) -> bool:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fold import folded_shape, is_folded
+from ..state import folded_shape
+from .fold import is_folded
 
 # Rows and columns of a tile, whose rows are then whole cache lines. With 64 a thread of 8 warps
 # needs 215 registers on sm_90, which leaves a multiprocessor with one program at a time.

@@ -1,7 +1,7 @@
-"""The Pion step as pure functions on batches of matrices [B, m, n]; no process groups, no config.
+"""The Pion step as pure functions on batches of matrices [B, m, n], without process groups.
 
 Notation, after arXiv 2605.12492: a weight W (m x n), its gradient G, a skew generator A_in (n x n)
 acting from the right and A_out (m x m) from the left, an orthogonal factor E(A), and the step
-W <- E(a A_out) W E(a A_in). Read in this order: precision, generators, direction, scaling,
-retraction, arrangement, step.
+W <- E(a A_out) W E(a A_in). Its options are a ``PionConfig``, which ``step`` takes. Read in this
+order: precision, generators, direction, scaling, retraction, arrangement, readings, step.
 """

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import PionConfig, Side
-from .direction import NEWTON_SCHULZ, adapted, apart, msign, tight
+from ..iterations import NEWTON_SCHULZ
+from .direction import adapted, apart, msign, tight
 from .generators import Dense, Generator, Matmul, factors, generator, multiplied
 from .precision import Products, exact
 from .scaling import power_iteration

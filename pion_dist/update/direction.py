@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..iterations import NEWTON_SCHULZ
 from .precision import Products
-
-# Muon's quintic (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/). From a tight bound
-# of the largest singular value, 3 steps do what 5 do from the Frobenius norm: values above 0.02
-# of it end in [0.68, 1.21].
-NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 3
 
 
 def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:

@@ -6,11 +6,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..iterations import panels
 
 # torch's own names of the float32 precisions, one setting per backend that can lower it.
 _IEEE: Literal["ieee"] = "ieee"
@@ -65,27 +66,6 @@ def cpu_bf16_products() -> str:
 
 def _lacks_units(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16_units()
-
-
-# Rows of a panel, at least, and panels at most: lower ones keep a device less busy. On one CPU core
-# a product takes 0.78, 0.73 and 0.71 of its time at d = 512, 1024 and 2048 in float32, 0.88, 0.85
-# and 0.73 in bf16, and at 256 it would take more (4 panels, by hand). On an H100 2048 rows by 2048
-# are 128 of cuBLAS's tiles for 132 multiprocessors (not measured).
-_PANEL_ROWS = {"cpu": 160}
-_PANEL_ROWS_OF_OTHERS = 2048
-_PANELS = 4
-
-
-def panels(d: int, device: str) -> list[tuple[int, int]]:
-    """First and last row, exclusive, of each panel of a d x d product, see ``Products.mirrored``.
-
-    Args:
-        d: rows.
-        device: type of the device that computes it.
-    """
-    count = max(1, min(_PANELS, d // _PANEL_ROWS.get(device, _PANEL_ROWS_OF_OTHERS)))
-    edges = [d * i // count for i in range(count + 1)]
-    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)

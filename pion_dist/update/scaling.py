@@ -14,20 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..iterations import NORM_PRODUCTS
 from ..kernels import frobenius
-
-# Of a step. How far below the norm the estimate is, in steps 31 to 120 of a byte-level GPT of width
-# 96 (weights 288 x 96, 96 x 96, 384 x 96, 96 x 384; both sides and alternate):
-#
-#   products                                       1           2           4
-#   lie adaptive, transported momentum: median     19 to 31%   2 to 3%     0.3 to 0.6%
-#     in 1% of the estimates at least              46 to 64%   22 to 28%   13 to 16%
-#     in the first step at most                    83 to 90%   17 to 65%   0 to 7%
-#   transported msign, of values in [0.7, 1.2]     25%         15%         9%  (5 steps of the sign)
-#
-# With random gradients, whose largest pair is close to the next, 4 are 2 to 6% below, and 12 to 19%
-# in the first step. A product with a vector costs what one row of W adds to a product with W.
-PRODUCTS = 4
 
 # How much of the fixed vector a step begins with, besides the last step's. A vector of zeros, as
 # state begins, or one that a step's A has taken to where the next one's A has nothing, would not
@@ -47,7 +35,7 @@ def power_iteration(product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     """
     z = x.add(fixed(x), alpha=FRESH)
     norm = frobenius(z)
-    for _ in range(PRODUCTS):
+    for _ in range(NORM_PRODUCTS):
         z = product(z / norm.clamp_min(torch.finfo(z.dtype).tiny))
         norm = frobenius(z)
     return norm, z / norm.clamp_min(torch.finfo(z.dtype).tiny)
