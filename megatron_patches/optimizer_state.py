@@ -9,14 +9,17 @@ what tells it from the others. So a checkpoint moves between all of them.
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
@@ -25,15 +28,20 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
 
-from pion_dist.state import is_start
+from pion_dist.state import identity, is_start
 
+from . import seams, stacks
+from .arguments import pion_config
 from .parameters import pieces
 
-_MARK = "pion"  # in the optimizer's state: identity() of the Pion that saved it
+_MARK = "pion"  # in the optimizer's state: identity() of the options that it was saved with
+_NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-scheduler is given
 _MASTER = "fp32_param"
 # A group of routed experts' parameters of its own: where there is expert parallelism, alone.
 _EXPERTS = "is_expert_parallel"
 _IDENTIFIERS = tuple(key for key in _KEYS if key != _EXPERTS)
+# What --override-opt-param-scheduler lets this run decide.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
@@ -41,9 +49,12 @@ _FRESH = (
     "iteration, restarts the learning rate's schedule) or --finetune (starts at iteration 0)."
 )
 
+# By name: whether it has parameters on this rank, and what is saved of it.
+Groups = dict[str, tuple[bool, dict[str, Any]]]
+
 
 def apply() -> None:
-    """Have torch_dist checkpoints of other optimizers or options refused before they are read."""
+    """Refuse checkpoints without this run's state, torch_dist ones before they are read."""
     original = dist_checkpointing.load
 
     @functools.wraps(original)
@@ -54,44 +65,76 @@ def apply() -> None:
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.load = load
+    if seams.has_training():
+        checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+        checkpointing._load_base_checkpoint = _with_optimizer(checkpointing._load_base_checkpoint)
 
 
-def attach(optimizer: Any) -> None:
+def _with_optimizer(original: Any) -> Any:
+    """Refuse a checkpoint without optimizer state, of which Megatron says KeyError."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options, (state_dict, _, release, _) = given.arguments["args"], found
+        wanted = options.optimizer == "pion" and not given.arguments["rank0"]
+        wanted = wanted and not (release or options.finetune or options.no_load_optim)
+        if wanted and state_dict is not None and "optimizer" not in state_dict:
+            raise _no_state(f"--load {given.arguments['load_dir']}: the checkpoint")
+        return found
+
+    return load_base_checkpoint
+
+
+def attach(optimizer: Any, config: Any) -> None:
     """Have the run's optimizer save and load the common form (modified in place).
 
     Args:
         optimizer: what get_megatron_optimizer returned, of ``--optimizer pion``.
+        config: the OptimizerConfig that it was made with.
     """
     load_state_dict = optimizer.load_state_dict
+    own, new_rates = identity(pion_config(config)), config.pion_override_scheduler
 
     def load_either(state_dict: Any) -> None:
         if _MARK in state_dict:
             _load(optimizer, state_dict)
         else:  # --ckpt-format torch
-            load_state_dict(state_dict)
+            load_state_dict(_fitted(optimizer, state_dict, own, new_rates))
 
     optimizer.load_state_dict = load_either
-    optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer)
+    optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer, own, new_rates)
 
 
 def _sharded_state_dict(
-    optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    optimizer: Any,
+    own: dict[str, Any],
+    new_rates: bool,
+    model_sharded_state_dict: Any,
+    is_loading: bool = False,
+    metadata: Any = None,
 ) -> dict[str, Any]:
+    """The common form: a collective of all ranks, whose keys and groups are the whole model's."""
     states: dict[int, Any] = {}
-    groups: dict[str, tuple[bool, dict[str, Any]]] = {}
+    groups: Groups = {}
     for index, (leaf, sole) in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
         record = _flat_state if distributed else _whole_state
-        states[index], own = record(leaf, model_sharded_state_dict, is_loading)
+        states[index], recorded = record(leaf, model_sharded_state_dict, is_loading)
         if sole:
             for each in nested_values(states[index]):
                 each.replica_id = (*each.replica_id[:2], 0)
-        for group, found in zip(leaf.param_groups, own, strict=True):
-            groups[_name(group)] = (bool(group["params"]), found)
-    known = groups if is_loading else _of_all_ranks(groups)
-    metas = {name: group for name, (_, group) in known.items()}
-    identity = next(group["pion"] for group in metas.values() if "pion" in group)
-    return {_MARK: identity, "state": states, "param_groups": metas}
+        for group, saved in zip(leaf.param_groups, recorded, strict=True):
+            groups[_name(group)] = (bool(group["params"]), saved)
+    everyone = _all_gathered((groups, stacks.stacks(states.values())))
+    stacks.take_apart(states.values(), stacks.incomplete(each for _, each in everyone))
+    found = {_MARK: own, "state": states, "param_groups": _filled(each for each, _ in everyone)}
+    if is_loading:
+        found[_NEW_RATES] = LocalNonpersistentObject(new_rates)
+    return found
 
 
 def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
@@ -103,25 +146,49 @@ def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
         yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
 
 
-def _name(group: dict[str, Any]) -> str:
+def _name(group: dict[str, Any], *, without: tuple[str, ...] = ()) -> str:
     """What tells a group from the others, as Megatron pairs groups with saved ones."""
-    return repr(["pion" in group, *(group.get(key) for key in _IDENTIFIERS)])
+    keys = (key for key in _IDENTIFIERS if key not in without)
+    return repr(["pion" in group, *(group.get(key) for key in keys)])
 
 
-def _of_all_ranks(groups: dict[str, Any]) -> dict[str, Any]:
-    """Each group from a rank where it has parameters: FusedAdam counts no steps where it is empty.
-
-    The first rank's are saved.
-    """
+def _all_gathered(mine: Any) -> list[Any]:
     if not torch.distributed.is_initialized():
-        return groups
+        return [mine]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, groups)
-    chosen = dict(groups)
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _filled(everyone: Iterable[Groups]) -> dict[str, dict[str, Any]]:
+    """Each group from a rank where it has parameters: FusedAdam counts no steps elsewhere."""
+    chosen: Groups = {}
     for name, (filled, group) in (item for each in everyone for item in each.items()):
         if name not in chosen or (filled and not chosen[name][0]):
             chosen[name] = (filled, group)
-    return chosen
+    return {name: group for name, (_, group) in chosen.items()}
+
+
+def _match(
+    mine: Iterable[dict[str, Any]], saved: Iterable[dict[str, Any]], new_rates: bool
+) -> dict[str, dict[str, Any]]:
+    """The saved group of each of this run's, by its name; those that have none are left out.
+
+    Args:
+        mine: this run's groups.
+        saved: the checkpoint's.
+        new_rates: whether learning rates and weight decay may differ. Groups that nothing else
+            tells apart are paired in their order.
+    """
+    without = _RATES if new_rates else ()
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for group in saved:
+        alike.setdefault(_name(group, without=without), []).append(group)
+    matched: dict[str, dict[str, Any]] = {}
+    for name, group in {_name(group): group for group in mine}.items():
+        if same := alike.get(_name(group, without=without)):
+            matched[name] = same.pop(0) if len(same) > 1 else same[0]
+    return matched
 
 
 def _whole_state(
@@ -188,16 +255,55 @@ def _range(leaf: Any, param: torch.Tensor) -> slice:
 
 def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
-    for index, (leaf, _) in enumerate(leaves(optimizer)):
+    every = [leaf for leaf, _ in leaves(optimizer)]
+    mine = [group for leaf in every for group in leaf.param_groups]
+    saved = _match(mine, state_dict["param_groups"].values(), state_dict[_NEW_RATES])
+    for index, leaf in enumerate(every):
         state = state_dict["state"].get(index, {})
-        groups = [
-            {**state_dict["param_groups"][_name(group)], _EXPERTS: group[_EXPERTS]}
-            for group in leaf.param_groups
-        ]
+        groups = [_with_own_rates(saved[_name(group)], group) for group in leaf.param_groups]
         if isinstance(leaf, DistributedOptimizer):
             _load_flat(leaf, state, groups)
         else:
             _load_whole(leaf, state, groups)
+
+
+def _with_own_rates(saved: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with what identifies this run's, by which Megatron pairs them."""
+    return {**saved, **{key: mine[key] for key in (*_KEYS, "default_config") if key in mine}}
+
+
+def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: bool) -> Any:
+    """State of --ckpt-format torch with this run's rates, once it has been found to fit.
+
+    Raises:
+        ValueError: it is of another optimizer, or of other options or parameters; and what to do.
+    """
+    where = "--load: the checkpoint"
+    members = state_dict if isinstance(state_dict, list) else [state_dict]  # of a chain
+    saved = [member.get("optimizer", member).get("param_groups", []) for member in members]
+    mine = [leaf.param_groups for leaf, _ in leaves(optimizer)]
+    theirs = [group[_MARK] for groups in saved for group in groups if _MARK in group]
+    if theirs:
+        _refuse_other_options(where, own, theirs[0])
+    elif any(_MARK in group for groups in mine for group in groups):
+        raise _no_state(where)
+    if len(saved) != len(mine):
+        raise _other_parameters(where, f"{len(saved)} optimizers' state instead of {len(mine)}")
+    fitted = []
+    for member, have, want in zip(members, saved, mine, strict=True):
+        matched = _match(want, have, new_rates)
+        _refuse_other_groups(where, [_name(group) for group in want], matched)
+        groups = [_with_own_rates(matched[_name(group)], group) for group in want]
+        for group, its in zip(want, groups, strict=True):
+            if len(group["params"]) != len(its["params"]):
+                what = f"{len(its['params'])} instead of {len(group['params'])} in a group"
+                raise _other_parameters(where, f"other parameters, {what}")
+        if "optimizer" in member:  # with float32 masters
+            member = {**member, "optimizer": {**member["optimizer"], "param_groups": groups}}
+        else:
+            member = {**member, "param_groups": groups}
+        fitted.append(member)
+    return fitted if isinstance(state_dict, list) else fitted[0]
 
 
 def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
@@ -236,7 +342,7 @@ def _leave_out_missing_starts(state: dict[int, Any], have: Any) -> None:
 
 
 def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
-    """Refuse a checkpoint whose optimizer state is not of this run's matrices and options.
+    """Refuse a torch_dist checkpoint whose state is not of this run's matrices and options.
 
     Raises:
         ValueError: names the option with both values, and what to do.
@@ -244,11 +350,19 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
     where = f"--load {Path(checkpoint).parent}: the checkpoint"
     saved = dist_checkpointing.load_common_state_dict(checkpoint).get("optimizer")
     if not isinstance(saved, dict) or _MARK not in saved:
-        raise ValueError(
-            f"{where} has no state of --optimizer pion, but of another optimizer or of none. "
-            f"{_FRESH}"
-        )
-    mine, theirs = wanted[_MARK], saved[_MARK]
+        raise _no_state(where)
+    _refuse_other_options(where, wanted[_MARK], saved[_MARK])
+    mine, theirs = (each["param_groups"].values() for each in (wanted, saved))
+    matched = _match(mine, theirs, wanted[_NEW_RATES].unwrap())
+    _refuse_other_groups(where, wanted["param_groups"], matched)
+    have = dist_checkpointing.load_tensors_metadata(checkpoint)
+    _leave_out_missing_starts(wanted["state"], have)
+    records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
+    if lacks := sorted({record.key for record in records} - set(have)):
+        raise _other_parameters(where, f"no {lacks[0]} ({len(lacks)} such)")
+
+
+def _refuse_other_options(where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     for option in {**mine, **theirs}:
         if mine.get(option) != theirs.get(option):
             flag = _FLAGS.get(option, option).replace("_", "-")
@@ -257,16 +371,25 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
                 f"{theirs.get(option)!r}, this run's {mine.get(option)!r}. Set the option as it "
                 f"was. {_FRESH}"
             )
-    if missing := [name for name in wanted["param_groups"] if name not in saved["param_groups"]]:
+
+
+def _refuse_other_groups(where: str, mine: Iterable[str], matched: dict[str, Any]) -> None:
+    if missing := [name for name in mine if name not in matched]:
         raise ValueError(
-            f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = "
-            f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
+            f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = {missing[0]}. "
+            "Set the learning rate and weight decay options as they were, or give "
+            f"--override-opt-param-scheduler to train on with others. {_FRESH}"
         )
-    have = dist_checkpointing.load_tensors_metadata(checkpoint)
-    _leave_out_missing_starts(wanted["state"], have)
-    records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
-    if lacks := sorted({record.key for record in records} - set(have)):
-        raise ValueError(
-            f"{where} has no {lacks[0]} ({len(lacks)} such). Set --pion-exclude and the model as "
-            f"they were. {_FRESH}"
-        )
+
+
+def _no_state(where: str) -> ValueError:
+    return ValueError(
+        f"{where} has no state of --optimizer pion, but of another optimizer or of none. {_FRESH}"
+    )
+
+
+def _other_parameters(where: str, what: str) -> ValueError:
+    return ValueError(
+        f"{where} has {what}. Set --pion-exclude, the parameters that are trained and the model as "
+        f"they were. {_FRESH}"
+    )
