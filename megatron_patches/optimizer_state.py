@@ -39,9 +39,9 @@ _NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-sche
 _MASTER = "fp32_param"
 # A group of routed experts' parameters of its own: where there is expert parallelism, alone.
 _EXPERTS = "is_expert_parallel"
-_IDENTIFIERS = tuple(key for key in _KEYS if key != _EXPERTS)
-# What --override-opt-param-scheduler lets this run decide.
+# What --override-opt-param-scheduler lets this run decide; no identifiers in Megatron 0.18.
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+_IDENTIFIERS = tuple(key for key in dict.fromkeys((*_KEYS, *_RATES)) if key != _EXPERTS)
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
@@ -269,7 +269,8 @@ def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 def _with_own_rates(saved: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
     """A saved group with what identifies this run's, by which Megatron pairs them."""
-    return {**saved, **{key: mine[key] for key in (*_KEYS, "default_config") if key in mine}}
+    own = (*_IDENTIFIERS, _EXPERTS, "default_config")
+    return {**saved, **{key: mine[key] for key in own if key in mine}}
 
 
 def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: bool) -> Any:

@@ -242,7 +242,7 @@ def refusal(call: Callable[..., object], *args: object, **kwargs: object) -> str
         call(*args, **kwargs)
     except ValueError as error:
         return str(error)
-    raise AssertionError(f"not refused: {args} {kwargs}")
+    raise AssertionError(f"{call} did not refuse")
 
 
 def check_other_state_is_refused_in_torch_format_too() -> None:
