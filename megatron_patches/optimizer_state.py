@@ -26,31 +26,22 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
 
 from pion_dist.state import identity, is_start
 
-from . import seams, stacks
+from . import groups, seams, stacks
 from .arguments import pion_config
 from .parameters import pieces
 
 _MARK = "pion"  # in the optimizer's state: identity() of the options that it was saved with
 _NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-scheduler is given
 _MASTER = "fp32_param"
-# A group of routed experts' parameters of its own: where there is expert parallelism, alone.
-_EXPERTS = "is_expert_parallel"
-# What --override-opt-param-scheduler lets this run decide; no identifiers in Megatron 0.18.
-_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-_IDENTIFIERS = tuple(key for key in dict.fromkeys((*_KEYS, *_RATES)) if key != _EXPERTS)
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
     "To start with fresh optimizer state, load the weights alone, with --no-load-optim (keeps the "
     "iteration, restarts the learning rate's schedule) or --finetune (starts at iteration 0)."
 )
-
-# By name: whether it has parameters on this rank, and what is saved of it.
-Groups = dict[str, tuple[bool, dict[str, Any]]]
 
 
 def apply() -> None:
@@ -76,15 +67,15 @@ def _with_optimizer(original: Any) -> Any:
 
     @functools.wraps(original)
     def load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
+        loaded = original(*args, **kwargs)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        options, (state_dict, _, release, _) = given.arguments["args"], found
+        options, (state_dict, _, release, _) = given.arguments["args"], loaded
         wanted = options.optimizer == "pion" and not given.arguments["rank0"]
         wanted = wanted and not (release or options.finetune or options.no_load_optim)
         if wanted and state_dict is not None and "optimizer" not in state_dict:
             raise _no_state(f"--load {given.arguments['load_dir']}: the checkpoint")
-        return found
+        return loaded
 
     return load_base_checkpoint
 
@@ -119,7 +110,7 @@ def _sharded_state_dict(
 ) -> dict[str, Any]:
     """The common form: a collective of all ranks, whose keys and groups are the whole model's."""
     states: dict[int, Any] = {}
-    groups: Groups = {}
+    here: groups.Groups = {}
     for index, (leaf, sole) in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
         record = _flat_state if distributed else _whole_state
@@ -128,13 +119,17 @@ def _sharded_state_dict(
             for each in nested_values(states[index]):
                 each.replica_id = (*each.replica_id[:2], 0)
         for group, saved in zip(leaf.param_groups, recorded, strict=True):
-            groups[_name(group)] = (bool(group["params"]), saved)
-    everyone = _all_gathered((groups, stacks.stacks(states.values())))
+            here[groups.name(group)] = (bool(group["params"]), saved)
+    everyone = _all_gathered((here, stacks.stacks(states.values())))
     stacks.take_apart(states.values(), stacks.incomplete(each for _, each in everyone))
-    found = {_MARK: own, "state": states, "param_groups": _filled(each for each, _ in everyone)}
+    common = {
+        _MARK: own,
+        "state": states,
+        "param_groups": groups.filled(each for each, _ in everyone),
+    }
     if is_loading:
-        found[_NEW_RATES] = LocalNonpersistentObject(new_rates)
-    return found
+        common[_NEW_RATES] = LocalNonpersistentObject(new_rates)
+    return common
 
 
 def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
@@ -146,12 +141,6 @@ def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
         yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
 
 
-def _name(group: dict[str, Any], *, without: tuple[str, ...] = ()) -> str:
-    """What tells a group from the others, as Megatron pairs groups with saved ones."""
-    keys = (key for key in _IDENTIFIERS if key not in without)
-    return repr(["pion" in group, *(group.get(key) for key in keys)])
-
-
 def _all_gathered(mine: Any) -> list[Any]:
     if not torch.distributed.is_initialized():
         return [mine]
@@ -160,52 +149,21 @@ def _all_gathered(mine: Any) -> list[Any]:
     return everyone
 
 
-def _filled(everyone: Iterable[Groups]) -> dict[str, dict[str, Any]]:
-    """Each group from a rank where it has parameters: FusedAdam counts no steps elsewhere."""
-    chosen: Groups = {}
-    for name, (filled, group) in (item for each in everyone for item in each.items()):
-        if name not in chosen or (filled and not chosen[name][0]):
-            chosen[name] = (filled, group)
-    return {name: group for name, (_, group) in chosen.items()}
-
-
-def _match(
-    mine: Iterable[dict[str, Any]], saved: Iterable[dict[str, Any]], new_rates: bool
-) -> dict[str, dict[str, Any]]:
-    """The saved group of each of this run's, by its name; those that have none are left out.
-
-    Args:
-        mine: this run's groups.
-        saved: the checkpoint's.
-        new_rates: whether learning rates and weight decay may differ. Groups that nothing else
-            tells apart are paired in their order.
-    """
-    without = _RATES if new_rates else ()
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for group in saved:
-        alike.setdefault(_name(group, without=without), []).append(group)
-    matched: dict[str, dict[str, Any]] = {}
-    for name, group in {_name(group): group for group in mine}.items():
-        if same := alike.get(_name(group, without=without)):
-            matched[name] = same.pop(0) if len(same) > 1 else same[0]
-    return matched
-
-
 def _whole_state(
     leaf: Any, model_sharded_state_dict: Any, is_loading: bool
 ) -> tuple[dict[int, Any], list[dict[str, Any]]]:
     """Records and groups of an optimizer that has whole parameters."""
     found = leaf.sharded_state_dict(model_sharded_state_dict, is_loading)
     inner = found.get("optimizer", found)  # FP32Optimizer has nothing around it
-    state, groups = inner["state"], inner["param_groups"]
+    state, recorded = inner["state"], inner["param_groups"]
     step = state.pop("common_step", None)
-    ids = [group.pop("params").unwrap() for group in groups]
+    ids = [group.pop("params").unwrap() for group in recorded]
     for own, masters in zip(ids, found.get("fp32_from_fp16_params", ()), strict=False):
         for index, master in zip(own, masters, strict=True):
             state.setdefault(index, {})[_MASTER] = master
     if step is not None:
-        groups = [{"step": step, **group} for group in groups]
-    return state, groups
+        recorded = [{"step": step, **group} for group in recorded]
+    return state, recorded
 
 
 def _flat_state(
@@ -257,20 +215,16 @@ def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
     every = [leaf for leaf, _ in leaves(optimizer)]
     mine = [group for leaf in every for group in leaf.param_groups]
-    saved = _match(mine, state_dict["param_groups"].values(), state_dict[_NEW_RATES])
+    saved = state_dict["param_groups"].values()
+    matched = groups.match(mine, saved, new_rates=state_dict[_NEW_RATES])
     for index, leaf in enumerate(every):
         state = state_dict["state"].get(index, {})
-        groups = [_with_own_rates(saved[_name(group)], group) for group in leaf.param_groups]
-        if isinstance(leaf, DistributedOptimizer):
-            _load_flat(leaf, state, groups)
-        else:
-            _load_whole(leaf, state, groups)
-
-
-def _with_own_rates(saved: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
-    """A saved group with what identifies this run's, by which Megatron pairs them."""
-    own = (*_IDENTIFIERS, _EXPERTS, "default_config")
-    return {**saved, **{key: mine[key] for key in own if key in mine}}
+        load = _load_flat if isinstance(leaf, DistributedOptimizer) else _load_whole
+        load(
+            leaf,
+            state,
+            [groups.with_own_rates(matched[groups.name(g)], g) for g in leaf.param_groups],
+        )
 
 
 def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: bool) -> Any:
@@ -283,39 +237,48 @@ def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: boo
     members = state_dict if isinstance(state_dict, list) else [state_dict]  # of a chain
     saved = [member.get("optimizer", member).get("param_groups", []) for member in members]
     mine = [leaf.param_groups for leaf, _ in leaves(optimizer)]
-    theirs = [group[_MARK] for groups in saved for group in groups if _MARK in group]
+    theirs = [group[_MARK] for each in saved for group in each if _MARK in group]
     if theirs:
         _refuse_other_options(where, own, theirs[0])
-    elif any(_MARK in group for groups in mine for group in groups):
+    elif any(_MARK in group for each in mine for group in each):
         raise _no_state(where)
     if len(saved) != len(mine):
         raise _other_parameters(where, f"{len(saved)} optimizers' state instead of {len(mine)}")
-    fitted = []
-    for member, have, want in zip(members, saved, mine, strict=True):
-        matched = _match(want, have, new_rates)
-        _refuse_other_groups(where, [_name(group) for group in want], matched)
-        groups = [_with_own_rates(matched[_name(group)], group) for group in want]
-        for group, its in zip(want, groups, strict=True):
-            if len(group["params"]) != len(its["params"]):
-                what = f"{len(its['params'])} instead of {len(group['params'])} in a group"
-                raise _other_parameters(where, f"other parameters, {what}")
-        if "optimizer" in member:  # with float32 masters
-            member = {**member, "optimizer": {**member["optimizer"], "param_groups": groups}}
-        else:
-            member = {**member, "param_groups": groups}
-        fitted.append(member)
+    fitted = [
+        _with_groups(member, _fitted_groups(where, want, have, new_rates))
+        for member, have, want in zip(members, saved, mine, strict=True)
+    ]
     return fitted if isinstance(state_dict, list) else fitted[0]
 
 
-def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+def _fitted_groups(
+    where: str, mine: list[groups.Group], saved: list[groups.Group], new_rates: bool
+) -> list[groups.Group]:
+    matched = _matched(where, mine, saved, new_rates)
+    fitted = [groups.with_own_rates(matched[groups.name(group)], group) for group in mine]
+    for group, its in zip(mine, fitted, strict=True):
+        if len(its["params"]) != len(group["params"]):
+            what = f"{len(its['params'])} instead of {len(group['params'])} in a group"
+            raise _other_parameters(where, f"other parameters, {what}")
+    return fitted
+
+
+def _with_groups(member: dict[str, Any], own: list[groups.Group]) -> dict[str, Any]:
+    """An optimizer's state with other groups: with float32 masters they are one level deeper."""
+    if "optimizer" in member:
+        return {**member, "optimizer": {**member["optimizer"], "param_groups": own}}
+    return {**member, "param_groups": own}
+
+
+def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
     count = itertools.count()  # as torch's state_dict, which would also copy every moment
     ids = [[next(count) for _ in group["params"]] for group in leaf.optimizer.param_groups]
-    groups = [{**group, "params": own} for group, own in zip(groups, ids, strict=True)]
+    own_groups = [{**group, "params": own} for group, own in zip(saved, ids, strict=True)]
     # A shard whose matrices other ranks compute has no state here.
     masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
-    inner: dict[str, Any] = {"state": state, "param_groups": groups}
+    inner: dict[str, Any] = {"state": state, "param_groups": own_groups}
     if isinstance(leaf.optimizer, torch.optim.Adam):  # counts in the parameters' state
-        inner["state"] = {**state, "common_step": groups[0]["step"]}
+        inner["state"] = {**state, "common_step": saved[0]["step"]}
     if hasattr(leaf, "fp32_from_float16_groups"):
         leaf.load_state_dict({"optimizer": inner, "fp32_from_fp16_params": masters})
     else:
@@ -323,8 +286,8 @@ def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) 
 
 
 @torch.no_grad()
-def _load_flat(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    leaf.load_state_dict({"optimizer": {"param_groups": groups}})
+def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
+    leaf.load_state_dict({"optimizer": {"param_groups": saved}})
     for index, param in enumerate(_flat_parameters(leaf)):
         if param in leaf.model_param_gbuf_map:
             tensors = dict(leaf._get_main_param_and_optimizer_states(param))
@@ -354,8 +317,7 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
         raise _no_state(where)
     _refuse_other_options(where, wanted[_MARK], saved[_MARK])
     mine, theirs = (each["param_groups"].values() for each in (wanted, saved))
-    matched = _match(mine, theirs, wanted[_NEW_RATES].unwrap())
-    _refuse_other_groups(where, wanted["param_groups"], matched)
+    _matched(where, mine, theirs, wanted[_NEW_RATES].unwrap())
     have = dist_checkpointing.load_tensors_metadata(checkpoint)
     _leave_out_missing_starts(wanted["state"], have)
     records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
@@ -374,13 +336,26 @@ def _refuse_other_options(where: str, mine: dict[str, Any], theirs: dict[str, An
             )
 
 
-def _refuse_other_groups(where: str, mine: Iterable[str], matched: dict[str, Any]) -> None:
-    if missing := [name for name in mine if name not in matched]:
+def _matched(
+    where: str, mine: Iterable[groups.Group], saved: Iterable[groups.Group], new_rates: bool
+) -> dict[str, groups.Group]:
+    """The saved group of every one of this run's, by name.
+
+    Raises:
+        ValueError: one has none; and what to do.
+    """
+    mine, saved = list(mine), list(saved)
+    matched = groups.match(mine, saved, new_rates=new_rates)
+    if missing := [name for name in map(groups.name, mine) if name not in matched]:
+        keys = ", ".join(groups.IDENTIFIERS)
+        what = f"no parameter group with pion, {keys} = {missing[0]}"
+        if missing[0] not in groups.match(mine, saved, new_rates=True):
+            raise _other_parameters(where, what)
         raise ValueError(
-            f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = {missing[0]}. "
-            "Set the learning rate and weight decay options as they were, or give "
+            f"{where} has {what}. Set the learning rates as they were, or give "
             f"--override-opt-param-scheduler to train on with others. {_FRESH}"
         )
+    return matched
 
 
 def _no_state(where: str) -> ValueError:
@@ -391,6 +366,6 @@ def _no_state(where: str) -> ValueError:
 
 def _other_parameters(where: str, what: str) -> ValueError:
     return ValueError(
-        f"{where} has {what}. Set --pion-exclude, the parameters that are trained and the model as "
-        f"they were. {_FRESH}"
+        f"{where} has {what}. Set --pion-exclude, the parameters that are trained, the options of "
+        f"their groups and the model as they were. {_FRESH}"
     )
