@@ -39,10 +39,10 @@ def apply() -> None:
 
 
 def _in_float32_and_empty_too(original: Any) -> Any:
-    """Wrap the torch optimizers for float32 as Megatron does for bf16, and let there be none.
+    """Wrap the torch optimizers for float32 as Megatron does for bf16, and accept empty ones.
 
-    Megatron's own has no config without an optimizer, and gathers from ranks of which none has a
-    parameter.
+    Without an optimizer Megatron's class has no config; without a parameter on any rank its
+    gathering of parameters fails.
     """
 
     @functools.wraps(original)

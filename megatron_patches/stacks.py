@@ -1,9 +1,9 @@
-"""Records of layers and experts: all of a kind in one tensor, or, where some have none, each alone.
+"""Records of layers and experts: stacked in one tensor or, where some have none, each alone.
 
 Megatron's checkpoints stack what every layer, and every expert of a layer, has. A stack with a hole
-can neither be saved nor loaded. So whatever lacks a layer or an expert is recorded as Megatron
-records layers that differ: a tensor for each, with its numbers in the key. Complete stacks keep
-Megatron's keys.
+can be neither saved nor loaded. So the members of a stack that lacks a layer or an expert are
+recorded as Megatron records layers that differ: a tensor each, with its numbers in the key.
+Complete stacks keep Megatron's keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STACKED = re.compile(r"\.(?:layers|experts\.experts)\.(?!\d)")
 
 
 def stacks(states: Iterable[State]) -> Stacks:
-    """The stacks of which this rank has records."""
+    """The stacks of which this rank has records, and which of their members it has."""
     members: Stacks = {}
     for entry in (entry for state in states for _, _, entry in _entries(state)):
         record = pieces(entry)[0]
@@ -86,8 +86,8 @@ def numbered(key: str, place: tuple[int, ...]) -> str:
     """
     if len(_STACKED.findall(key)) != len(place):
         raise RuntimeError(
-            f"{key} is a stack of {len(place)} axes in which some have no state, and its name does "
-            "not say that they are layers or experts"
+            f"{key} is a stack of {len(place)} axes, some members of which have no state, and its "
+            "name does not say that they are layers or experts: it cannot be saved"
         )
     numbers = iter(place)
-    return _STACKED.sub(lambda found: f"{found[0]}{next(numbers)}.", key)
+    return _STACKED.sub(lambda stack: f"{stack[0]}{next(numbers)}.", key)

@@ -36,8 +36,8 @@ from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
 from pion_dist.matrices import MatrixView
 from pion_dist.state import is_key
 
-# All layers of a kind, or a layer's routed experts, in one tensor: where no number follows. Of
-# layers or experts that do not all have the same each has a tensor of its own, with its number.
+# Names of stacks: all layers of a kind, or a layer's routed experts, in one tensor. Where a number
+# follows, each has a tensor of its own, as layers and experts with different state have.
 _STACKED = re.compile(r"\.(layers|experts\.experts)\.(?!\d)")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(.+)")
 # Where optimizers keep a float32 master: one that is not distributed, or Megatron's layer-wise one;
@@ -165,7 +165,7 @@ class Checkpoint:
         return master if master.shape == weight.shape else weight
 
     def _optimizer_state(self) -> tuple[dict[str, Weight], dict[str, str]]:
-        """Masters by their weights' names, and by these who steps them, as moments tell."""
+        """Masters by their weights' names, and who steps these weights, as moments tell."""
         masters: dict[str, Weight] = {}
         steppers: dict[str, str] = {}
         for key in self._tensors:
@@ -321,7 +321,7 @@ def natural(name: str) -> list[Any]:
 
 def _name(key: str, place: tuple[int, ...]) -> str:
     numbers = iter(place)
-    numbered = _STACKED.sub(lambda found: f"{found[0]}{next(numbers)}.", key)
+    numbered = _STACKED.sub(lambda stack: f"{stack[0]}{next(numbers)}.", key)
     return numbered.replace(".experts.experts.", ".experts.")
 
 
