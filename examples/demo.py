@@ -200,7 +200,7 @@ def master_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for key, value in stacked.items():
         name = key.removeprefix(prefix)
-        if ".layers." in name:  # Megatron stores the layers of a kind as one tensor
+        if re.search(r"\.layers\.(?!\d)", name):  # the layers of a kind in one tensor
             weights |= {name.replace(".layers.", f".layers.{i}."): w for i, w in enumerate(value)}
         else:
             weights[name] = value

@@ -221,8 +221,12 @@ FLAGS = (
 # Of weights kept in FP8 (transformer_engine.py says why not the others).
 FP8_WEIGHT_RECIPES = ("delayed", "tensorwise", "blockwise")
 
-# Not a flag: args.seed, which OptimizerConfig does not carry, for --pion-init.
-SEED_FIELD, SEED_DEFAULT = "pion_seed", 1234
+# Megatron's own arguments that its OptimizerConfig does not carry: its new field, the argument and
+# a default. The one for --pion-init, the other for checkpoints.
+CARRIED = (
+    ("pion_seed", "seed", 1234),
+    ("pion_override_scheduler", "override_opt_param_scheduler", False),
+)
 
 
 def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -265,7 +269,8 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             if not hasattr(namespace, field):
                 setattr(namespace, field, value)
         namespace.pion_matmul_precision = precision(namespace)
-        setattr(namespace, SEED_FIELD, getattr(namespace, "seed", SEED_DEFAULT))
+        for field, argument, default in CARRIED:
+            setattr(namespace, field, getattr(namespace, argument, default))
         try:
             check(namespace)
         except ValueError as error:
@@ -384,6 +389,8 @@ def check(args: argparse.Namespace) -> None:
     refused = {
         "--fp16": getattr(args, "fp16", False),
         "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
+        # Capture would freeze the learning rate, the count of steps and the sides that are moved.
+        "--optimizer-cuda-graph": getattr(args, "optimizer_cuda_graph", False),
         "--fp4-param-gather": getattr(args, "fp4_param_gather", False),
         "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
     }
@@ -481,9 +488,10 @@ def extend_config(config_cls: type) -> None:
     In place, because it is imported by name in many modules; Megatron copies every field that
     args has.
     """
-    if SEED_FIELD in config_cls.__dataclass_fields__:  # type: ignore[attr-defined]
+    fields = {flag.field: flag.default for flag in FLAGS}
+    fields |= {field: default for field, _, default in CARRIED}
+    if fields.keys() <= config_cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
         return
-    fields = {flag.field: flag.default for flag in FLAGS} | {SEED_FIELD: SEED_DEFAULT}
     for name, default in fields.items():
         config_cls.__annotations__[name] = Any
         setattr(config_cls, name, default)

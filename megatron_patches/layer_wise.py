@@ -28,7 +28,7 @@ from .transformer_engine import is_fp8
 def apply() -> None:
     """Patch the layer-wise optimizer, for ``--optimizer pion`` alone."""
     target: Any = LayerWiseDistributedOptimizer
-    target.__init__ = _in_float32_too(target.__init__)
+    target.__init__ = _in_float32_and_empty_too(target.__init__)
     target._shard_params_ping_pong = _dealt_by_cost(target._shard_params_ping_pong)
     target._compute_per_buffer_param_layout = staticmethod(
         _shards_by_cost(target._compute_per_buffer_param_layout)
@@ -38,8 +38,12 @@ def apply() -> None:
         training.tag_params_for_buffer_routing = _routed(training.tag_params_for_buffer_routing)
 
 
-def _in_float32_too(original: Any) -> Any:
-    """Wrap the torch optimizers for float32 as Megatron does for bf16."""
+def _in_float32_and_empty_too(original: Any) -> Any:
+    """Wrap the torch optimizers for float32 as Megatron does for bf16, and accept empty ones.
+
+    Without an optimizer Megatron's class has no config; without a parameter on any rank its
+    gathering of parameters fails.
+    """
 
     @functools.wraps(original)
     def init(
@@ -57,8 +61,23 @@ def _in_float32_too(original: Any) -> Any:
                 for optimizer, init_state in zip(optimizers, states, strict=True)
             ]
         original(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
+        if config.optimizer == "pion":
+            self.config = config
+            for name in ("dp_cp_params_list", "expt_dp_params_list"):
+                if not any(getattr(self, name) or ()):
+                    setattr(self, name, None)
 
     return init
+
+
+def leave_out_empty(chain: Any) -> None:
+    """Take layer-wise optimizers without a parameter in the whole run out (modified in place)."""
+    if not isinstance(chain, LayerWiseDistributedOptimizer):
+        chain.chained_optimizers = [
+            each
+            for each in chain.chained_optimizers
+            if not isinstance(each, LayerWiseDistributedOptimizer) or each.chained_optimizers
+        ]
 
 
 def _dealt_by_cost(original: Any) -> Any:
@@ -89,7 +108,7 @@ def _dealt_by_cost(original: Any) -> Any:
                     mine = set(everyone[get_pg_rank(group)])
                     for g in groups:
                         g["params"] = [p for p in g["params"] if p in mine]
-        if expt_dp_size == 1 or not any(self.expt_dp_params_list):
+        if expt_dp_size == 1:
             self.expt_dp_params_list = None
 
     return shard

@@ -9,14 +9,17 @@ what tells it from the others. So a checkpoint moves between all of them.
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
@@ -24,17 +27,16 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys as _KEYS
 
-from pion_dist.state import is_start
+from pion_dist.state import identity, is_start
 
+from . import groups, seams, stacks
+from .arguments import pion_config
 from .parameters import pieces
 
-_MARK = "pion"  # in the optimizer's state: identity() of the Pion that saved it
+_MARK = "pion"  # in the optimizer's state: identity() of the options that it was saved with
+_NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-scheduler is given
 _MASTER = "fp32_param"
-# A group of routed experts' parameters of its own: where there is expert parallelism, alone.
-_EXPERTS = "is_expert_parallel"
-_IDENTIFIERS = tuple(key for key in _KEYS if key != _EXPERTS)
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
@@ -44,7 +46,7 @@ _FRESH = (
 
 
 def apply() -> None:
-    """Have torch_dist checkpoints of other optimizers or options refused before they are read."""
+    """Refuse checkpoints without this run's state, torch_dist ones before they are read."""
     original = dist_checkpointing.load
 
     @functools.wraps(original)
@@ -55,44 +57,80 @@ def apply() -> None:
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.load = load
+    if seams.has_training():
+        checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
+        checkpointing._load_base_checkpoint = _with_optimizer(checkpointing._load_base_checkpoint)
 
 
-def attach(optimizer: Any) -> None:
+def _with_optimizer(original: Any) -> Any:
+    """Refuse a checkpoint without optimizer state, of which Megatron says KeyError."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options, (state_dict, _, release, _) = given.arguments["args"], loaded
+        wanted = options.optimizer == "pion" and not given.arguments["rank0"]
+        wanted = wanted and not (release or options.finetune or options.no_load_optim)
+        if wanted and state_dict is not None and "optimizer" not in state_dict:
+            raise _no_state(f"--load {given.arguments['load_dir']}: the checkpoint")
+        return loaded
+
+    return load_base_checkpoint
+
+
+def attach(optimizer: Any, config: Any) -> None:
     """Have the run's optimizer save and load the common form (modified in place).
 
     Args:
         optimizer: what get_megatron_optimizer returned, of ``--optimizer pion``.
+        config: the OptimizerConfig that it was made with.
     """
     load_state_dict = optimizer.load_state_dict
+    own, new_rates = identity(pion_config(config)), config.pion_override_scheduler
 
     def load_either(state_dict: Any) -> None:
         if _MARK in state_dict:
             _load(optimizer, state_dict)
         else:  # --ckpt-format torch
-            load_state_dict(state_dict)
+            load_state_dict(_fitted(optimizer, state_dict, own, new_rates))
 
     optimizer.load_state_dict = load_either
-    optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer)
+    optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer, own, new_rates)
 
 
 def _sharded_state_dict(
-    optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    optimizer: Any,
+    own: dict[str, Any],
+    new_rates: bool,
+    model_sharded_state_dict: Any,
+    is_loading: bool = False,
+    metadata: Any = None,
 ) -> dict[str, Any]:
+    """The common form: a collective of all ranks, whose keys and groups are the whole model's."""
     states: dict[int, Any] = {}
-    groups: dict[str, tuple[bool, dict[str, Any]]] = {}
+    here: groups.Groups = {}
     for index, (leaf, sole) in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
         record = _flat_state if distributed else _whole_state
-        states[index], own = record(leaf, model_sharded_state_dict, is_loading)
+        states[index], recorded = record(leaf, model_sharded_state_dict, is_loading)
         if sole:
             for each in nested_values(states[index]):
                 each.replica_id = (*each.replica_id[:2], 0)
-        for group, found in zip(leaf.param_groups, own, strict=True):
-            groups[_name(group)] = (bool(group["params"]), found)
-    known = groups if is_loading else _of_all_ranks(groups)
-    metas = {name: group for name, (_, group) in known.items()}
-    identity = next(group["pion"] for group in metas.values() if "pion" in group)
-    return {_MARK: identity, "state": states, "param_groups": metas}
+        for group, saved in zip(leaf.param_groups, recorded, strict=True):
+            here[groups.name(group)] = (bool(group["params"]), saved)
+    everyone = _all_gathered((here, stacks.stacks(states.values())))
+    stacks.take_apart(states.values(), stacks.incomplete(each for _, each in everyone))
+    common = {
+        _MARK: own,
+        "state": states,
+        "param_groups": groups.filled(each for each, _ in everyone),
+    }
+    if is_loading:
+        common[_NEW_RATES] = LocalNonpersistentObject(new_rates)
+    return common
 
 
 def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
@@ -104,25 +142,12 @@ def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
         yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
 
 
-def _name(group: dict[str, Any]) -> str:
-    """What tells a group from the others, as Megatron pairs groups with saved ones."""
-    return repr(["pion" in group, *(group.get(key) for key in _IDENTIFIERS)])
-
-
-def _of_all_ranks(groups: dict[str, Any]) -> dict[str, Any]:
-    """Each group from a rank where it has parameters: FusedAdam counts no steps where it is empty.
-
-    The first rank's are saved.
-    """
+def _all_gathered(mine: Any) -> list[Any]:
     if not torch.distributed.is_initialized():
-        return groups
+        return [mine]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, groups)
-    chosen = dict(groups)
-    for name, (filled, group) in (item for each in everyone for item in each.items()):
-        if name not in chosen or (filled and not chosen[name][0]):
-            chosen[name] = (filled, group)
-    return chosen
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _whole_state(
@@ -131,15 +156,15 @@ def _whole_state(
     """Records and groups of an optimizer that has whole parameters."""
     found = leaf.sharded_state_dict(model_sharded_state_dict, is_loading)
     inner = found.get("optimizer", found)  # FP32Optimizer has nothing around it
-    state, groups = inner["state"], inner["param_groups"]
+    state, recorded = inner["state"], inner["param_groups"]
     step = state.pop("common_step", None)
-    ids = [group.pop("params").unwrap() for group in groups]
+    ids = [group.pop("params").unwrap() for group in recorded]
     for own, masters in zip(ids, found.get("fp32_from_fp16_params", ()), strict=False):
         for index, master in zip(own, masters, strict=True):
             state.setdefault(index, {})[_MASTER] = master
     if step is not None:
-        groups = [{"step": step, **group} for group in groups]
-    return state, groups
+        recorded = [{"step": step, **group} for group in recorded]
+    return state, recorded
 
 
 def _flat_state(
@@ -189,27 +214,72 @@ def _range(leaf: Any, param: torch.Tensor) -> slice:
 
 def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
-    for index, (leaf, _) in enumerate(leaves(optimizer)):
+    every = [leaf for leaf, _ in leaves(optimizer)]
+    mine = [group for leaf in every for group in leaf.param_groups]
+    saved = state_dict["param_groups"].values()
+    matched = groups.match(mine, saved, new_rates=state_dict[_NEW_RATES])
+    for index, leaf in enumerate(every):
         state = state_dict["state"].get(index, {})
-        groups = [
-            {**state_dict["param_groups"][_name(group)], _EXPERTS: group[_EXPERTS]}
-            for group in leaf.param_groups
-        ]
-        if isinstance(leaf, DistributedOptimizer):
-            _load_flat(leaf, state, groups)
-        else:
-            _load_whole(leaf, state, groups)
+        load = _load_flat if isinstance(leaf, DistributedOptimizer) else _load_whole
+        load(
+            leaf,
+            state,
+            [groups.with_own_rates(matched[groups.name(g)], g) for g in leaf.param_groups],
+        )
 
 
-def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: bool) -> Any:
+    """State of --ckpt-format torch with this run's rates, once it has been found to fit.
+
+    Raises:
+        ValueError: it is of another optimizer, or of other options or parameters; and what to do.
+    """
+    where = "--load: the checkpoint"
+    members = state_dict if isinstance(state_dict, list) else [state_dict]  # of a chain
+    saved = [member.get("optimizer", member).get("param_groups", []) for member in members]
+    mine = [leaf.param_groups for leaf, _ in leaves(optimizer)]
+    theirs = [group[_MARK] for each in saved for group in each if _MARK in group]
+    if theirs:
+        _refuse_other_options(where, own, theirs[0])
+    elif any(_MARK in group for each in mine for group in each):
+        raise _no_state(where)
+    if len(saved) != len(mine):
+        raise _other_parameters(where, f"{len(saved)} optimizers' state instead of {len(mine)}")
+    fitted = [
+        _with_groups(member, _fitted_groups(where, want, have, new_rates))
+        for member, have, want in zip(members, saved, mine, strict=True)
+    ]
+    return fitted if isinstance(state_dict, list) else fitted[0]
+
+
+def _fitted_groups(
+    where: str, mine: list[groups.Group], saved: list[groups.Group], new_rates: bool
+) -> list[groups.Group]:
+    matched = _matched(where, mine, saved, new_rates)
+    fitted = [groups.with_own_rates(matched[groups.name(group)], group) for group in mine]
+    for group, its in zip(mine, fitted, strict=True):
+        if len(its["params"]) != len(group["params"]):
+            what = f"{len(its['params'])} instead of {len(group['params'])} in a group"
+            raise _other_parameters(where, f"other parameters, {what}")
+    return fitted
+
+
+def _with_groups(member: dict[str, Any], own: list[groups.Group]) -> dict[str, Any]:
+    """An optimizer's state with other groups: with float32 masters they are one level deeper."""
+    if "optimizer" in member:
+        return {**member, "optimizer": {**member["optimizer"], "param_groups": own}}
+    return {**member, "param_groups": own}
+
+
+def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
     count = itertools.count()  # as torch's state_dict, which would also copy every moment
     ids = [[next(count) for _ in group["params"]] for group in leaf.optimizer.param_groups]
-    groups = [{**group, "params": own} for group, own in zip(groups, ids, strict=True)]
+    own_groups = [{**group, "params": own} for group, own in zip(saved, ids, strict=True)]
     # A shard whose matrices other ranks compute has no state here.
     masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
-    inner: dict[str, Any] = {"state": state, "param_groups": groups}
+    inner: dict[str, Any] = {"state": state, "param_groups": own_groups}
     if isinstance(leaf.optimizer, torch.optim.Adam):  # counts in the parameters' state
-        inner["state"] = {**state, "common_step": groups[0]["step"]}
+        inner["state"] = {**state, "common_step": saved[0]["step"]}
     if hasattr(leaf, "fp32_from_float16_groups"):
         leaf.load_state_dict({"optimizer": inner, "fp32_from_fp16_params": masters})
     else:
@@ -217,8 +287,8 @@ def _load_whole(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) 
 
 
 @torch.no_grad()
-def _load_flat(leaf: Any, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    leaf.load_state_dict({"optimizer": {"param_groups": groups}})
+def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
+    leaf.load_state_dict({"optimizer": {"param_groups": saved}})
     for index, param in enumerate(_flat_parameters(leaf)):
         if param in leaf.model_param_gbuf_map:
             tensors = dict(leaf._get_main_param_and_optimizer_states(param))
@@ -237,7 +307,7 @@ def _leave_out_missing_starts(state: dict[int, Any], have: set[str]) -> None:
 
 
 def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
-    """Refuse a checkpoint whose optimizer state is not of this run's matrices and options.
+    """Refuse a torch_dist checkpoint whose state is not of this run's matrices and options.
 
     Raises:
         ValueError: names the option with both values, and what to do.
@@ -245,11 +315,19 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
     where = f"--load {Path(checkpoint).parent}: the checkpoint"
     saved = dist_checkpointing.load_common_state_dict(checkpoint).get("optimizer")
     if not isinstance(saved, dict) or _MARK not in saved:
-        raise ValueError(
-            f"{where} has no state of --optimizer pion, but of another optimizer or of none. "
-            f"{_FRESH}"
-        )
-    mine, theirs = wanted[_MARK], saved[_MARK]
+        raise _no_state(where)
+    _refuse_other_options(where, wanted[_MARK], saved[_MARK])
+    mine, theirs = (each["param_groups"].values() for each in (wanted, saved))
+    _matched(where, mine, theirs, wanted[_NEW_RATES].unwrap())
+    # Megatron's load_tensors_metadata fails with torch 2.15, whose metadata have strides.
+    have = set(_get_filesystem_reader(checkpoint).read_metadata().state_dict_metadata)
+    _leave_out_missing_starts(wanted["state"], have)
+    records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
+    if lacks := sorted({record.key for record in records} - have):
+        raise _other_parameters(where, f"no {lacks[0]} ({len(lacks)} such)")
+
+
+def _refuse_other_options(where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     for option in {**mine, **theirs}:
         if mine.get(option) != theirs.get(option):
             flag = _FLAGS.get(option, option).replace("_", "-")
@@ -258,17 +336,38 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
                 f"{theirs.get(option)!r}, this run's {mine.get(option)!r}. Set the option as it "
                 f"was. {_FRESH}"
             )
-    if missing := [name for name in wanted["param_groups"] if name not in saved["param_groups"]]:
+
+
+def _matched(
+    where: str, mine: Iterable[groups.Group], saved: Iterable[groups.Group], new_rates: bool
+) -> dict[str, groups.Group]:
+    """The saved group of every one of this run's, by name.
+
+    Raises:
+        ValueError: one has none; and what to do.
+    """
+    mine, saved = list(mine), list(saved)
+    matched = groups.match(mine, saved, new_rates=new_rates)
+    if missing := [name for name in map(groups.name, mine) if name not in matched]:
+        keys = ", ".join(groups.IDENTIFIERS)
+        what = f"no parameter group with pion, {keys} = {missing[0]}"
+        if missing[0] not in groups.match(mine, saved, new_rates=True):
+            raise _other_parameters(where, what)
         raise ValueError(
-            f"{where} has no parameter group with pion, {', '.join(_IDENTIFIERS)} = "
-            f"{missing[0]}. Set the learning rate and weight decay options as they were. {_FRESH}"
+            f"{where} has {what}. Set the learning rates as they were, or give "
+            f"--override-opt-param-scheduler to train on with others. {_FRESH}"
         )
-    # Megatron's load_tensors_metadata fails with torch 2.15, whose metadata have strides.
-    have = set(_get_filesystem_reader(checkpoint).read_metadata().state_dict_metadata)
-    _leave_out_missing_starts(wanted["state"], have)
-    records = (piece for each in nested_values(wanted["state"]) for piece in pieces(each))
-    if lacks := sorted({record.key for record in records} - have):
-        raise ValueError(
-            f"{where} has no {lacks[0]} ({len(lacks)} such). Set --pion-exclude and the model as "
-            f"they were. {_FRESH}"
-        )
+    return matched
+
+
+def _no_state(where: str) -> ValueError:
+    return ValueError(
+        f"{where} has no state of --optimizer pion, but of another optimizer or of none. {_FRESH}"
+    )
+
+
+def _other_parameters(where: str, what: str) -> ValueError:
+    return ValueError(
+        f"{where} has {what}. Set --pion-exclude, the parameters that are trained, the options of "
+        f"their groups and the model as they were. {_FRESH}"
+    )

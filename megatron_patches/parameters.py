@@ -269,6 +269,8 @@ def entries(
     Raises:
         RuntimeError: a parameter is in no chunk's sharded state.
     """
+    if not params:  # of which Megatron would warn
+        return []
     sharded = {
         index: chunk.sharded_state_dict()  # type: ignore[operator]
         for index, chunk in enumerate(model_chunks)

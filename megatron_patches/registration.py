@@ -125,7 +125,7 @@ def _with_pion(original: Any) -> Any:
     ) -> Any:
         if config.optimizer != "pion" and config.pion_init == "keep":
             return original(config, model_chunks, *args, **kwargs)
-        from . import diagnostics, optimizer_state, transformer_engine
+        from . import diagnostics, layer_wise, optimizer_state, transformer_engine
         from .arguments import pion_config
         from .initialization import draw
         from .parameters import decide
@@ -150,9 +150,10 @@ def _with_pion(original: Any) -> Any:
         if config.optimizer != "pion":
             return original(config, model_chunks, *args, **kwargs)
         optimizer = original(config, model_chunks, *args, **kwargs)
+        layer_wise.leave_out_empty(optimizer)
         _adopt_masters(optimizer)
         transformer_engine.attach(optimizer, decisions)
-        optimizer_state.attach(optimizer)
+        optimizer_state.attach(optimizer, config)
         diagnostics.attach(
             optimizer,
             _pions(optimizer),
@@ -175,12 +176,14 @@ def _with_lr_mult(original: Any) -> Any:
         groups = original(model_chunks, config, config_overrides)
         if config.optimizer != "pion" or config.pion_lr_mult == 1.0:
             return groups
-        for group in groups:
-            if group.get("optimizer", "pion") == "pion":
-                group["default_config"] = False  # Megatron logs the first default group's rate
-                for key in ("max_lr", "min_lr"):
-                    if group[key] is not None:
-                        group[key] *= config.pion_lr_mult
+        pions = [group for group in groups if group.get("optimizer", "pion") == "pion"]
+        others = [group for group in groups if group.get("optimizer", "pion") != "pion"]
+        for group in pions:
+            # Megatron logs the first default group's rate: Adam's, where Adam has such a group.
+            group["default_config"] &= not any(other["default_config"] for other in others)
+            for key in ("max_lr", "min_lr"):
+                if group[key] is not None:
+                    group[key] *= config.pion_lr_mult
         return groups
 
     return get_param_groups
@@ -220,7 +223,8 @@ def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> Non
     """
     from pion_dist import RECIPES, PionConfig
 
-    for field in ("fp16", "optimizer_cpu_offload", "use_precision_aware_optimizer"):
+    unsupported = ("fp16", "optimizer_cpu_offload", "optimizer_cuda_graph")
+    for field in (*unsupported, "use_precision_aware_optimizer"):
         if getattr(config, field, False):
             raise ValueError(f"optimizer='pion' does not support {field}=True")
     name = config.pion_recipe

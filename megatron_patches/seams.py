@@ -221,6 +221,12 @@ TRAINING = (
         parameters=("optimizer", "iteration"),
     ),
     Seam(
+        "megatron.training.checkpointing",
+        "_load_base_checkpoint",
+        "refuses checkpoints without optimizer state",
+        parameters=("load_dir", "args", "rank0"),
+    ),
+    Seam(
         "megatron.training.global_vars",
         "get_tensorboard_writer",
         "reports on spectra and steps",

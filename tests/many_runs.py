@@ -11,18 +11,22 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+FROZEN: list[str] = []  # the job's expression, if it has one
+
 
 def main(jobs: list[dict[str, Any]]) -> None:
     """Train every job, and write its steps beside what Megatron prints.
 
     Args:
-        jobs: each with ``name``, ``flags`` (Megatron's) and ``steps``, the file to write.
+        jobs: each with ``name``, ``flags`` (Megatron's) and ``steps``, the file to write; and
+            ``frozen``, an expression for names of parameters that are not trained, if any are.
     """
     import torch
     from pretrain_bytes import main as pretrain_bytes
@@ -33,6 +37,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         steps.clear()
         sys.argv = [sys.argv[0], *job["flags"]]
+        FROZEN[:] = [job["frozen"]] if "frozen" in job else []
         print(f"job: {job['name']}", flush=True)
         try:
             pretrain_bytes()
@@ -106,7 +111,7 @@ def sum_norms_exactly() -> None:
 
 
 def build_what_the_example_does_not() -> None:
-    """Let the model have MTP layers, and MLA an attention that is not Transformer Engine's.
+    """Let the model have MTP layers and frozen ones, and MLA an attention that is not TE's.
 
     Megatron's own DotProductAttention does MLA's arithmetic where all of its heads' sizes are
     kv_channels, but does not take the arguments that say so.
@@ -115,13 +120,18 @@ def build_what_the_example_does_not() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+    from megatron_patches.parameters import named_parameters
+
     make_model, make_attention = pretrain_bytes.GPTModel, DotProductAttention.__init__
 
     def model(config: Any, spec: Any, *, vp_stage: int | None, **options: Any) -> Any:
         mtp = None
         if config.mtp_num_layers:
             mtp = get_gpt_mtp_block_spec(config, spec, False, vp_stage=vp_stage)
-        return make_model(config, spec, vp_stage=vp_stage, mtp_block_spec=mtp, **options)
+        made = make_model(config, spec, vp_stage=vp_stage, mtp_block_spec=mtp, **options)
+        for info, p in named_parameters([made]):
+            p.requires_grad_(not any(re.search(frozen, info.name) for frozen in FROZEN))
+        return made
 
     def attention(self: Any, config: Any, *args: Any, **options: Any) -> None:
         sizes = {options.pop("k_channels", None), options.pop("v_channels", None)}

@@ -3,20 +3,26 @@
 The model is built from Megatron's own arguments, as training scripts do.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
 import io
 import logging
+import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+from megatron.core import dist_checkpointing
 from megatron.core.enums import ModelType
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.training import checkpointing
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import (
@@ -33,11 +39,19 @@ from megatron_patches.seams import megatron_version
 from pion_dist import RECIPES, Pion, PionConfig
 
 
-def setup(model: list | None = None, **changes: object) -> tuple[list, object, str]:
+def setup(
+    model: list | None = None, *, frozen: str = "$^", **changes: object
+) -> tuple[list, object, str]:
     """A fresh model and its optimizer, made as pretrain() makes them; and what was printed."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    model = model or get_model(model_provider, ModelType.encoder_or_decoder)
+    def provider(*args: object, **kwargs: object) -> torch.nn.Module:
+        built = model_provider(*args, **kwargs)
+        for name, p in built.named_parameters():
+            p.requires_grad_(re.search(frozen, name) is None)
+        return built
+
+    model = model or get_model(provider, ModelType.encoder_or_decoder)
     config, overrides = get_megatron_optimizer_config(ARGS)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -58,7 +72,7 @@ def parameters(model: list) -> dict[str, torch.nn.Parameter]:
 
 def set_grads(model: list, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for p in model[0].parameters():
+    for p in (p for p in model[0].parameters() if p.requires_grad):
         p.main_grad.copy_(torch.randn(p.shape, generator=generator) * 1e-3)
 
 
@@ -279,12 +293,106 @@ def check_state_of_other_options_is_refused() -> None:
     _, optimizer, _ = setup()
     saved = copy.deepcopy(optimizer.state_dict())
     _, other, _ = setup(pion_qkv="head")
+    assert "qkv" in refusal(other.load_state_dict, saved)
+
+
+def refusal(call: Callable[..., object], *args: object, **kwargs: object) -> str:
     try:
-        other.load_state_dict(saved)
+        call(*args, **kwargs)
     except ValueError as error:
-        assert "qkv" in str(error), error
-    else:
-        raise AssertionError("a state of other matrices was loaded")
+        return str(error)
+    raise AssertionError(f"{call} did not refuse")
+
+
+def check_other_state_is_refused_in_torch_format_too() -> None:
+    def says(**changes: object) -> str:
+        before = everything(model, optimizer)
+        error = refusal(optimizer.load_state_dict, copy.deepcopy(setup(**changes)[1].state_dict()))
+        assert all(torch.equal(t, before[k]) for k, t in everything(model, optimizer).items())
+        assert "--no-load-optim" in error and "--finetune" in error, error
+        return error
+
+    model, optimizer, _ = setup()
+    for other in ("adam", "muon"):
+        assert "no state of --optimizer pion, but of another" in says(optimizer=other)
+    assert "another --pion-qkv: its qkv is 'head', this run's 'qkv'" in says(pion_qkv="head")
+    assert "12 instead of 16 in a group. Set --pion-exclude" in says(pion_exclude=["linear_proj"])
+    assert "no state of --optimizer pion" in says(pion_exclude=["."])
+    assert "--override-opt-param-scheduler" in says(lr=0.5)
+
+
+@contextlib.contextmanager
+def arguments(**values: object) -> Iterator[None]:
+    """Megatron's global arguments, changed for a while."""
+    before = {name: getattr(ARGS, name) for name in values}
+    vars(ARGS).update(values)
+    try:
+        yield
+    finally:
+        vars(ARGS).update(before)
+
+
+def check_a_checkpoint_without_optimizer_state_is_refused() -> None:
+    model, optimizer, _ = setup()
+    scheduler = get_optimizer_param_scheduler(optimizer)
+    for form in ("torch", "torch_dist"):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            arguments(save=folder, load=folder, ckpt_format=form, no_save_optim=True),
+            arguments(use_dist_ckpt=form != "torch"),
+        ):
+            checkpointing.save_checkpoint(1, model, optimizer, scheduler, 0)
+            load = checkpointing.load_checkpoint
+            error = refusal(load, model, optimizer, scheduler)
+            assert f"--load {folder}" in error and "or of none" in error, (form, error)
+            with arguments(no_load_optim=True):
+                assert load(model, optimizer, scheduler)[0] == 1
+
+
+def check_without_a_matrix_of_pion_s() -> None:
+    """All that is trained is Adam's: all parameters, the embedding, or adapters beside the base."""
+    for frozen, exclude in (
+        ("$^", "."),
+        ("layers|norm|output", None),
+        ("^(?!.*linear_proj)", "proj"),
+    ):
+        given = {"frozen": frozen, "pion_exclude": [exclude] if exclude else []}
+        model, optimizer, _ = setup(**given)
+        again, resumed, _ = setup(**given)
+        set_grads(model, 0)
+        assert optimizer.step()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            records = optimizer.sharded_state_dict(model[0].sharded_state_dict())
+            dist_checkpointing.save({"optimizer": records}, folder)
+            wanted = resumed.sharded_state_dict(again[0].sharded_state_dict(), True)
+            found = dist_checkpointing.load({"optimizer": wanted}, folder)["optimizer"]
+        resumed.load_state_dict(found)
+        for p, weight in zip(again[0].parameters(), model[0].parameters(), strict=True):
+            p.data.copy_(weight)
+        for each, made in ((model, optimizer), (again, resumed)):
+            set_grads(each, 1)
+            assert made.step()[0]
+        straight = parameters(model)
+        assert any(p.requires_grad for p in straight.values()), frozen
+        assert all(torch.equal(p, straight[name]) for name, p in parameters(again).items()), frozen
+
+
+def check_a_learning_rate_is_logged() -> None:
+    everything_else = "embedding|norm|output"
+    for frozen, expected in (("$^", 1.0), (everything_else, 8.0)):
+        _, optimizer, _ = setup(frozen=frozen, pion_lr_mult=8.0)
+        get_optimizer_param_scheduler(optimizer).step(increment=ARGS.global_batch_size)
+        logged = get_canonical_lr_for_logging(optimizer.param_groups)
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert logged in rates and logged == max(rates) / 8.0 * expected, (logged, rates)
+
+
+def check_cuda_graphs_of_the_step_are_refused() -> None:
+    from megatron_patches.arguments import check
+
+    assert "optimizer_cuda_graph=True" in refusal(setup, optimizer_cuda_graph=True)
+    args = argparse.Namespace(**{**vars(ARGS), "optimizer_cuda_graph": True})
+    assert "does not support --optimizer-cuda-graph: leave it out" in refusal(check, args)
 
 
 def check_late_apply_is_refused() -> None:

@@ -36,8 +36,9 @@ from pion_dist.classify import ParamInfo, Rotated, Scalar, classify, query_group
 from pion_dist.matrices import MatrixView
 from pion_dist.state import is_key
 
-_STACKED = ".layers."  # followed by no number: all layers of a kind in one tensor
-_EXPERTS = ".experts.experts."  # a layer's routed experts, likewise
+# Names of stacks: all layers of a kind, or a layer's routed experts, in one tensor. Where a number
+# follows, each has a tensor of its own, as layers and experts with different state have.
+_STACKED = re.compile(r"\.(layers|experts\.experts)\.(?!\d)")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(.+)")
 # Where optimizers keep a float32 master: one that is not distributed, or Megatron's layer-wise one;
 # Megatron's distributed one with --dist-ckpt-optim-fully-reshardable.
@@ -93,7 +94,7 @@ class Checkpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._places: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._masters, self._moments = self._optimizer_state()
+        self._masters, self._steppers = self._optimizer_state()
         common = self._common()
         self.args: Namespace = common.get("args") or Namespace()
         numbered = re.fullmatch(r"iter_(\d+)", folder.name)
@@ -113,10 +114,11 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing or damaged, or an element is not finite.
         """
-        key = self._source(weight) if master else weight.key
-        entry = replace(self._tensors[key], chunks=self._pieces(key).get(weight.place, []))
-        offsets = torch.Size((*weight.place, 0, 0))
-        sizes = torch.Size((*(1 for _ in weight.place), *weight.shape))
+        source = self._source(weight) if master else weight
+        key, place = source.key, source.place
+        entry = replace(self._tensors[key], chunks=self._pieces(key).get(place, []))
+        offsets = torch.Size((*place, 0, 0))
+        sizes = torch.Size((*(1 for _ in place), *weight.shape))
         # NaN stays where the checkpoint has no piece.
         target = torch.full(sizes, torch.nan, dtype=torch.float32)
         items = create_read_items_for_chunk_list(
@@ -135,15 +137,16 @@ class Checkpoint:
 
     def origin(self, weight: Weight, *, master: bool = True) -> str:
         """What ``read`` reads: the fp32 master, or the weight in the model's own dtype."""
-        if master and self._source(weight) != weight.key:
+        if master and self._source(weight) is not weight:
             return "fp32 master"
         return str(self._tensors[weight.key].properties.dtype).removeprefix("torch.")
 
     def optimizer(self, weight: Weight) -> str:
-        """Who steps the weight: Pion leaves to Adam what --pion-exclude names."""
+        """Who steps the weight: Pion leaves to Adam what --pion-exclude names; or ``frozen``."""
         name: str = getattr(self.args, "optimizer", "unknown")
-        ours = not self._moments or weight.key in self._moments
-        return name if name != "pion" or ours else "adam"
+        if name != "pion" or not self._steppers:  # --no-save-optim
+            return name
+        return self._steppers.get(weight.name, "frozen")
 
     def _pieces(self, key: str) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
         """A tensor's pieces by the layer and expert of which they have rows."""
@@ -155,41 +158,48 @@ class Checkpoint:
                     places.setdefault(place, []).append(chunk)
         return self._places[key]
 
-    def _source(self, weight: Weight) -> str:
-        return self._masters.get(weight.key, weight.key)
+    def _source(self, weight: Weight) -> Weight:
+        """The weight's master, if there is one of its shape, or the weight."""
+        master = self._masters.get(weight.name, weight)
+        # Older Megatrons wrote masters flattened, in other sizes: not read here.
+        return master if master.shape == weight.shape else weight
 
-    def _optimizer_state(self) -> tuple[dict[str, str], set[str]]:
-        """Keys of the masters by weight, and the weights of which there are moments of Pion's."""
-        masters, moments = {}, set()
+    def _optimizer_state(self) -> tuple[dict[str, Weight], dict[str, str]]:
+        """Masters by their weights' names, and who steps these weights, as moments tell."""
+        masters: dict[str, Weight] = {}
+        steppers: dict[str, str] = {}
         for key in self._tensors:
-            if not (found := _STATE.fullmatch(key)):
+            if not (state := _STATE.fullmatch(key)):
                 continue
-            for prefix in _MASTERS:
-                weight = found[1].removeprefix(prefix)
-                # Older Megatrons wrote them flattened, in other sizes: not read here.
-                if weight != found[1] and self._same_size(weight, key):
-                    masters[weight] = key
-            moment, _, weight = found[1].partition(".")
-            part, _, weight = weight.partition(".")
-            if is_key(f"{moment}.{part}"):
-                moments.add(weight)
-        return masters, moments
-
-    def _same_size(self, weight: str, key: str) -> bool:
-        return weight in self._tensors and self._tensors[weight].size == self._tensors[key].size
+            for prefix in (prefix for prefix in _MASTERS if state[1].startswith(prefix)):
+                masters |= {w.name: w for w in self._members(key, state[1].removeprefix(prefix))}
+            moment, _, weight = state[1].partition(".")
+            part, _, of_part = weight.partition(".")
+            if moment == "exp_avg":
+                steppers |= dict.fromkeys(self._names(key, weight), "adam")
+            elif is_key(f"{moment}.{part}"):
+                steppers |= dict.fromkeys(self._names(key, of_part), "pion")
+        return masters, steppers
 
     def _weights_of(self, key: str) -> list[Weight]:
-        size = self._tensors[key].size
         if "optimizer." in key or not self._tensors[key].properties.dtype.is_floating_point:
             return []
-        stacked = _STACKED in key and not re.search(r"\.layers\.\d", key)
-        leading = stacked + (_EXPERTS in key)
+        return self._members(key, key)
+
+    def _members(self, key: str, name: str) -> list[Weight]:
+        """The 2-D weights in a tensor, which is called ``name`` in the model."""
+        size = self._tensors[key].size
+        leading = len(_STACKED.findall(name))
         if len(size) - leading != 2:
             return []
-        places = product(*(range(count) for count in size[:leading]))
-        return [
-            Weight(_name(key, place, stacked), key, place, (size[-2], size[-1])) for place in places
-        ]
+        names = self._names(key, name)
+        return [Weight(n, key, place, (size[-2], size[-1])) for n, place in names.items()]
+
+    def _names(self, key: str, name: str) -> dict[str, tuple[int, ...]]:
+        """Names in the model of what is stacked in a tensor, and where it is."""
+        leading = len(_STACKED.findall(name))
+        places = product(*(range(count) for count in self._tensors[key].size[:leading]))
+        return {_name(name, place): place for place in places}
 
     def _common(self) -> dict[str, Any]:
         """What is no tensor: an entry of the checkpoint, or a file of older Megatrons'."""
@@ -309,13 +319,10 @@ def natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _name(key: str, place: tuple[int, ...], stacked: bool) -> str:
-    numbers = list(place)
-    if stacked:
-        key = key.replace(_STACKED, f"{_STACKED}{numbers.pop(0)}.", 1)
-    if numbers:
-        key = key.replace(_EXPERTS, f".experts.{numbers[0]}.", 1)
-    return key
+def _name(key: str, place: tuple[int, ...]) -> str:
+    numbers = iter(place)
+    numbered = _STACKED.sub(lambda stack: f"{stack[0]}{next(numbers)}.", key)
+    return numbered.replace(".experts.experts.", ".experts.")
 
 
 def pion_config(args: Namespace) -> PionConfig:
