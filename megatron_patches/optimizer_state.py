@@ -32,7 +32,7 @@ from pion_dist.state import identity, is_start
 
 from . import groups, seams, stacks
 from .arguments import pion_config
-from .parameters import pieces
+from .parameters import of_all_ranks, pieces
 
 _MARK = "pion"  # in the optimizer's state: identity() of the options that it was saved with
 _NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-scheduler is given
@@ -121,7 +121,7 @@ def _sharded_state_dict(
                 each.replica_id = (*each.replica_id[:2], 0)
         for group, saved in zip(leaf.param_groups, recorded, strict=True):
             here[groups.name(group)] = (bool(group["params"]), saved)
-    everyone = _all_gathered((here, stacks.stacks(states.values())))
+    everyone = of_all_ranks((here, stacks.stacks(states.values())))
     stacks.take_apart(states.values(), stacks.incomplete(each for _, each in everyone))
     common = {
         _MARK: own,
@@ -140,14 +140,6 @@ def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
         yield optimizer, sole
     for each in chain or ():
         yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
-
-
-def _all_gathered(mine: Any) -> list[Any]:
-    if not torch.distributed.is_initialized():
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _whole_state(

@@ -197,9 +197,9 @@ def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]
         own = _rank() if decision.ranks > 1 and decision.view.axis is None else -1
         for part, index, nonzero in _nonzero(values, decision.view):
             (others if nonzero else zero).add((info.name, part, index, own))
-    anywhere = set().union(*_of_all_ranks(zero))
+    anywhere = set().union(*of_all_ranks(zero))
     if anywhere:
-        anywhere -= set().union(*_of_all_ranks(anywhere & others))
+        anywhere -= set().union(*of_all_ranks(anywhere & others))
     return {name for name, *_ in anywhere}
 
 
@@ -220,10 +220,11 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _of_all_ranks(mine: set[Any]) -> list[set[Any]]:
+def of_all_ranks[T](mine: T) -> list[T]:
+    """Gather an object from every rank of the run, in the ranks' order; a collective."""
     if not torch.distributed.is_initialized():
         return [mine]
-    everyone: list[set[Any]] = [set()] * torch.distributed.get_world_size()
+    everyone = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
 

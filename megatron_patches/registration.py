@@ -298,16 +298,15 @@ def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:
     """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
     from pion_dist.classify import Scalar, table
 
+    from .parameters import of_all_ranks
+
     totals = [f"Pion: {pion.plan.totals(pion.ranks)}" for pion in _pions(optimizer)]
     others = sum(isinstance(decision, Scalar) for _, _, decision in decisions)
     rows = table([(info.name, info.shape, decision) for info, _, decision in decisions])
     mine = (rows, "; ".join([*totals, f"Adam: {others} parameters"]))
-    everyone = [mine]
-    if torch.distributed.is_initialized():
-        everyone = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        if torch.distributed.get_rank() != 0:
-            return
+    everyone = of_all_ranks(mine)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
     print("Pion's plan", flush=True)
     print("  " + options)
     for row in dict.fromkeys(row for rows, _ in everyone for row in rows):
