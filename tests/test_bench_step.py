@@ -26,6 +26,7 @@ from bench_step import (  # noqa: E402
 from released import ReleasedPion, _matrix_sign  # noqa: E402
 
 from pion_dist import Pion, PionConfig  # noqa: E402
+from pion_dist.update.precision import cpu_bf16_products  # noqa: E402
 
 CPU = torch.device("cpu")
 LOOPS = {c.name: c.config for c in contenders(CPU) if c.kind == "loop"}
@@ -119,6 +120,7 @@ def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "step.md").read_text() in done.stdout
     assert (tmp_path / "step.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "step.json").read_text())
+    assert cpu_bf16_products() in found["setup"]["machine"]
     names = {contender.name: contender for contender in contenders(CPU)}
     groups = {("60m", group.name): group for group in MODELS["60m"].groups(1 / 32)}
     assert {(c["model"], c["shape"], c["contender"]) for c in found["cells"]} == {
