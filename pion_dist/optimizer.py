@@ -33,7 +33,7 @@ _OPTIONS_OF_OTHERS = {
     if inspect.isclass(each) and issubclass(each, torch.optim.Optimizer)
     for name in inspect.signature(each).parameters
 } - {"params", "lr", "defaults"}
-# Of a copy, which makes the rest anew: the plan, the guard and what a diagnosis collects.
+# What a copy takes over. It makes its plan, its guard and its readings anew.
 _COPIED = ("config", "_names", "_views", "_slots", "_started")
 
 

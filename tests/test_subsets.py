@@ -127,7 +127,7 @@ class Runs:
         return self.checkpoint(name, run) / f"iter_{number:07d}"
 
     def sizes(self, name: str, run: str) -> dict[str, torch.Size]:
-        """Of the optimizer's tensors in the last checkpoint, by key."""
+        """Sizes of the optimizer's tensors in the last checkpoint, by key."""
         reader = dcp.FileSystemReader(self.iteration(name, run, ITERATIONS))
         entries = reader.read_metadata().state_dict_metadata.items()
         return {k: e.size for k, e in entries if k.startswith("optimizer.") and hasattr(e, "size")}
@@ -167,7 +167,7 @@ def test_only_incomplete_stacks_are_taken_apart(runs: Runs) -> None:
             assert (f"{state}{pion}.{key}" in sizes) == its_pion
     assert sizes[f"{state}{adam}.{fc2.format(2, 1)}"] == (64, 48)
     assert sizes[f"{state}{pion}.{fc2.format(2, 0)}"] == (1, 64, 48)
-    # Of a run of which all layers have it, Megatron's own key.
+    # Where all layers have the state, its key is Megatron's own.
     whole = runs.sizes("no matrix", "saved")
     assert whole[f"{state}{adam}.decoder.layers.mlp.linear_fc2.weight"] == (4, 64, 96)
     assert not any("layers.0" in key for key in whole)
