@@ -47,11 +47,12 @@ help: ## this list
 demo: $(DEMO_STAMP) ## train a small GPT with Pion and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
 	@$(RUN) examples/demo.py --out "$(OUT)" $(if $(TEXT),--text $(TEXT)) $(DEMO_ARGS)
 
-# Side by side, since most launches keep one core busy; tests/conftest.py says which tests stay together.
-# Four workers with 8 ranks of Megatron each need 16 GiB.
+# Side by side, since most launches keep one core busy. A file's tests share launches and stay together.
+# (xdist 3.8 cannot keep smaller groups together with pytest 9.2.) Four workers with 8 ranks of Megatron
+# each need 16 GiB.
 test: $(DEV_STAMP) ## run the tests, the fast ones first (PYTEST_ADDOPTS="-k name" narrows it)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest \
-		--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+		--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(DEV_STAMP) ## submit examples/slurm to a SLURM of two nodes, here (root installs it with apt-get)
 	@tools/install_slurm.sh

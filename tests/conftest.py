@@ -13,31 +13,23 @@ if cache := os.environ.get("XDG_CACHE_HOME"):  # `make test` keeps every cache i
     set_hypothesis_home_dir(Path(cache) / "hypothesis")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first, and what takes a worker longest before the rest of its kind."""
-    groups = {item: group(item) for item in items}
-    size = Counter(groups.values())
-    items.sort(key=lambda item: (is_slow(item), -size[groups[item]]))
-    if config.getoption("dist", None) == "loadgroup":
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files without slow tests come first, then those with most of them, which take longest."""
+    slow = Counter(file_of(item.nodeid) for item in items if is_slow(item))
+
+    def order(item: pytest.Item) -> tuple[bool, int, str, bool]:
+        file = file_of(item.nodeid)
+        return file in slow, -slow[file], file, is_slow(item)
+
+    items.sort(key=order)
 
 
 def is_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
 
 
-def group(item: pytest.Item) -> str:
-    """The tests that a worker has to run together: fast ones of a file, and what share a launch."""
-    file = item.nodeid.partition("::")[0]
-    if not is_slow(item):
-        return f"{file} fast"
-    fixtures = (
-        item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
-    )
-    shares = any(each.scope == "module" for definitions in fixtures for each in definitions)
-    return file if shares else item.nodeid
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             tables.setdefault(name, []).append(line)
     for name, lines in tables.items():
         terminalreporter.write_line("\n".join([name, *lines, ""]))
-    files = {report.nodeid.partition("::")[0] for report in ran}
+    files = {file_of(report.nodeid) for report in ran}
     line = f"covered: {len(ran)} tests in {len(files)} files"
     reasons = Counter(map(skip_reason, terminalreporter.stats.get("skipped", [])))
     if reasons:
