@@ -44,8 +44,8 @@ MODEL_FLAGS = [
     *("--max-position-embeddings", "256"),
     *LLAMA_FLAGS,
 ]
-# With AdamW an iteration of 16 x 256 bytes takes 0.3 s on two cores with bf16 units and 0.6 s without,
-# with Pion 0.4 s and 0.6 s.
+# An iteration of 16 x 256 bytes takes 0.3 s with AdamW and 0.4 s with Pion on two cores with bf16
+# units, 0.6 s with either on two without.
 TRAIN_FLAGS = [
     *("--micro-batch-size", "16", "--global-batch-size", "16", "--bf16"),
     *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
@@ -70,11 +70,11 @@ def adamw_flags(lr: float, rest: float) -> list[str]:
     return ["--optimizer", "adam", *lrs]
 
 
-# The best of a few (lr, rest) for each, by validation loss after 200 iterations, from fan_in weights,
+# The best of a few (lr, rest) for each, by validation loss after 200 iterations from fan_in weights,
 # one seed. Pion: 1.530, and 1.531 at (8e-2, 8e-2), 1.571 at (8e-2, 4e-2).
 PION_FLAGS = pion_flags(6e-2, 8e-2)
-# AdamW: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3, 4e-2), 1.876 at
-# (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
+# AdamW: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3, 4e-2), 1.876
+# at (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
 ADAMW_FLAGS = adamw_flags(2.5e-3, 4e-2)
 BETWEEN_LINES_S = 8.0  # of progress, where it is not a terminal
 LAST = 25  # iterations whose mean is printed as the final train loss
