@@ -70,8 +70,8 @@ def adamw_flags(lr: float, rest: float) -> list[str]:
     return ["--optimizer", "adam", *lrs]
 
 
-# The best of a few (lr, rest) for each, by validation loss after 200 iterations from fan_in weights,
-# one seed. Pion: 1.530, and 1.531 at (8e-2, 8e-2), 1.571 at (8e-2, 4e-2).
+# The best of a few (lr, rest) for each, by validation loss after 200 iterations from fan_in
+# weights, one seed. Pion: 1.530, and 1.531 at (8e-2, 8e-2), 1.571 at (8e-2, 4e-2).
 PION_FLAGS = pion_flags(6e-2, 8e-2)
 # AdamW: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3, 4e-2), 1.876
 # at (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
