@@ -76,7 +76,7 @@ PION_FLAGS = pion_flags(6e-2, 8e-2)
 # AdamW: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3, 4e-2), 1.876
 # at (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
 ADAMW_FLAGS = adamw_flags(2.5e-3, 4e-2)
-BETWEEN_LINES_S = 8.0  # of progress, where it is not a terminal
+BETWEEN_LINES_S = 4.0  # of progress, where it is not a terminal
 LAST = 25  # iterations whose mean is printed as the final train loss
 
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)")
