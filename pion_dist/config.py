@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Momentum = Literal["lie", "transported", "ambient"]
-Direction = Literal["adaptive", "momentum", "msign"]
+Direction = Literal["polar", "adaptive", "momentum", "msign"]
 Side = Literal["in", "out"]
 ActiveSides = Literal["both", "alternate", "in", "out"]
 Scaling = Literal["rms", "spectral", "none"]
@@ -21,6 +21,13 @@ TpMode = Literal["owner", "duplicated", "distributed", "blockwise"]
 
 SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
 """The side whose factor is as large as the axis is long."""
+
+
+# Options that decide how moments become skew generators, and what these do.
+_OF_GENERATORS = (
+    *("momentum", "eps", "side", "scaling", "rms", "retraction", "degree"),
+    *("state_layout", "blocks", "spectrum_reset_interval"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,18 @@ class PionConfig:
             )
 
     def _check_combinations(self) -> None:
+        if self.direction == "polar":
+            for name in _OF_GENERATORS:
+                if getattr(self, name) != _default(name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is of other directions; with "
+                        "direction='polar' leave it out"
+                    )
+            if self.tp_mode == "blockwise":
+                raise ValueError(
+                    "tp_mode='blockwise' has factors of blocks, which direction='polar' has not: "
+                    "use tp_mode='owner', 'duplicated' or 'distributed'"
+                )
         if self.retraction != "taylor" and self.degree != _default("degree"):
             raise ValueError(
                 f"degree={self.degree} is of retraction='taylor'; with "

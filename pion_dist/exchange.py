@@ -247,6 +247,13 @@ class GroupPeers:
         dist.all_gather_into_tensor(parts.view(-1), x.contiguous().view(-1), group=self.group)
         return torch.cat(list(parts), dim=dim)
 
+    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
+        """Of shards along the dimension ``joined``, this rank's along ``cut``."""
+        parts = torch.stack(x.chunk(self.size, cut))
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group)
+        return torch.cat(list(received), dim=joined)
+
     def scattered(self, x: Tensor, dim: int) -> Tensor:
         """This rank's share, along ``dim``, of the ranks' sum."""
         parts = torch.stack(x.chunk(self.size, dim))

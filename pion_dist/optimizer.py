@@ -16,10 +16,12 @@ from . import cost, exchange, spectrum, state, storage
 from .checkpoint import Record
 from .config import SIDE_OF, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
+from .factors import Factors, Rows
 from .guard import Guard
 from .matrices import MatrixView, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
 from .storage import compute_dtype
+from .update import polar
 from .update.arrangement import Arrangement, Blocks, Divided
 from .update.step import step as update
 
@@ -111,6 +113,7 @@ class Pion(torch.optim.Optimizer):
         self._views = dict(views or {})
         self._slots: dict[Tensor, _Slot] = {}
         self._guard = Guard()
+        self._factors = Factors()
         self.plan = StepPlan(self.config, (), ())
         self._started: set[Tensor] = set()  # parameters whose spectra at start are measured
         # What the next step's factors do, by (number in the plan, number in its batch), is put
@@ -228,6 +231,7 @@ class Pion(torch.optim.Optimizer):
         super().__setstate__(state)
         if state.keys() >= set(_COPIED):
             self._shards, self._guard, self.readings = {}, Guard(), None
+            self._factors = Factors()
             self._constructed = True
             self._plan()
 
@@ -287,6 +291,7 @@ class Pion(torch.optim.Optimizer):
                         )
                     )
         self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
+        self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}
         joins = self.config.tp_mode in ("owner", "duplicated")
         together = self.plan.waves if joins else self.plan.batches
@@ -368,6 +373,9 @@ class Pion(torch.optim.Optimizer):
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
         p, part = self._places[i]
+        sigma = self.state[p].get(state.key(state.SIGMA, part))
+        if sigma is not None:
+            return sigma.double() if sigma.any() else None
         recorded = self.state[p].get(state.key(state.START, part))
         return recorded if p in self._started else None
 
@@ -423,6 +431,7 @@ class Pion(torch.optim.Optimizer):
                 self._step_shared(index, ok)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
+        self._factors.stepped(due)
         return loss
 
     def _due(self) -> list[Tensor]:
@@ -545,24 +554,71 @@ class Pion(torch.optim.Optimizer):
         if coded:
             described = state.moments(len(w), x.m, x.n, self.config, x.axis)
             used = storage.used(moments, described)
-        found = update(
-            w,
-            g,
-            used,
-            config=self.config,
-            lr=group["lr"],
-            active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
-            forms=cost.forms(x.m, x.n, self.config),
-            ok=ok,
-            arrangement=self._arrangement(x),
-            watched=self.readings is not None,
-        )
+        lr, watched = group["lr"], self.readings is not None
+        if self.config.direction == "polar":
+            found = self._step_polar(members, w, g, used, lr=lr, ok=ok, watched=watched)
+        else:
+            found = update(
+                w,
+                g,
+                used,
+                config=self.config,
+                lr=lr,
+                active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
+                forms=cost.forms(x.m, x.n, self.config),
+                ok=ok,
+                arrangement=self._arrangement(x),
+                watched=watched,
+            )
         if coded:
             storage.put_back(used, moments, ok=ok)
         if self.readings is not None and found is not None:
             self.readings.append((members, found))
         if resets:
             self._reset(members, w, moments[state.START], ok)
+
+    def _step_polar(
+        self,
+        members: Sequence[tuple[int, int]],
+        w: Tensor,
+        g: Tensor,
+        moments: Mapping[str, Tensor],
+        *,
+        lr: float | Tensor,
+        ok: Tensor,
+        watched: bool,
+    ) -> Tensor | None:
+        """``_update`` of the polar direction."""
+        x = self.plan.matrices[members[0][0]]
+        large = state.large_side(x.m, x.n, x.axis)
+        divided = self.config.tp_mode == "distributed" and x.shared
+        rows = Rows(GroupPeers(self.groups[x.group or 0]) if divided else None, x.axis, large)
+        mine = rows.of(w)
+        params = [self._places[i][0] for i, _ in members]
+        if any(self._factors.unsure(p) for p in params):
+            names = {i: self.names(i) for i, _ in members}
+            self._factors.match(
+                [names[i][index] for i, index in members],
+                params,
+                mine,
+                moments,
+                rows,
+                computed_by=members[0][0] % self.plan.ranks_of(x),
+            )
+        found = polar.step(
+            mine,
+            rows.of(g),
+            moments,
+            config=self.config,
+            lr=lr,
+            large=large,
+            rows=max(x.m, x.n),
+            ok=ok,
+            total=rows.total,
+            watched=watched,
+        )
+        rows.back(mine, w)
+        return found
 
     def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
         """Whole matrices of what ``_update`` has of them."""
@@ -648,6 +704,7 @@ class Pion(torch.optim.Optimizer):
         self._refuse_other_state(state_dict)
         self._follow()
         self._started.clear()
+        self._factors.forget()
         lacking = []
         # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
         super().load_state_dict({**state_dict, "state": {}})

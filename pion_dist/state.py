@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, Literal
 
-from .config import Axis, PionConfig, StateDtype
+from .config import SIDE_OF, Axis, PionConfig, Side, StateDtype
 
 _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
-_NAMES = ("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out", "s")
 START = "s"  # zeros until it is measured, at the first step
+LEFT, RIGHT, SIGMA = "left", "right", "sigma"  # likewise
+_NAMES = (
+    *("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out"),
+    *(START, LEFT, RIGHT, SIGMA),
+)
 
 
 BLOCK = 128
@@ -82,8 +86,17 @@ class Moment:
         return prod(self.held(1, itemsize)) * each
 
 
+def large_side(m: int, n: int, axis: Axis | None) -> Side:
+    """The side of the larger dimension; of equal ones that which ``axis`` cuts, or ``out``."""
+    if m == n:
+        return "in" if axis == "cols" else "out"
+    return "out" if m > n else "in"
+
+
 def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -> dict[str, Moment]:
     """Every moment of a batch of matrices [B, m, n] cut along ``axis``, by name."""
+    if config.direction == "polar":
+        return _factors(batch, m, n, config, axis)
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
     divided = axis is not None and config.tp_mode in ("distributed", "blockwise")
     found: dict[str, Moment] = {}
@@ -109,6 +122,21 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
     return found
 
 
+def _factors(
+    batch: int, m: int, n: int, config: PionConfig, axis: Axis | None
+) -> dict[str, Moment]:
+    """The average and the factors of W = U Σ Vᵀ, whose rows on the larger side ranks divide."""
+    large, r = large_side(m, n, axis), min(m, n)
+    divided = axis is not None and config.tp_mode == "distributed"
+    out, of_in = (1 if divided and large == side else None for side in ("out", "in"))
+    return {
+        "m": Moment((batch, m, n), out or (2 if of_in else None), dtype=config.state_dtype),
+        LEFT: Moment((batch, m, r), out),
+        RIGHT: Moment((batch, n, r), of_in),
+        SIGMA: Moment((batch, r), None),
+    }
+
+
 def unfit(m: int, n: int, config: PionConfig, axis: Axis | None, ranks: int) -> str:
     """Why matrices m x n cannot be computed by ``ranks`` ranks, or an empty string."""
     if axis is None:
@@ -119,6 +147,8 @@ def unfit(m: int, n: int, config: PionConfig, axis: Axis | None, ranks: int) -> 
             return f"blocks={config.blocks} is not a multiple of the {ranks} ranks that share it"
         if cut % config.blocks:
             return f"its {cut} {axis} are not {config.blocks} equal blocks; change blocks"
+    if config.direction == "polar" and (large_side(m, n, axis) == SIDE_OF[axis]):
+        other = cut
     if config.tp_mode == "distributed" and ranks > 1 and other % ranks:
         return (
             f"tp_mode='distributed' divides its {m}x{n} matrices' generators, of {other} rows, to "
@@ -143,11 +173,17 @@ def is_start(name: str) -> bool:
     return name.partition(".")[0] == START
 
 
+def is_measured(name: str) -> bool:
+    """Whether a state key is of what the first step takes from the weights."""
+    return name.partition(".")[0] in (START, LEFT)
+
+
 def identity(config: PionConfig) -> dict[str, Any]:
     """The options that decide what the state is: a checkpoint with others is another state."""
-    spectral = config.scaling == "spectral"
+    polar = config.direction == "polar"
+    spectral = config.scaling == "spectral" and not polar
     return {
-        "momentum": config.momentum,
+        "momentum": "polar" if polar else config.momentum,
         "second_moment": config.direction == "adaptive",
         "scaling": "spectral" if spectral else "rms or none",
         "sides": list(config.sides) if config.momentum == "lie" or spectral else [],

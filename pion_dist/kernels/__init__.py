@@ -21,6 +21,7 @@ from .eight_bit import from_eight_bit, to_eight_bit
 from .fold import fold, fold_product, unfold
 
 __all__ = [
+    "angles",
     "average",
     "backend",
     "fold",
@@ -98,6 +99,7 @@ def outer(u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Te
     return matmul(u_Bdr, v_Bdr.mT)
 
 
+angles = reference.angles
 skew = _dispatched(reference.skew)
 lie_moments = _dispatched(reference.lie_moments, moments=(1, 2))
 average = _dispatched(reference.average, moments=(0,))

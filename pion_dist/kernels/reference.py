@@ -100,6 +100,38 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
     return _look_ahead(m, g_Bmn, beta=beta, ok=ok) if nesterov else m
 
 
+def angles(
+    b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far a step B turns the singular frames of W = U Σ Vᵀ: X, Y and c (docs/polar.md).
+
+    With δ = σ_j − σ_i, τ = σ_i + σ_j and the step's length d in each direction, X = (P + Q) / 2
+    and Y = (P − Q) / 2 of
+
+        P_ij = −(B + Bᵀ)_ij δ / (δ² + (B + Bᵀ)_ij² + d²)
+        Q_ij = −(B − Bᵀ)_ij τ / (τ² + (B − Bᵀ)_ij² + d²)
+
+    and c_j = σ_j / (σ_j² + max(d² − ‖b_j‖², 0) + d²), b_j the columns of B.
+
+    Args:
+        b_Brr: B [B, r, r].
+        sigma_Br: σ [B, r].
+        scale: d, a number or a scalar.
+
+    Returns:
+        X and Y [B, r, r], skew, and c [B, r].
+    """
+    row, column = sigma_Br.unsqueeze(-1), sigma_Br.unsqueeze(-2)
+    square, tiny = scale * scale, torch.finfo(b_Brr.dtype).tiny  # where d and δ are 0, B is too
+    p, q = b_Brr + b_Brr.mT, b_Brr - b_Brr.mT
+    for entries, distance in ((p, column - row), (q, column + row)):
+        below = entries.square().add_(distance.square()).add_(square + tiny)
+        entries.mul_(distance).div_(below).mul_(-0.5)
+    beside = (square - b_Brr.square().sum(-2)).clamp_min_(0.0)
+    c = sigma_Br / (beside.add_(sigma_Br.square()).add_(square + tiny))
+    return p + q, p - q, c
+
+
 def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
     """w <- w + change.
 

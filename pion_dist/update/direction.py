@@ -61,25 +61,25 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(y: Tensor, *, eps: float, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """The polar factor Y (YᵀY)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
+def polar(x: Tensor, *, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
 
     Args:
-        y: [B, m, n] with n columns, or the rows of it that this rank has. (its values are lost)
-        eps: as for ``msign``.
+        x: [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius norm 1, or
+            zero. (its values are lost)
         matmul: the products to use.
         total: sums what ranks with other rows have (in place).
 
     Returns:
-        [B, m, n], singular values in [0.68, 1.21] where Y's are above 0.02 of the largest.
+        [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
     """
-    batch, _, n = y.shape
-    norm = total(kernels.frobenius(y).square_()).sqrt_()
-    x = matmul.rounded(y.div_(norm + eps))
+    batch, _, n = x.shape
+    dtype = x.dtype
+    x = matmul.rounded(x)
     gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
         matmul.mirrored(gram, x.mT, x, sign=1)
-        gram = matmul.rounded(total(gram.to(y.dtype)))
+        gram = matmul.rounded(total(gram.to(wide(dtype))))
         if step == 0:
             matmul.mirrored(poly, gram, gram, sign=1)
             r = tight(kernels.frobenius(poly), pairs=False)
@@ -88,7 +88,46 @@ def polar(y: Tensor, *, eps: float, matmul: Products, total: Callable[[Tensor], 
         else:
             matmul.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
         x = matmul.into(torch.empty_like(x), x, poly, add=x, beta=a)
-    return x.to(y.dtype)
+    return x.to(dtype)
+
+
+def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
+    """The polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
+
+    Args:
+        gram: G [B, n, n], float32 or float64; of trace 1, or zero.
+        matmul: the products to use.
+
+    Returns:
+        H and H G H, [B, n, n] in G's dtype. Directions in which G is below its rounding have
+        another H than ``polar`` gives them, of the same bound.
+    """
+    dtype = gram.dtype
+    gram = matmul.rounded(gram)
+    h: Tensor | None = None
+    for a, b, c in NEWTON_SCHULZ:
+        poly, square = torch.empty_like(gram), torch.empty_like(gram)
+        matmul.mirrored(square, gram, gram, sign=1)
+        if h is None:
+            r = tight(kernels.frobenius(square), pairs=False)
+            gram = gram * (r**2).to(gram.dtype)
+            poly = square.mul_((c * r**4).to(gram.dtype)).add_(gram, alpha=b)
+        else:
+            poly = square.mul_(c).add_(gram, alpha=b)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)
+        if h is None:
+            h = poly * r.to(poly.dtype)
+        else:
+            h = matmul.mirrored(torch.empty_like(h), h, poly, sign=1)
+        square = matmul.mirrored(torch.empty_like(gram), poly, poly, sign=1)
+        gram = matmul.mirrored(torch.empty_like(gram), gram, square, sign=1)
+    assert h is not None, "there is a step"
+    return h.to(dtype), gram.to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which ranks' sums of a dtype's products are added."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def tight(norm: Tensor, *, pairs: bool = True) -> Tensor:
@@ -150,5 +189,6 @@ def apart(
     inner = total(moves(q.mT, s_Bdr))
     within = msign(kernels.skew(matmul(upper, inner.mT)), eps=eps, matmul=matmul)
     out = matmul(moves(q, inner).sub_(s_Bdr), upper.mT)
-    z = polar(out, eps=eps, matmul=matmul, total=total)
+    norm = total(kernels.frobenius(out).square_()).sqrt_()
+    z = polar(out.div_(norm + eps), matmul=matmul, total=total)
     return z.add_(matmul(q, within), alpha=0.5), q

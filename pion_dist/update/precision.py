@@ -131,16 +131,19 @@ class Products:
 
         Only panels up to the diagonal are computed; what is above them is their mirror image.
         """
-        whole = panels(out.shape[-1], out.device.type)
-        for low, high in whole:
+        for low, high in panels(out.shape[-1], out.device.type):
             rows = slice(low, high), slice(high)
             added = None if add is None else add[:, *rows]
             self.into(
                 out[:, *rows], a[:, rows[0]], b[..., :high], add=added, beta=beta, alpha=alpha
             )
-        for low, high in whole[1:]:
-            torch.mul(out[:, low:high, :low].mT, sign, out=out[:, :low, low:high])
-        return out
+        return _mirror(out, sign)
+
+    def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
+        """A @ b in their dtype, where it is symmetric (``sign`` 1) or skew (-1): ``mirrored``."""
+        left, right = self.rounded(a), self.rounded(b)
+        out = left.new_empty(a.shape[0], a.shape[1], b.shape[2])
+        return self.mirrored(out, left, right, sign=sign).to(a.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
         """X as it is multiplied."""
@@ -179,9 +182,23 @@ class Split(Products):
             return super().__call__(left.float(), right.float())
         return torch.bmm(left, right, out_dtype=torch.float32)
 
+    def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
+        """A @ b in their dtype, where it is symmetric or skew, by the panels of ``mirrored``."""
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+        for low, high in panels(out.shape[-1], out.device.type):
+            out[:, low:high, :high] = self(a[:, low:high], b[..., :high])
+        return _mirror(out, sign)
+
     def rounding(self, dtype: torch.dtype) -> float:
         """As of others; of float32's pieces."""
         return 2.0**-16 if dtype == torch.float32 else super().rounding(dtype)
+
+
+def _mirror(out: Tensor, sign: Literal[1, -1]) -> Tensor:
+    """Fill what is above the panels up to the diagonal. (modified in place)"""
+    for low, high in panels(out.shape[-1], out.device.type)[1:]:
+        torch.mul(out[:, low:high, :low].mT, sign, out=out[:, :low, low:high])
+    return out
 
 
 def _pieces(x: Tensor, dim: int, order: tuple[int, ...]) -> Tensor:

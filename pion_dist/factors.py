@@ -1,0 +1,172 @@
+"""Keeps the factors W = U Σ Vᵀ of the polar direction in step with the weights they belong to.
+
+The weight decides: where it is not the product of its factors, as before the first step, after
+weights were loaded without state, or after a script wrote into them, its factors are taken anew by
+a singular value decomposition. A weight is looked at when torch has counted a change that is not
+Pion's, which costs nothing in other steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import Axis, Side
+from .exchange import GroupPeers
+from .state import LEFT, RIGHT, SIGMA
+from .update import polar
+
+logger = logging.getLogger("pion_dist")
+
+_DIM: dict[Side, int] = {"out": 1, "in": 2}
+# Elements of matrices that are decomposed together; each takes several copies in float64.
+_TOGETHER = 1 << 22
+_SECONDS = 10.0  # between two lines of progress
+
+
+class Rows:
+    """The rows of matrices on their larger side, which ranks divide whichever side cuts them."""
+
+    def __init__(self, peers: GroupPeers | None, axis: Axis | None, large: Side) -> None:
+        """Without peers a rank has all rows."""
+        self.peers, self.dim = peers, _DIM[large]
+        self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]
+
+    def of(self, shard: Tensor) -> Tensor:
+        """This rank's rows of matrices of which it has a shard; the shard itself if it is them."""
+        if self.peers is None or self.cut == self.dim:
+            return shard
+        return self.peers.exchanged(shard, self.cut, self.dim)
+
+    def back(self, rows: Tensor, shard: Tensor) -> None:
+        """Write rows into the shard that ``of`` made them from (modified in place)."""
+        if self.peers is not None and self.cut != self.dim:
+            shard.copy_(self.peers.exchanged(rows, self.dim, self.cut))
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """All ranks' rows."""
+        return rows if self.peers is None else self.peers.gathered(rows, self.dim)
+
+    def mine(self, whole: Tensor, dim: int) -> Tensor:
+        """This rank's part of a factor, if it is divided along ``dim``."""
+        if self.peers is None or dim != self.dim:
+            return whole
+        return whole.chunk(self.peers.size, 1)[self.peers.rank]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks that divide the rows (modified in place)."""
+        return x if self.peers is None else self.peers.total(x)
+
+
+class Factors:
+    """Knows which weights may have changed since Pion's last step, and factorizes those that have.
+
+    Attributes:
+        matrices: that this rank computes, for progress.
+    """
+
+    def __init__(self) -> None:
+        """All weights may have changed."""
+        self.matrices = 0
+        self._versions: dict[Tensor, int] = {}
+        self._done = 0
+        self._began = self._told = 0.0
+
+    def forget(self) -> None:
+        """Look at every weight in the next step, since weights or state were loaded."""
+        self._versions.clear()
+
+    def stepped(self, params: Iterable[Tensor]) -> None:
+        """Note that these parameters are as Pion's step left them."""
+        self._versions.update((p, p._version) for p in params)
+        self._done = 0
+
+    def unsure(self, p: Tensor) -> bool:
+        """Tell whether a parameter may not be the product of its factors."""
+        return self._versions.get(p) != p._version
+
+    def match(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        w: Tensor,
+        moments: Mapping[str, Tensor],
+        rows: Rows,
+        *,
+        computed_by: int,
+    ) -> None:
+        """Take the factors of weights that are not the product of theirs (modified in place).
+
+        A collective of the ranks that divide the rows. It waits for the device.
+
+        Args:
+            names: of each matrix.
+            params: that each is of.
+            w: [B, m, n], or this rank's rows.
+            moments: U, Σ and V.
+            rows: how ranks divide them.
+            computed_by: the rank of them that decomposes.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        errors = polar.mismatch(w, moments, total=rows.total).tolist()
+        known = moments[SIGMA].any(-1).tolist()
+        wrong = []
+        for index, (p, error) in enumerate(zip(params, errors, strict=True)):
+            if error <= _rounding(p.dtype):
+                continue
+            wrong.append(index)
+            if known[index]:
+                logger.warning(
+                    "%s is not the product of its factors: it was changed since Pion's last step, "
+                    "or is not of the state that was loaded. Its singular values are taken anew",
+                    names[index],
+                )
+        stride = max(1, _TOGETHER // (w.shape[1] * w.shape[2]))
+        for first in range(0, len(wrong), stride):
+            some = wrong[first : first + stride]
+            whole = rows.whole(w[some])
+            if not whole.isfinite().all():
+                raise ValueError(f"one of {', '.join(names[i] for i in some)} is not finite")
+            batch, m, n = whole.shape
+            r = min(m, n)
+            if rows.peers is None or rows.peers.rank == computed_by:
+                u, sigma, v = polar.factorize(whole)
+            else:
+                shapes = ((batch, m, r), (batch, r), (batch, n, r))
+                u, sigma, v = (whole.new_zeros(shape) for shape in shapes)
+            u, sigma, v = (rows.total(x) for x in (u, sigma, v))
+            moments[LEFT][some] = rows.mine(u, 1)
+            moments[SIGMA][some] = sigma
+            moments[RIGHT][some] = rows.mine(v, 2)
+            self._report(len(some), m, n)
+
+    def _report(self, count: int, m: int, n: int) -> None:
+        """Tell from time to time how far the decompositions are."""
+        now = time.monotonic()
+        if self._done == 0:
+            self._began = self._told = now
+        self._done += count
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first and now - self._told >= _SECONDS:
+            self._told = now
+            logger.warning(
+                "singular values before the first step: %d of %d matrices, now %d x %d; %.0f s",
+                self._done,
+                self.matrices,
+                m,
+                n,
+                now - self._began,
+            )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far a weight may be from the product of its factors, which were rounded once to it."""
+    # Split products leave 2^-16 of a term; bf16 rounds to 2^-9 of an element.
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2.0**-7)
