@@ -232,6 +232,23 @@ def traffic(
         step: number of the step, from 1.
         itemsize: bytes of an element; where one of float32 travels in bf16, two count as one.
     """
+    if config.direction == "polar":
+        return _polar_traffic(batch, m, n, axis, ranks=ranks)
+    return _generators_traffic(batch, m, n, config, axis, ranks=ranks, step=step, itemsize=itemsize)
+
+
+def _generators_traffic(
+    batch: int,
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis,
+    *,
+    ranks: int,
+    step: int,
+    itemsize: int,
+) -> Traffic:
+    """The collectives of a step of the other directions."""
     low = config.matmul_precision == "bf16" and itemsize == 4
     found = Traffic()
     active = order(m, n, config.active_sides(step))
@@ -258,6 +275,20 @@ def traffic(
             _divided(found, config, batch, d, other, cut=cut, ranks=ranks, first=first, low=low)
     if config.scaling == "rms":
         found.add("all_reduce", batch)
+    return found
+
+
+def _polar_traffic(batch: int, m: int, n: int, axis: Axis, *, ranks: int) -> Traffic:
+    """The collectives of a polar step whose rows ranks divide."""
+    found = Traffic()
+    square = batch * min(m, n) ** 2
+    if m != n and (axis == "rows") == (m < n):
+        found.add("all_to_all", batch * m * n // ranks, 2)  # the gradient, and W back
+    found.add("all_reduce", batch)  # its norm
+    if not uses_gram(m, n):
+        found.add("all_reduce", square, len(NEWTON_SCHULZ))  # XᵀX of its polar factor
+    found.add("all_reduce", square if m == n else 2 * square)  # B, and (D V)ᵀ D V; or both of M V
+    found.add("all_reduce", square)  # UᵀU
     return found
 
 

@@ -43,10 +43,11 @@ class Rows:
             return shard
         return self.peers.exchanged(shard, self.cut, self.dim)
 
-    def back(self, rows: Tensor, shard: Tensor) -> None:
-        """Write rows into the shard that ``of`` made them from (modified in place)."""
-        if self.peers is not None and self.cut != self.dim:
-            shard.copy_(self.peers.exchanged(rows, self.dim, self.cut))
+    def back(self, rows: Tensor) -> Tensor:
+        """The inverse of ``of``."""
+        if self.peers is None or self.cut == self.dim:
+            return rows
+        return self.peers.exchanged(rows, self.dim, self.cut)
 
     def whole(self, rows: Tensor) -> Tensor:
         """All ranks' rows."""
@@ -74,6 +75,7 @@ class Factors:
         """All weights may have changed."""
         self.matrices = 0
         self._versions: dict[Tensor, int] = {}
+        self._unsure: set[Tensor] = set()
         self._done = 0
         self._began = self._told = 0.0
 
@@ -81,14 +83,18 @@ class Factors:
         """Look at every weight in the next step, since weights or state were loaded."""
         self._versions.clear()
 
-    def stepped(self, params: Iterable[Tensor]) -> None:
-        """Note that these parameters are as Pion's step left them."""
-        self._versions.update((p, p._version) for p in params)
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """Begin a step: note which parameters were changed since the last one."""
+        self._unsure = {p for p in params if self._versions.get(p) != p._version}
         self._done = 0
 
+    def end(self, params: Iterable[Tensor]) -> None:
+        """End a step: parameters are as it has left them."""
+        self._versions.update((p, p._version) for p in params)
+
     def unsure(self, p: Tensor) -> bool:
-        """Tell whether a parameter may not be the product of its factors."""
-        return self._versions.get(p) != p._version
+        """Tell whether a parameter may not be the product of its factors in this step."""
+        return p in self._unsure
 
     def match(
         self,

@@ -424,6 +424,7 @@ class Pion(torch.optim.Optimizer):
         names = [self._slots[p].name for p in due]
         ok = self._guard.check(names, [p.grad for p in due if p.grad is not None])
         ok = exchange.agree(ok, self.groups)
+        self._factors.begin(due)
         for batch in self._own:
             self._step_own([i for i in batch if self._places[i][0].grad is not None], ok)
         for index in range(len(self.groups)):
@@ -431,7 +432,7 @@ class Pion(torch.optim.Optimizer):
                 self._step_shared(index, ok)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
-        self._factors.stepped(due)
+        self._factors.end(due)
         return loss
 
     def _due(self) -> list[Tensor]:
@@ -593,20 +594,18 @@ class Pion(torch.optim.Optimizer):
         large = state.large_side(x.m, x.n, x.axis)
         divided = self.config.tp_mode == "distributed" and x.shared
         rows = Rows(GroupPeers(self.groups[x.group or 0]) if divided else None, x.axis, large)
-        mine = rows.of(w)
         params = [self._places[i][0] for i, _ in members]
         if any(self._factors.unsure(p) for p in params):
             names = {i: self.names(i) for i, _ in members}
             self._factors.match(
                 [names[i][index] for i, index in members],
                 params,
-                mine,
+                rows.of(w),
                 moments,
                 rows,
                 computed_by=members[0][0] % self.plan.ranks_of(x),
             )
-        found = polar.step(
-            mine,
+        stepped, go, found = polar.step(
             rows.of(g),
             moments,
             config=self.config,
@@ -617,7 +616,7 @@ class Pion(torch.optim.Optimizer):
             total=rows.total,
             watched=watched,
         )
-        rows.back(mine, w)
+        torch.where(go, rows.back(stepped), w, out=w)
         return found
 
     def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:

@@ -147,9 +147,15 @@ def unfit(m: int, n: int, config: PionConfig, axis: Axis | None, ranks: int) -> 
             return f"blocks={config.blocks} is not a multiple of the {ranks} ranks that share it"
         if cut % config.blocks:
             return f"its {cut} {axis} are not {config.blocks} equal blocks; change blocks"
-    if config.direction == "polar" and (large_side(m, n, axis) == SIDE_OF[axis]):
-        other = cut
-    if config.tp_mode == "distributed" and ranks > 1 and other % ranks:
+    if config.tp_mode != "distributed" or ranks == 1:
+        return ""
+    if config.direction == "polar":
+        if max(m, n) % ranks and large_side(m, n, axis) != SIDE_OF[axis]:
+            return (
+                f"tp_mode='distributed' divides the {max(m, n)} rows of its {m}x{n} matrices' "
+                f"larger factor to {ranks} ranks; use tp_mode='owner'"
+            )
+    elif other % ranks:
         return (
             f"tp_mode='distributed' divides its {m}x{n} matrices' generators, of {other} rows, to "
             f"{ranks} ranks; use tp_mode='owner'"

@@ -308,6 +308,103 @@ class ReferencePion:
         return found
 
 
+def polynomial_polar(m: Array) -> Array:
+    """The polar factor M (MᵀM)^(−1/2), as far as the quintic steps take its singular values.
+
+    From M over the bound (Σ σ⁸)^(1/8) of its largest.
+    """
+    u, s, vt = np.linalg.svd(m, full_matrices=False)
+    s = s / max(np.linalg.norm(s), np.finfo(float).tiny)
+    s = s / max(np.sum(s**8) ** (1 / 8), 1e-3)
+    for a, b, c in NEWTON_SCHULZ:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ vt
+
+
+def polished(frame: Array) -> Array:
+    """The frame with each singular value s, which are near 1, replaced by s (3 − s²) / 2."""
+    p, s, qt = np.linalg.svd(frame, full_matrices=False)
+    return (p * (s * (3 - s**2) / 2)) @ qt
+
+
+class ReferencePolar:
+    """One weight matrix under ``direction="polar"``, from the definition; ``step`` moves it.
+
+    Args:
+        w: the weight at the start.
+        config: the run's options.
+
+    Attributes:
+        w: the weight, U diag(σ) Vᵀ.
+        u, sigma, v: its factors, U [m, r], σ [r] and V [n, r].
+        m: the average of the gradient.
+        d: the last step of Muon, which W loses; what of it would change σ is dropped.
+    """
+
+    def __init__(self, w: npt.ArrayLike, config: PionConfig) -> None:
+        self.w: Array = np.array(w, dtype=np.float64)
+        self.config = config
+        self.u, self.sigma, vt = np.linalg.svd(self.w, full_matrices=False)
+        self.v = vt.T
+        self.m = np.zeros_like(self.w)
+        self.d = np.zeros_like(self.w)
+
+    def step(self, g: npt.ArrayLike, lr: float) -> None:
+        """Move the weight by one step with the gradient ``g`` at the learning rate ``lr``."""
+        beta = self.config.betas[0]
+        g = np.array(g, dtype=np.float64)
+        self.m = beta * self.m + (1 - beta) * g
+        s = beta * self.m + (1 - beta) * g if self.config.nesterov else self.m
+        rows, columns = self.w.shape
+        length = lr * 0.2 * math.sqrt(max(rows, columns))  # of D's singular values
+        self.d = length * polynomial_polar(s)
+        b = self.u.T @ self.d @ self.v
+        x, y = self._angles(b, length)
+        u, v = self.u, self.v
+        self.u = self._turned(u, x, self.d @ v - u @ b, b, length)
+        self.v = self._turned(v, y, self.d.T @ u - v @ b.T, b.T, length)
+        if length > 0 and s.any():
+            self.w = (self.u * self.sigma) @ self.v.T
+
+    def _angles(self, b: Array, length: float) -> tuple[Array, Array]:
+        """X and Y, with X diag(σ) − diag(σ) Y near −B off the diagonal."""
+        r = len(self.sigma)
+        x, y = np.zeros((r, r)), np.zeros((r, r))
+        for i in range(r):
+            for j in range(r):
+                if i == j or length == 0:
+                    continue
+                near, far = self.sigma[j] - self.sigma[i], self.sigma[i] + self.sigma[j]
+                plus, minus = b[i, j] + b[j, i], b[i, j] - b[j, i]
+                p = -plus * near / (near**2 + plus**2 + length**2)
+                q = -minus * far / (far**2 + minus**2 + length**2)
+                x[i, j], y[i, j] = (p + q) / 2, (p - q) / 2
+        return x, y
+
+    def _turned(self, frame: Array, inner: Array, z: Array, b: Array, length: float) -> Array:
+        """E(A) U of the skew A with A U = U X − Z diag(c), and A zero off U and Z."""
+        if len(frame) == len(inner):
+            z = np.zeros_like(z)
+        beside = np.maximum(length**2 - np.sum(b**2, axis=0), 0)  # ‖z_j‖², were D orthonormal
+        below = self.sigma**2 + beside + length**2
+        zc = z * np.divide(self.sigma, below, out=np.zeros_like(below), where=below > 0)
+        a = frame @ inner @ frame.T - zc @ frame.T + frame @ zc.T
+        return polished(retract(a, "cubic") @ frame)
+
+    def state(self) -> dict[str, Array]:
+        """The moments as the optimizer keeps them; frames are unique up to the columns' signs."""
+        return {"m": self.m, "left": self.u, "sigma": self.sigma, "right": self.v}
+
+
+def reference_of(
+    w: npt.ArrayLike, config: PionConfig, axis: Axis = None
+) -> ReferencePion | ReferencePolar:
+    """The reference of one matrix, by the direction."""
+    if config.direction == "polar":
+        return ReferencePolar(w, config)
+    return ReferencePion(w, config, axis)
+
+
 class ReferenceWeight:
     """A stored weight: a reference for each of its view's matrices.
 
@@ -318,7 +415,7 @@ class ReferenceWeight:
     def __init__(self, w: Array, view: MatrixView, config: PionConfig) -> None:
         self.view = view
         self.parts = {
-            part: [ReferencePion(matrix, config, view.axis) for matrix in batch]
+            part: [reference_of(matrix, config, view.axis) for matrix in batch]
             for part, batch in self._split(w).items()
         }
 

@@ -43,7 +43,9 @@ Sum = Callable[[Tensor], Tensor]
 def factorize(w_Bmn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [B, m, r], σ [B, r] in descending order and V [B, n, r] of W, computed in float64."""
     u, sigma, vt = torch.linalg.svd(w_Bmn.double(), full_matrices=False)
-    return u.to(w_Bmn.dtype), sigma.to(w_Bmn.dtype), vt.mT.to(w_Bmn.dtype)
+    # Contiguous, as collectives need them.
+    u, v = (x.to(w_Bmn.dtype).contiguous() for x in (u, vt.mT))
+    return u, sigma.to(w_Bmn.dtype), v
 
 
 def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, total: Sum) -> Tensor:
@@ -78,7 +80,6 @@ class _Frames:
 
 @float32_precision("ieee")
 def step(
-    w_Bmn: Tensor,
     g_Bmn: Tensor,
     moments: Mapping[str, Tensor],
     *,
@@ -89,63 +90,77 @@ def step(
     ok: Tensor,
     total: Sum = lambda x: x,
     watched: bool = False,
-) -> Tensor | None:
-    """Move the factors, the average and the weights by one step (modified in place).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Move the average and the factors by one step.
 
     Args:
-        w_Bmn: weights [B, m, n], float32 or float64; rows of the large side where ranks divide it.
-        g_Bmn: gradients, as the weights.
-        moments: ``m`` [B, m, n], ``left`` U [B, m, r], ``right`` V [B, n, r], ``sigma`` [B, r].
-            (modified in place)
+        g_Bmn: gradients [B, m, n], float32 or float64; the rows (of the large side) that this rank
+            has, where ranks divide them.
+        moments: ``m`` as the gradients, ``left`` U [B, m, r], ``right`` V [B, n, r], of which one
+            is divided likewise, and ``sigma`` [B, r]. (modified in place)
         config: the run's options.
         lr: η.
         large: the side of the larger dimension.
-        rows: of that side, on all ranks, L.
-        ok: boolean scalar on the weights' device; where it is False nothing moves.
+        rows: of that side, on all ranks: L.
+        ok: boolean scalar on the gradients' device; where it is False nothing moves.
         total: sums over the ranks that divide the rows.
         watched: whether to measure what the step does.
 
     Returns:
-        ``readings.read_polar``'s, if it is watched.
+        The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
+        does whose average is zero; and ``readings.read_polar``'s, if it is watched.
     """
     fast = PRODUCTS[config.matmul_precision]
-    moves = moving(config.matmul_precision, w_Bmn.device)
-    u, v = moments[LEFT], moments[RIGHT]
-    u, v = (u, v) if large == "out" else (v, u)
-    sigma = moments[SIGMA]
+    moves = moving(config.matmul_precision, g_Bmn.device)
+    left, right, sigma = moments[LEFT], moments[RIGHT], moments[SIGMA]
+    u, v = (left, right) if large == "out" else (right, left)
+    r = v.shape[-1]
     s = kernels.average(moments["m"], g_Bmn, beta=config.betas[0], nesterov=config.nesterov, ok=ok)
     s = s if large == "out" else s.mT
     norm = total(kernels.frobenius(s).square_()).sqrt_()
     s = fast.rounded(s / norm.clamp_min(torch.finfo(norm.dtype).tiny))
     scale = lr * (RMS * math.sqrt(rows))
-    square = rows == v.shape[-1]
-    made = _through_gram if uses_gram(rows, v.shape[-1]) else _directly
-    frames = made(s, u, v, scale, square=square, fast=fast, total=total)
+    frames = _frames(s, u, v, scale, rows=rows, fast=fast, total=total)
     del s
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
-    d = (frames.y if frames.h is None else fast(frames.y, frames.h)) if watched else None
-    squares = [_outward(x, c, frames), fast.symmetric(y, -y)] if watched else []
-    old_v = v.clone() if watched else v
+    before = None
+    if watched:
+        d = frames.y if frames.h is None else fast(frames.y, frames.h)
+        squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
+        before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
     new_u = _turned_out(u, x, c, frames, fast=fast)
-    del frames
+    del frames, x
     new_u = _polished(new_u, fast=fast, moves=moves, total=total)
     new_v = torch.add(v, fast(v, _cubic(y, fast=fast)))
     new_v = _polished(new_v, fast=fast, moves=moves, total=lambda x: x)
     go = ok & (norm > 0)
-    for old, new in ((u, new_u), (v, new_v)):
-        torch.where(go, new, old, out=old)
-    del new_u, new_v, new, old
-    new_w = moves(moments[LEFT], (moments[RIGHT] * sigma.unsqueeze(-2)).mT)
-    torch.where(go, new_w, w_Bmn, out=new_w)
-    found = None
-    if d is not None:
-        change = new_w - w_Bmn
-        change = exact(change if large == "out" else change.mT, old_v)
-        numel = rows * v.shape[-1]
-        found = read_polar(change, d, (u, v), squares, numel=numel, total=total)
-        found = torch.where(ok, found, torch.zeros_like(found))
-    w_Bmn.copy_(new_w)
-    return found
+    torch.where(go, new_u, u, out=u)
+    torch.where(go, new_v, v, out=v)
+    del new_u, new_v
+    w = moves(left, (right * sigma.unsqueeze(-2)).mT)
+    if before is None:
+        return w, go, None
+    d, squares, old_v, old_us = before
+    change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
+    found = read_polar(change, d, (u, v), squares, numel=rows * r, total=total)
+    return w, go, torch.where(ok, found, torch.zeros_like(found))
+
+
+def _frames(
+    s: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale: float | Tensor,
+    *,
+    rows: int,
+    fast: Products,
+    total: Sum,
+) -> _Frames:
+    """Muon's step of the average S, which has norm 1, in the frames; the cheaper way."""
+    r = v.shape[-1]
+    if uses_gram(rows, r):
+        return _through_gram(s, u, v, scale, fast=fast, total=total)
+    return _directly(s, u, v, scale, square=rows == r, fast=fast, total=total)
 
 
 def _through_gram(
@@ -154,12 +169,10 @@ def _through_gram(
     v: Tensor,
     scale: float | Tensor,
     *,
-    square: bool,
     fast: Products,
     total: Sum,
 ) -> _Frames:
     """From Y = M V and the inverse root of YᵀY."""
-    assert not square, "a square's D is cheaper"
     y = fast(s, fast.rounded(v))
     gram, inner = _sums([fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, total)
     h, root = inverse_root(gram, matmul=fast)
