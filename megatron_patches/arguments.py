@@ -67,14 +67,16 @@ FLAGS = (
     ),
     _choice(
         "momentum",
-        "What the first moment averages: the generators (lie), the gradient, rotated along with "
-        "the weight (transported), or the gradient as it is (ambient).",
+        "What the first moment of directions other than polar averages: the generators (lie), the "
+        "gradient, rotated along with the weight (transported), or the gradient as it is "
+        "(ambient).",
     ),
     _choice(
         "direction",
-        "How a moment becomes a generator: m/(sqrt(v)+eps) (adaptive), m (momentum), or the matrix "
-        "sign of the skew generator, by Newton-Schulz (msign; on a side more than twice as large "
-        "as the other of its parts within the weight's space and out of it).",
+        "polar: Muon's step, by as much of it as turns the weight's singular frames. Its steps "
+        "have root mean square 0.2 * lr, as AdamW's. Or a skew generator for each side: of "
+        "m/(sqrt(v)+eps) (adaptive), of m (momentum), or its matrix sign (msign). The flags for "
+        "momentum, eps, side, scaling, rms, retraction and degree are of these.",
     ),
     Flag(
         "nesterov",
@@ -92,10 +94,8 @@ FLAGS = (
     ),
     _choice(
         "scaling",
-        "rms: the first-order change of a weight has root mean square lr * --pion-rms. spectral: "
-        "each side's generator is divided by its spectral norm, so that lr is the largest angle by "
-        "which each factor turns, in radians. none: the generator is scaled by lr alone (with "
-        "msign, lr is the angle).",
+        "rms: the first-order change of a weight has root mean square lr * --pion-rms. none: the "
+        "generator is scaled by lr alone (with msign, lr is the angle).",
     ),
     Flag("beta1", _DEFAULT.betas[0], "Decay of the first moment.", {"type": float}),
     Flag("beta2", _DEFAULT.betas[1], "Decay of the second moment.", {"type": float}),
@@ -108,7 +108,7 @@ FLAGS = (
     _choice(
         "retraction",
         "From a skew generator to an orthogonal factor: exp cut at --pion-degree (taylor), the "
-        "orthogonality-matched cubic, the Cayley transform, or exp.",
+        "Cayley transform, or exp.",
     ),
     Flag("degree", _DEFAULT.degree, "Degree of --pion-retraction taylor, 2 to 8.", {"type": int}),
     _choice(
@@ -146,7 +146,8 @@ FLAGS = (
     ),
     _choice(
         "state-dtype",
-        "Of Pion's moments: as computed (fp32), or rounded when stored: to bf16, half the bytes, "
+        "Of Pion's averages (polar's factors stay float32): as computed (fp32), or rounded when "
+        "stored: to bf16, half the bytes, "
         "for betas up to 0.99, or to int8 with a scale for each 128 elements, for betas up to "
         "0.95.",
     ),
@@ -398,11 +399,6 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
     _check_lr_mult(args)
-    if getattr(args, "use_mup", False) and args.pion_scaling != "spectral":
-        raise ValueError(
-            "--optimizer pion with --use-mup needs --pion-scaling spectral, whose steps do not "
-            "depend on the width"
-        )
     if args.pion_tp_mode == "blockwise" and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
             f"--pion-blocks {args.pion_blocks} must be a multiple of "

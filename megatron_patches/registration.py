@@ -190,8 +190,16 @@ def _with_lr_mult(original: Any) -> Any:
 
 
 def _mup_of_adam(original: Any) -> Any:
-    """get_mup_config_overrides: Adam's under ``--optimizer adam``, for what is not Pion's."""
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+    """get_mup_config_overrides: Adam's under ``--optimizer adam``, for what is not Pion's.
+
+    Pion's steps have one root mean square at every width, and so a spectral norm that grows with
+    the root of the width, which muP wants to be the same (https://arxiv.org/abs/2310.17813).
+    """
+    from megatron.core.optimizer.optimizer_config import (
+        ParamKey,
+        ParamPredicate,
+        ParamWithNamePredicate,
+    )
 
     from .parameters import is_scalar
 
@@ -210,7 +218,13 @@ def _mup_of_adam(original: Any) -> Any:
         if optimizer_type != "pion":
             return original(config, mup_width_mult, optimizer_type)
         overrides = original(config, mup_width_mult, "adam")
-        return {of_adam(key): override for key, override in overrides.items()}
+        found = {of_adam(key): override for key, override in overrides.items()}
+        if mup_width_mult != 1.0:
+            factor = mup_width_mult**-0.5
+            rates = {"max_lr": factor * config.lr, "min_lr": factor * config.min_lr}
+            pions = ParamPredicate(name="pion_mup", fn=lambda p: not is_scalar(p))
+            found[ParamKey(predicate=pions)] = rates
+        return found
 
     return get_mup_config_overrides
 

@@ -10,8 +10,8 @@ Momentum = Literal["lie", "transported", "ambient"]
 Direction = Literal["polar", "adaptive", "momentum", "msign"]
 Side = Literal["in", "out"]
 ActiveSides = Literal["both", "alternate", "in", "out"]
-Scaling = Literal["rms", "spectral", "none"]
-Retraction = Literal["taylor", "cubic", "cayley", "exp"]
+Scaling = Literal["rms", "none"]
+Retraction = Literal["taylor", "cayley", "exp"]
 QkvGranularity = Literal["qkv", "head", "group", "whole"]
 MatmulPrecision = Literal["highest", "high", "bf16"]
 Axis = Literal["rows", "cols"]
@@ -37,48 +37,49 @@ class PionConfig:
     ``recipes.RECIPES`` has those of the published runs (arXiv 2605.12492).
 
     Attributes:
-        momentum: what the first moment averages. ``lie``: the generators; ``transported``: the
-            gradient, rotated along with the weight (by a polynomial retraction to second order);
-            ``ambient``: the gradient as it is.
-        direction: how a moment becomes a generator. ``adaptive``: m / (sqrt(v) + eps);
-            ``momentum``: m; ``msign``: the matrix sign of the skew generator. On a side more than
-            twice as large as the other, of the generator's parts within W's space and out of it,
-            each by itself (``update/direction.py``; not with ``lie``, nor with blocks).
+        direction: ``polar``: Muon's step of the gradient's average, by as much of it as turns the
+            singular frames of W = U S Vᵀ, S fixed: ``update/polar.py``. Its steps have AdamW's
+            root mean square, 0.2 lr. The others make a skew generator for each side from moments
+            and turn W by their factors. ``adaptive``: of m / (sqrt(v) + eps); ``momentum``: of m;
+            ``msign``: the matrix sign of the generator.
+        momentum: what the other directions' first moment averages. ``lie``: the generators;
+            ``transported``: the gradient, rotated along with the weight; ``ambient``: the gradient
+            as it is, which is what ``polar`` averages too.
         nesterov: use the look-ahead average beta1 m + (1 - beta1) g in place of m.
         betas: decay of the first and of the second moment, each in [0, 1). The second is used by
             ``direction="adaptive"`` only.
-        eps: added to denominators; > 0.
+        eps: added to denominators; > 0. This and what follows, to ``degree``, is of the directions
+            other than ``polar``, as are ``state_layout``, ``blocks`` and
+            ``spectrum_reset_interval``.
         side: which factors a step applies. ``alternate``: in on odd steps (the first is 1), out
             on even ones.
         scaling: ``rms`` makes the root mean square of the first-order change ``lr * rms``;
-            ``spectral`` divides each side's generator by its spectral norm, so that lr is the
-            largest angle by which each factor turns, in radians, whatever the matrix's size
-            (the norm is a few products' estimate from below: see update/scaling.py);
             ``none`` leaves the angle at ``lr`` times the generator.
         rms: the root mean square that ``scaling="rms"`` aims at, per unit of lr; > 0.
         retraction: from a skew generator to an orthogonal factor. ``taylor``: exp cut at
-            ``degree``; ``cubic``: I + A + A²/2 + A³/8, orthogonal to sixth order; ``cayley`` and
-            ``exp``: orthogonal to rounding.
+            ``degree``; ``cayley`` and ``exp``: orthogonal to rounding.
         degree: degree of ``retraction="taylor"``, 2 to 8. (Degree 1 stretches by the square of
             the angle and is not offered.)
         qkv: what a fused QKV weight is to Pion. ``qkv``: Q, K and V as three matrices; ``head``:
             every head one; ``group``: per query group its Q, its K and its V; ``whole``: one.
         split_gate: treat a gated fc1 as two matrices, gate and up.
-        matmul_precision: of products that only decide where a weight moves: generators, the
-            matrix sign, and the turning of moments. ``highest``: IEEE float32; ``high``: TF32
-            where the device has it; ``bf16``. What moves the weight itself is IEEE float32 on CPUs
-            and with ``highest``; else three bf16 products of float32's pieces, which lose less than
-            2^-16, so that its spectrum is kept as well (``update/precision.py``).
+        matmul_precision: of products that only decide where a weight moves: all of ``polar`` but
+            UᵀU, VᵀV and U S Vᵀ; generators, the matrix sign, and the turning of moments.
+            ``highest``: IEEE float32; ``high``: TF32 where the device has it; ``bf16``. What moves
+            the weight itself is IEEE float32 on CPUs and with ``highest``; else three bf16 products
+            of float32's pieces, which lose less than 2^-16, so that its spectrum is kept as well
+            (``update/precision.py``).
         state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
             rank has whole generators (``tp_mode="distributed"`` divides their rows, which stay
             dense); ``dense``. Checkpoints are the same.
-        state_dtype: of moments. ``fp32``: as they are computed (float64 for float64 weights);
-            ``bf16``: rounded to nearest when stored, for betas up to 0.99: of an average over more
-            steps the changes would be lost; ``int8``: likewise, with a scale for each 128 elements
-            of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
+        state_dtype: of averages (factors stay float32). ``fp32``: as they are computed (float64
+            for float64 weights); ``bf16``: rounded to nearest when stored, for betas up to 0.99: of
+            an average over more steps the changes would be lost; ``int8``: likewise, with a scale
+            for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
         tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
             ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
-            ``distributed``: each rank its rows of the generators and its shard of the products.
+            ``distributed``: each rank its rows, of the larger factor or of the generators, and its
+            shard of the products.
             ``blockwise`` is another algorithm, on one rank too: the factor on the axis that tensor
             parallelism cuts is block-diagonal, of ``blocks`` blocks; the other is shared by all.
         blocks: of ``tp_mode="blockwise"``; 2 or more, and a multiple of the ranks.
@@ -91,15 +92,15 @@ class PionConfig:
         ValueError: a value is not allowed, or two values contradict each other.
     """
 
-    momentum: Momentum = "transported"
-    direction: Direction = "msign"
+    direction: Direction = "polar"
+    momentum: Momentum = "lie"
     nesterov: bool = True
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.95, 0.95)
     eps: float = 1e-8
-    side: ActiveSides = "alternate"
-    scaling: Scaling = "spectral"
+    side: ActiveSides = "both"
+    scaling: Scaling = "rms"
     rms: float = 0.2
-    retraction: Retraction = "cubic"
+    retraction: Retraction = "taylor"
     degree: int = 2
     qkv: QkvGranularity = "qkv"
     split_gate: bool = True
@@ -142,17 +143,7 @@ class PionConfig:
 
     def _check_combinations(self) -> None:
         if self.direction == "polar":
-            for name in _OF_GENERATORS:
-                if getattr(self, name) != _default(name):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} is of other directions; with "
-                        "direction='polar' leave it out"
-                    )
-            if self.tp_mode == "blockwise":
-                raise ValueError(
-                    "tp_mode='blockwise' has factors of blocks, which direction='polar' has not: "
-                    "use tp_mode='owner', 'duplicated' or 'distributed'"
-                )
+            self._check_polar()
         if self.retraction != "taylor" and self.degree != _default("degree"):
             raise ValueError(
                 f"degree={self.degree} is of retraction='taylor'; with "
@@ -170,6 +161,19 @@ class PionConfig:
                 f"blocks={self.blocks} is of tp_mode='blockwise'; with tp_mode={self.tp_mode!r} "
                 "leave it out"
             )
+
+    def _check_polar(self) -> None:
+        if self.tp_mode == "blockwise":
+            raise ValueError(
+                "tp_mode='blockwise' is of other directions: with direction='polar' use "
+                "tp_mode='owner', 'duplicated' or 'distributed'"
+            )
+        for name in _OF_GENERATORS:
+            if getattr(self, name) != _default(name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is of other directions: with "
+                    "direction='polar' leave it out"
+                )
 
     def _check_state(self) -> None:
         # bf16 has 8 bits: (1 − β) of a difference is lost where that is below 2^-9 / (1 − β) of m,
@@ -190,7 +194,8 @@ class PionConfig:
                 "state_dtype='int8' has scales for parts of whole matrices, which "
                 f"tp_mode={self.tp_mode!r} divides: use tp_mode='owner', or state_dtype='bf16'"
             )
-        if self.momentum == "lie" and self.state_layout != "packed":
+        lie = self.momentum == "lie" and self.direction != "polar"
+        if lie and self.state_layout != "packed":
             raise ValueError(
                 "state_dtype='int8' has scales for parts of packed moments: use "
                 "state_layout='packed', or state_dtype='bf16'"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
-from .iterations import NEWTON_SCHULZ, NORM_PRODUCTS, panels
+from .iterations import NEWTON_SCHULZ, panels
 
 Form = Literal["dense", "factors"]
 
@@ -20,8 +20,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
     """For each side, how its generator is held: as its matrix, or in factors where that is cheaper.
 
     Lie moments are dense, and ``cayley`` and ``exp`` need the matrix; the averages of the gradient
-    (``transported``, ``ambient``) allow either, but for a matrix sign of the smaller side's, and
-    FLOP over their rates decide.
+    (``transported``, ``ambient``) allow either, but for a matrix sign, and FLOP over their rates
+    decide.
 
     Args:
         m: rows of the matrix.
@@ -36,8 +36,8 @@ def forms(m: int, n: int, config: PionConfig) -> dict[Side, Form]:
         d, other = (n, m) if side == "in" else (m, n)
         in_factors = (
             config.momentum != "lie"
-            and config.retraction in ("taylor", "cubic")
-            and (config.direction != "msign" or in_parts(d, other, config))
+            and config.retraction == "taylor"
+            and config.direction != "msign"
             and _work(d, other, config, form="factors", first=False).weighed(config)
             < _work(d, other, config, form="dense", first=False).weighed(config)
         )
@@ -57,21 +57,9 @@ def room(m: int, n: int, config: PionConfig) -> int:
     if config.direction == "polar":
         return found + 4 * min(m, n) ** 2
     for side, form in forms(m, n, config).items():
-        d, other = (n, m) if side == "in" else (m, n)
         if form == "dense":
-            found += d * d
-        if in_parts(d, other, config):  # Q, Z, two iterates, and of Grams and signs
-            found += 4 * m * n + 5 * other * other
+            found += (n if side == "in" else m) ** 2
     return found
-
-
-def in_parts(d: int, other: int, config: PionConfig) -> bool:
-    """Whether the direction on the side of ``d`` is made in parts: ``update.direction.apart``.
-
-    Below 2:1 it would cost more than the whole sign, 2.5 times at 8:7 in bf16, and a random W's
-    condition, whose square enlarges what its basis loses, grows above 6.
-    """
-    return config.direction == "msign" and config.momentum != "lie" and d > 2 * other
 
 
 def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
@@ -112,23 +100,18 @@ def step_flop(
         d, other = (n, m) if side == "in" else (m, n)
         alone = config.side == "alternate" or position == 0
         cut = axis is not None and side == SIDE_OF[axis]
-        parts = in_parts(d, other, config) and not blocks
         # Of Divided's rows both products are formed where no transpose is at hand.
-        made = 2.0 if divided and (cut or parts) else 1.0
+        made = 2.0 if divided and cut else 1.0
         size, count = (d // blocks[side], blocks[side]) if side in blocks else (d, 1)
         dense = bool(blocks) or divided
         form: Form = "dense" if dense else chosen[side]
         # Rows of a divided product have no mirror image on their rank.
-        on = None if divided and not parts else device
-        work = _work(size, other, config, form=form, first=alone, device=on, parts=parts)
+        on = None if divided else device
+        work = _work(size, other, config, form=form, first=alone, device=on)
         always, once = made * count / ranks * work.generator, work.flop - work.generator
         # What every rank does alike: all of a shared side's own algebra, and a whole factor.
         alike = _factor_flop(size, config) if divided or (blocks and not cut) else 0.0
         alike += _sign_flop(size, config, device) if blocks and not cut else 0.0
-        if config.scaling == "spectral" and (blocks or divided) and not cut:
-            alike += NORM_PRODUCTS * 2.0 * size * size
-        if divided and parts:
-            alike += _parts_flop(d, other, config, device)[1]
         once = (once * count - alike) / ranks + alike
         if config.side == "alternate":
             # Both sides' Lie moments are updated every step, so their generators are formed then.
@@ -255,21 +238,14 @@ def _generators_traffic(
     for side in config.sides if config.momentum == "lie" else active:
         d, other = (n, m) if side == "in" else (m, n)
         cut = side == SIDE_OF[axis]
-        parts = in_parts(d, other, config)
         if config.tp_mode == "blockwise":
             if not cut:
                 found.add("all_reduce", batch * d * d)
-            elif config.scaling == "spectral" and side in active:
-                found.add("all_reduce", batch)
             continue
-        if cut != parts:
+        if cut:
             found.add("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
-        elif not parts:
+        else:
             found.add("reduce_scatter", batch * d * d)
-        if parts:  # WᵀW, QᵀS, and XᵀX of a polar factor's iteration; its norm; both factors
-            found.add("all_reduce", batch * other * other, 2 + len(NEWTON_SCHULZ))
-            found.add("all_reduce", batch)
-            found.add("all_gather", batch * m * n // ranks, 2)
         if side in active:
             first = active[0] == side
             _divided(found, config, batch, d, other, cut=cut, ranks=ranks, first=first, low=low)
@@ -306,16 +282,13 @@ def _divided(
 ) -> None:
     """Count what an active side of ``distributed`` moves after its generator's rows are there."""
     rows = batch * d * d // ranks
-    parts = in_parts(d, other, config)
-    if config.direction == "msign" and not parts:
+    if config.direction == "msign":
         found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
         found.add("all_gather", rows // 2 if low else rows, 2 * len(NEWTON_SCHULZ) + 1)
     if not cut:
         found.add("all_gather", rows)
         return
-    if config.scaling == "spectral":
-        found.add("all_gather", batch * d // ranks, NORM_PRODUCTS)
-    # W is at hand, or in parts once it is: for the first-order term, and the first side's product.
+    # W is at hand: for the first-order term, and the first side's product.
     products = sum(_products(config, first=first))
     with_w = [config.scaling == "rms", first]
     if config.retraction in ("cayley", "exp"):
@@ -323,26 +296,7 @@ def _divided(
         products -= sum(with_w)
     else:
         products -= any(with_w)
-    products += parts and any(with_w)
     found.add("all_gather", batch * d * other // ranks, products)
-
-
-def _parts_flop(d: int, r: int, config: PionConfig, device: str) -> tuple[float, float]:
-    """What ``update.direction.apart`` takes: by the rows of W, and what has none of them.
-
-    WᵀW, Q, QᵀS, what S has beside W's space (two), and Z; of a polar factor's iteration XᵀX and the
-    product with X. One product for the skew part, its sign, and the polynomials of XᵀX.
-    """
-    iterations = len(NEWTON_SCHULZ)
-    mirrored = sum(2.0 * (high - low) * high for low, high in panels(r, device))
-    rows = 2.0 * d * r * r * (6 + iterations) + iterations * d * mirrored
-    alike = 2.0 * r**3 + _sign_flop(r, config, device) + iterations * r * mirrored
-    return rows, alike + _solver_flop(r)
-
-
-def _solver_flop(r: int) -> float:
-    """A Cholesky decomposition and the inverse of its factor."""
-    return r**3 / 3.0 + r**3
 
 
 def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
@@ -351,9 +305,9 @@ def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:
         # The first-order term for the norm, then the factor.
         on_w, on_moment = 1 + (config.scaling == "rms"), 1
     else:
-        degree = 3 if config.retraction == "cubic" else config.degree
         # The second side multiplies what the first has changed, for a known first-order term too.
-        on_w, on_moment = degree + (config.scaling == "rms" and not first), min(degree, 2)
+        on_w = config.degree + (config.scaling == "rms" and not first)
+        on_moment = config.degree
     return on_w, on_moment if config.momentum == "transported" else 0
 
 
@@ -372,26 +326,24 @@ class _Work:
         generator: products that make it, at matmul_precision.
         other: further ones at matmul_precision: the matrix sign, the turning of a moment.
         moving: products that move W.
-        vectors: float32 products with vectors.
-        solvers: Cholesky, LU and exponentials.
+        solvers: LU and exponentials.
     """
 
     generator: float = 0.0
     other: float = 0.0
     moving: float = 0.0
-    vectors: float = 0.0
     solvers: float = 0.0
 
     @property
     def flop(self) -> float:
         """All."""
-        return self.generator + self.other + self.moving + self.vectors + self.solvers
+        return self.generator + self.other + self.moving + self.solvers
 
     def weighed(self, config: PionConfig) -> float:
         """All, each over its rate."""
         follows, moves = _RATES[config.matmul_precision]
         products = (self.generator + self.other) / follows + self.moving / moves
-        return products + self.vectors + self.solvers / _SOLVER_RATE
+        return products + self.solvers / _SOLVER_RATE
 
 
 def _work(
@@ -402,28 +354,16 @@ def _work(
     form: Form,
     first: bool,
     device: str | None = "cuda",
-    parts: bool | None = None,
 ) -> _Work:
     """The work of the side whose generator is [d, d]; None for whole products in its sign."""
-    vectors = NORM_PRODUCTS if config.scaling == "spectral" else 0
     on_w, on_moment = (other * x for x in _products(config, first=first))
-    parts = in_parts(d, other, config) if parts is None else parts
-    made = basis = solvers = 0.0
-    if parts:
-        assert device is not None, "ranks that divide rows have mirror images in parts"
-        solvers, basis = _solver_flop(other), 2.0 * other * other * 4 * d
-        made = sum(_parts_flop(d, other, config, device)) - solvers - basis
-    elif config.direction == "msign":
-        made = _sign_flop(d, config, device)
-    dense = form == "dense"
-    row = 2.0 * d * d if dense else 8.0 * other * d
+    row = 2.0 * d * d if form == "dense" else 8.0 * other * d
     # Factors of the gradient's average are there: nothing is computed to have them.
     return _Work(
-        generator=other * row if dense else 0.0,
-        other=on_moment * row + made,
-        moving=on_w * row + basis,
-        vectors=vectors * row,
-        solvers=_factor_flop(d, config) + solvers,
+        generator=other * row if form == "dense" else 0.0,
+        other=on_moment * row + _sign_flop(d, config, device),
+        moving=on_w * row,
+        solvers=_factor_flop(d, config),
     )
 
 

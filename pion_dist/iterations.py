@@ -9,20 +9,6 @@ from itertools import pairwise
 # of it end in [0.68, 1.21].
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 3
 
-# Products of power iteration in a step. How far below the norm the estimate is, in steps 31 to 120
-# of a byte-level GPT of width 96 (weights 288 x 96, 96 x 96, 384 x 96, 96 x 384; both sides and
-# alternate):
-#
-#   products                                       1           2           4
-#   lie adaptive, transported momentum: median     19 to 31%   2 to 3%     0.3 to 0.6%
-#     in 1% of the estimates at least              46 to 64%   22 to 28%   13 to 16%
-#     in the first step at most                    83 to 90%   17 to 65%   0 to 7%
-#   transported msign, of values in [0.7, 1.2]     25%         15%         9%  (5 steps of the sign)
-#
-# With random gradients, whose largest pair is close to the next, 4 are 2 to 6% below, and 12 to 19%
-# in the first step. A product with a vector costs what one row of W adds to a product with W.
-NORM_PRODUCTS = 4
-
 # Rows of a panel, at least, and panels at most: lower ones keep a device less busy. On one CPU core
 # a product takes 0.78, 0.73 and 0.71 of its time at d = 512, 1024 and 2048 in float32, 0.88, 0.85
 # and 0.73 in bf16, and at 256 it would take more (4 panels, by hand). On an H100 2048 rows by 2048

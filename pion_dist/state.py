@@ -3,7 +3,8 @@
 A moment belongs to a part's matrices, not to the rank or the weight: ``m_in.<part>`` [B, n, n] and
 ``m_out.<part>`` [B, m, m] for Lie momentum, with the sign of descent, or [B, N, d/N, d/N] on a side
 of N blocks; ``m.<part>`` [B, m, n] for averages of the gradient; ``v`` likewise, where the
-direction is adaptive. With spectral scaling also the vectors that its norms come from:
+direction is adaptive. Polar also has the factors of W = U Σ Vᵀ, r = min(m, n): ``left.<part>``
+[B, m, r], ``sigma.<part>`` [B, r] and ``right.<part>`` [B, n, r].
 ``u_in.<part>`` [B, 1, n] and ``u_out.<part>`` [B, m, 1], or [B, N, 1, n/N] and [B, N, m/N, 1].
 And where spectra are reset, ``s.<part>`` [B, k], the singular values to put back, k = min(m, n).
 """
@@ -21,7 +22,7 @@ _DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
 START = "s"  # zeros until it is measured, at the first step
 LEFT, RIGHT, SIGMA = "left", "right", "sigma"  # likewise
 _NAMES = (
-    *("m", "v", "m_in", "m_out", "v_in", "v_out", "u_in", "u_out"),
+    *("m", "v", "m_in", "m_out", "v_in", "v_out"),
     *(START, LEFT, RIGHT, SIGMA),
 )
 
@@ -114,9 +115,6 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
             packed = config.state_layout == "packed" and (not divided or bool(blocks))
             moment = Moment((*start, d, d), dim, packed, config.state_dtype)
             found |= {f"{name}_{side}": moment for name in names}
-        if config.scaling == "spectral":  # a vector that is not of blocks is whole on every rank
-            vector = (1, d) if side == "in" else (d, 1)
-            found[f"u_{side}"] = Moment((*start, *vector), of_blocks)
     if config.spectrum_reset_interval:
         found[START] = Moment((batch, min(m, n)), None, dtype="fp64")
     return found
@@ -187,12 +185,10 @@ def is_measured(name: str) -> bool:
 def identity(config: PionConfig) -> dict[str, Any]:
     """The options that decide what the state is: a checkpoint with others is another state."""
     polar = config.direction == "polar"
-    spectral = config.scaling == "spectral" and not polar
     return {
         "momentum": "polar" if polar else config.momentum,
         "second_moment": config.direction == "adaptive",
-        "scaling": "spectral" if spectral else "rms or none",
-        "sides": list(config.sides) if config.momentum == "lie" or spectral else [],
+        "sides": list(config.sides) if config.momentum == "lie" and not polar else [],
         "qkv": config.qkv,
         "split_gate": config.split_gate,
         "blocks": config.blocks,

@@ -11,7 +11,6 @@ the same for all. With W cut along its rows (the columns are the mirror image), 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -22,10 +21,9 @@ from torch import Tensor
 from .. import kernels
 from ..config import PionConfig, Side
 from ..iterations import NEWTON_SCHULZ
-from .direction import adapted, apart, msign, tight
-from .generators import Dense, Generator, Matmul, factors, generator, multiplied
-from .precision import Products, exact
-from .scaling import power_iteration
+from .direction import adapted, msign, tight
+from .generators import Dense, Generator, Matmul, factors, generator
+from .precision import Products
 
 _DIM: dict[Side, int] = {"out": 1, "in": 2}  # of X [B, m, n], as long as the side's generator
 
@@ -43,9 +41,6 @@ class Peers(Protocol):
 
     def total(self, x: Tensor) -> Tensor:
         """The ranks' sum (modified in place)."""
-
-    def largest(self, x: Tensor) -> Tensor:
-        """The ranks' largest, element by element (modified in place)."""
 
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' tensors, joined along ``dim``."""
@@ -102,28 +97,12 @@ class Lie:
         return a if self.wanted else None
 
 
-class InParts(Protocol):
-    """How the direction on a large side is made of its parts: ``direction.apart``."""
-
-    def apart(
-        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
-    ) -> tuple[Tensor, Tensor]:
-        """Factors U, V of the direction U Vᵀ − V Uᵀ on a large side, or this rank's rows."""
-
-    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
-        """What ``product`` would make, of ``apart``'s factors."""
-
-
 class Arrangement(Protocol):
     """What a step needs to know of how its matrices lie."""
 
     @property
     def low_rank(self) -> bool:
         """Whether generators may be held in factors."""
-
-    @property
-    def parts(self) -> InParts | None:
-        """What makes a large side's direction of its parts; None where the whole sign does."""
 
     @property
     def shares(self) -> int:
@@ -152,20 +131,12 @@ class Arrangement(Protocol):
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Frobenius norm of each whole matrix X, or X + Y, [B, 1, 1]."""
 
-    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Spectral norm of each whole A, [B, 1, 1], and the next vectors: ``power_iteration``."""
-
 
 class Whole:
     """Each matrix lies on one rank and has one factor a side."""
 
     low_rank = True
     shares = 1
-
-    @property
-    def parts(self) -> InParts:
-        """Itself."""
-        return self
 
     def cuts(self, side: Side) -> bool:
         """No."""
@@ -178,18 +149,6 @@ class Whole:
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """[B, d, d]."""
         return generator(w, s, side=side, matmul=matmul)
-
-    def apart(
-        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
-    ) -> tuple[Tensor, Tensor]:
-        """[B, d, r] each."""
-        u, v = (x if side == "out" else x.mT for x in (w, s))
-        z, q = apart(u, v, eps=eps, matmul=matmul, moves=moves, total=lambda x: x)
-        return (z, q) if side == "out" else (q, z)
-
-    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
-        """[B, d, d]."""
-        return multiplied(u, v, matmul=matmul)
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -209,10 +168,6 @@ class Whole:
         """Of [B, m, n]."""
         return kernels.frobenius(x, y)
 
-    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
-        """With vectors [B, 1, n] or [B, m, 1]."""
-        return power_iteration(functools.partial(a.apply, matmul=exact), x)
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -228,7 +183,6 @@ class Blocks:
     count: int
     peers: Peers | None = None
     low_rank = False
-    parts = None
 
     @property
     def shares(self) -> int:
@@ -284,15 +238,6 @@ class Blocks:
         """Over all blocks, other ranks' too."""
         return kernels.frobenius(x, y) if self.peers is None else _norm(x, y, self.peers)
 
-    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of the blocks', each of which has a vector, other ranks' too."""
-        if not isinstance(a, Blocked):
-            return power_iteration(functools.partial(a.apply, matmul=exact), x)
-        blocks = Dense(a.side, a.matrix.flatten(0, 1))
-        each, new = power_iteration(functools.partial(blocks.apply, matmul=exact), x.flatten(0, 1))
-        norm = torch.unflatten(each, 0, (-1, self.count)).amax(1)
-        return self.peers.largest(norm) if self.peers is not None else norm, new.view_as(x)
-
 
 class Divided:
     """Each matrix is cut over ranks, and so are the rows of its generators."""
@@ -303,11 +248,6 @@ class Divided:
         """With W cut along the dimension of ``side``."""
         self.side, self.peers = side, peers
         self._last: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def parts(self) -> InParts:
-        """Itself."""
-        return self
 
     @property
     def shares(self) -> int:
@@ -336,21 +276,6 @@ class Divided:
         whole_s, whole_w = self.whole(s), self.whole(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
-
-    def apart(
-        self, w: Tensor, s: Tensor, *, side: Side, eps: float, matmul: Products, moves: Products
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's rows, [B, d / ranks, r] each."""
-        if side != self.side:
-            w, s = (_share(self.whole(x), side, self.peers) for x in (w, s))
-        u, v = (x if side == "out" else x.mT for x in (w, s))
-        z, q = apart(u, v, eps=eps, matmul=matmul, moves=moves, total=self.peers.total)
-        return (z, q) if side == "out" else (q, z)
-
-    def joined(self, u: Tensor, v: Tensor, *, matmul: Products, moves: Products) -> Tensor:
-        """This rank's rows: skew to the rounding of what moves a weight."""
-        whole_u, whole_v = (self.peers.gathered(x, 1) for x in (u, v))
-        return moves(u, whole_v.mT).sub_(moves(v, whole_u.mT))
 
     def averaged(
         self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
@@ -381,13 +306,6 @@ class Divided:
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Over all shards."""
         return _norm(x, y, self.peers)
-
-    def spectral_norm(self, a: Generator, x: Tensor) -> tuple[Tensor, Tensor]:
-        """With whole vectors on every rank, which are joined after each product."""
-        if not isinstance(a, Shard):
-            return power_iteration(functools.partial(a.apply, matmul=exact), x)
-        mine, dim = Dense(a.side, a.matrix), _DIM[a.side]
-        return power_iteration(lambda y: self.peers.gathered(mine.apply(y, matmul=exact), dim), x)
 
 
 @dataclass(frozen=True)

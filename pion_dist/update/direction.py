@@ -1,14 +1,4 @@
-"""From moments to the generators a step uses, and the matrix signs that they are made of.
-
-Where W has a side more than twice as large as the other, say m > 2n rows, its n columns span a
-small space, and a generator on that side turns it within itself and out of itself. With an
-orthonormal basis Q of it,
-
-    K = W Sᵀ − S Wᵀ = Q Ω Qᵀ + N Qᵀ − Q Nᵀ,   Ω = Qᵀ K Q,   N = (I − Q Qᵀ) K Q,
-
-and the direction has the matrix sign of Ω and the polar factor of N in their places: all singular
-values of each part are made alike, by products of n columns, where the sign of K is of m rows.
-"""
+"""Directions from moments: adaptive ones, the matrix sign of skew matrices, polar factors."""
 
 from __future__ import annotations
 
@@ -143,52 +133,3 @@ def tight(norm: Tensor, *, pairs: bool = True) -> Tensor:
     """
     # ‖X⁴‖_F^(1/4) is d^(−3/8) at least.
     return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125 if pairs else 1.0)
-
-
-def apart(
-    w_Bdr: Tensor,
-    s_Bdr: Tensor,
-    *,
-    eps: float,
-    matmul: Products,
-    moves: Products,
-    total: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The direction on a large side of W, from what turns its space and what moves it out.
-
-    Q is W R⁻¹ with RᵀR = WᵀW, to which as much is added as rounding may have taken away: where W
-    has (nearly) lost a direction, Q has it shorter. Any other basis gives the same direction.
-
-    Args:
-        w_Bdr: weights, the large side first, [B, d, r], or the rows of it that this rank has.
-        s_Bdr: an average of gradients, likewise.
-        eps: as for ``msign``.
-        matmul: the products to use.
-        moves: those for the basis and what S has beside it: R⁻¹ enlarges their rounding by W's
-            condition. (In bf16 a 12 x 9 matrix of condition 8 would go elsewhere by a sixth of
-            its way in ten steps, for a fiftieth.)
-        total: sums what ranks with other rows have (in place).
-
-    Returns:
-        Z and Q, as W: the direction is Z Qᵀ − Q Zᵀ, for the descent of W Sᵀ − S Wᵀ.
-    """
-    r = w_Bdr.shape[-1]
-    square = total(moves(w_Bdr.mT, w_Bdr))
-    # Half of it was enough (tried by hand) for W of up to 1024 columns, of rank 1, of half the
-    # rank, or with values down to 1e-8.
-    least = kernels.frobenius(square).mul_(8.0 * moves.rounding(square.dtype))
-    diagonal = square.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(least.squeeze(-1) + torch.finfo(square.dtype).tiny)
-    upper, failed = torch.linalg.cholesky_ex(square, upper=True, check_errors=False)
-    # Should it not be, columns of length 1 do, which no check has to wait for.
-    alone = torch.diag_embed(diagonal.sqrt())
-    upper = torch.where(failed.view(-1, 1, 1) == 0, upper, alone)
-    eye = torch.eye(r, dtype=upper.dtype, device=upper.device).expand_as(upper)
-    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-    q = moves(w_Bdr, inverse)
-    inner = total(moves(q.mT, s_Bdr))
-    within = msign(kernels.skew(matmul(upper, inner.mT)), eps=eps, matmul=matmul)
-    out = matmul(moves(q, inner).sub_(s_Bdr), upper.mT)
-    norm = total(kernels.frobenius(out).square_()).sqrt_()
-    z = polar(out.div_(norm + eps), matmul=matmul, total=total)
-    return z.add_(matmul(q, within), alpha=0.5), q

@@ -76,9 +76,5 @@ def generator(w_Bmn: Tensor, s_Bmn: Tensor, *, side: Side, matmul: Matmul = exac
     Returns:
         The generator, exactly skew: one product and a transpose-subtract.
     """
-    return multiplied(*factors(w_Bmn, s_Bmn, side=side), matmul=matmul)
-
-
-def multiplied(u: Tensor, v: Tensor, *, matmul: Matmul) -> Tensor:
-    """U Vᵀ − V Uᵀ of factors [B, d, r]."""
+    u, v = factors(w_Bmn, s_Bmn, side=side)
     return kernels.skew(matmul(u, v.mT))

@@ -6,6 +6,7 @@ largest angle, which power iteration with A finds, and a fixed one, spread over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from .arrangement import Arrangement
 from .generators import Generator
 from .precision import Products, exact
 from .retraction import Known
-from .scaling import fixed
 
 COLUMNS = ("orthogonality", "angle", "alpha", "kept", "update_rms")
 """Of the result of ``read``, which has no ``kept``, and of ``read_polar``, which has no ``alpha``.
@@ -65,7 +65,7 @@ def read(
     for side, a, turned in zip(active, generators, turnings, strict=True):
         length = (n if side == "in" else m) * (lies.shares if lies.cuts(side) else 1)
         start = change_Bmn.new_empty((1, 1, length) if side == "in" else (1, length, 1))
-        x = fixed(start).expand(batch, *start.shape[1:])
+        x = _fixed(start).expand(batch, *start.shape[1:])
         x = lies.share(x, side=side)
         for vector in (x, _in_largest_plane(a, x, lies)):
             moved = turned(vector, None, matmul=exact).double()
@@ -120,7 +120,7 @@ def read_polar(
 
 def _symmetric_norm(a: Tensor) -> Tensor:
     """The spectral norm of symmetric matrices [B, r, r], from below, by power iteration: [B]."""
-    x = fixed(a[:1, :, :1]).expand(a.shape[0], -1, 1)
+    x = _fixed(a[:1, :, :1]).expand(a.shape[0], -1, 1)
     norm = x.new_zeros(a.shape[0], 1, 1)
     for _ in range(PLANE_PRODUCTS):
         x = a @ x
@@ -153,3 +153,14 @@ def _in_largest_plane(a: Generator, x: Tensor, lies: Arrangement) -> Tensor:
 def _largest(each: Sequence[Tensor]) -> Tensor:
     """Of tensors [B, 1, 1]: [B]."""
     return torch.stack([x.flatten() for x in each]).amax(0)
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """A vector of length 1 in x's shape that depends on its length alone: a chirp, cos(√2 i²).
+
+    Its values are spread as a random vector's are; no weight or gradient has its structure.
+    """
+    i = torch.arange(max(x.shape[1:]), dtype=torch.float64, device=x.device)
+    chirp = torch.cos(math.sqrt(2.0) * i.square())
+    unit: Tensor = chirp / torch.linalg.vector_norm(chirp)
+    return unit.to(x.dtype).view(x.shape[1:])

@@ -19,23 +19,9 @@ from .generators import Generator, Matmul
 Polynomial = tuple[float, ...]
 
 
-def coefficients(retraction: Literal["taylor", "cubic"], *, degree: int) -> Polynomial:
-    """c_0 .. c_d of the polynomial: exp cut at ``degree``, or the orthogonality-matched cubic.
-
-    E₂ᵀE₂ = I + A⁴/4 for Taylor 2; EᵀE = I − A⁶/64 for the cubic (both exact, A skew).
-    """
-    if retraction == "cubic":
-        return (1.0, 1.0, 0.5, 0.125)
+def coefficients(degree: int) -> Polynomial:
+    """c_0 .. c_d of exp cut at ``degree``; E₂ᵀE₂ = I + A⁴/4 exactly, A skew."""
     return tuple(1.0 / math.factorial(k) for k in range(degree + 1))
-
-
-def following(poly: Polynomial) -> Polynomial:
-    """What an average of gradients is turned by, along with the weights: E to second order.
-
-    Of a direction that is forgotten in 1 / (1 − β) steps nothing needs to stay: at an angle of 0.1
-    it turns 2e-4 otherwise than W and gets 1e-5 longer.
-    """
-    return poly[:3]
 
 
 def change(

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -17,7 +16,7 @@ from .direction import adapted
 from .generators import Dense, Generator, Outer, factors
 from .precision import PRODUCTS, Products, float32_precision, moving
 from .readings import Turning, read
-from .retraction import Known, Polynomial, coefficients, factor, following, rotate
+from .retraction import Known, Polynomial, coefficients, factor, rotate
 
 
 @float32_precision("ieee")
@@ -41,8 +40,7 @@ def step(
         g_Bmn: gradients, as the weights.
         moments: as ``state.moments`` says: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``,
             ``v_out`` [B, m, m], or folded; else ``m``, ``v`` [B, m, n]; the ``v`` for the
-            adaptive direction only; ``u_in`` [B, 1, n] and ``u_out`` [B, m, 1] for spectral
-            scaling. (modified in place)
+            adaptive direction only. (modified in place)
         config: the run's options.
         lr: η.
         active: the sides this step applies, in order of application.
@@ -72,24 +70,15 @@ def step(
             forms=forms,
             ok=ok,
             matmul=fast,
-            moves=moves,
         )
     rms = config.scaling == "rms"
     known = [a.apply(w_Bmn, matmul=moves) if rms else None for a in generators]
-    alphas = _alphas(
-        w_Bmn,
-        generators,
-        [term for term in known if term is not None],
-        moments,
-        lies,
-        config=config,
-        active=active,
-        ok=ok,
-    )
+    alphas = _alphas(w_Bmn, [term for term in known if term is not None], lies, config=config)
+    alphas = alphas * len(generators)
     angles = [alpha * lr for alpha in alphas]
     how = _retraction(config)
-    change_of = turned = _turning(generators, angles, how)
-    change = change_of(w_Bmn, known, matmul=moves)
+    turned = _turning(generators, angles, how)
+    change = turned(w_Bmn, known, matmul=moves)
     del known
     found = None
     if watched:
@@ -100,8 +89,6 @@ def step(
         kernels.moved(w_Bmn, change, ok=ok)
         return found
     m = moments["m"]
-    if isinstance(how, tuple):
-        turned = _turning(generators, angles, following(how))
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
         turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
@@ -151,7 +138,6 @@ def _from_average(
     forms: Mapping[Side, str],
     ok: Tensor,
     matmul: Products,
-    moves: Products,
 ) -> list[Generator]:
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
@@ -165,18 +151,11 @@ def _from_average(
     made: dict[Side, Tensor] = {}
     found: dict[Side, Generator] = {}
     for side in active:
-        parts = lies.parts if sign and side == _large(w, lies) else None
-        pair = factors(w, s, side=side)
-        if parts is not None:
-            pair = parts.apart(w, s, side=side, eps=config.eps, matmul=matmul, moves=moves)
         if lies.low_rank and forms[side] == "factors":
-            found[side] = Outer(side, *pair)
-        elif parts is not None:
-            k = parts.joined(*pair, matmul=matmul, moves=moves)
-            found[side] = lies.generator(k, side=side)
+            found[side] = Outer(side, *factors(w, s, side=side))
         else:
             made[side] = lies.product(w, s, side=side, matmul=matmul)
-    del s, pair  # the sign needs its room, and below that of what it is made from
+    del s  # the sign needs its room, and below that of what it is made from
     for side in list(made):
         k = made.pop(side)
         k = lies.sign(k, side=side, eps=config.eps, matmul=matmul) if sign else k
@@ -184,50 +163,23 @@ def _from_average(
     return [found[side] for side in active]
 
 
-def _large(w: Tensor, lies: Arrangement) -> Side | None:
-    """The side of whole matrices that is more than twice as large as the other, as in ``cost``."""
-    _, m, n = w.shape
-    m = m * lies.shares if lies.cuts("out") else m
-    n = n * lies.shares if lies.cuts("in") else n
-    return "out" if m > 2 * n else "in" if n > 2 * m else None
-
-
 def _alphas(
-    w: Tensor,
-    generators: Sequence[Generator],
-    first_order: Sequence[Tensor],
-    moments: Mapping[str, Tensor],
-    lies: Arrangement,
-    *,
-    config: PionConfig,
-    active: Sequence[Side],
-    ok: Tensor,
+    w: Tensor, first_order: Sequence[Tensor], lies: Arrangement, *, config: PionConfig
 ) -> list[Tensor]:
-    """α [B, 1, 1] of each active side: one for all, c √(mn) / (‖A_out W + W A_in‖_F + ε) or 1.
-
-    With spectral scaling each its own, 1 / (‖A‖₂ + ε); the vectors behind the norms move on.
-    """
+    """α [B, 1, 1], one for all active sides: c √(mn) / (‖A_out W + W A_in‖_F + ε), or 1."""
     batch, m, n = w.shape
-    if config.scaling == "spectral":
-        found: list[Tensor] = []
-        for side, a in zip(active, generators, strict=True):
-            u = moments[f"u_{side}"]
-            norm, new = lies.spectral_norm(a, u)
-            torch.where(ok, new, u, out=u)
-            found.append(1.0 / (norm + config.eps))
-        return found
     if config.scaling == "none":
-        return [w.new_ones(batch, 1, 1)] * len(generators)
+        return [w.new_ones(batch, 1, 1)]
     scale: float = config.rms * math.sqrt(lies.shares * m * n)
-    return [scale / (lies.norm(*first_order) + config.eps)] * len(generators)
+    return [scale / (lies.norm(*first_order) + config.eps)]
 
 
 Retraction = Polynomial | Literal["cayley", "exp"]
 
 
 def _retraction(config: PionConfig) -> Retraction:
-    if config.retraction == "taylor" or config.retraction == "cubic":
-        return coefficients(config.retraction, degree=config.degree)
+    if config.retraction == "taylor":
+        return coefficients(config.degree)
     return config.retraction
 
 
