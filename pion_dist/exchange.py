@@ -197,6 +197,11 @@ def agree(ok: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     return flag.bool()
 
 
+def is_first() -> bool:
+    """Whether this is the first of all ranks, or the only one: it speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def cut_elsewhere(x: Tensor) -> str:
     """Why a parameter's data cannot be stepped here, or an empty string: others have cut it."""
     if (tensors := _loaded("torch.distributed.tensor")) and isinstance(x, tensors.DTensor):

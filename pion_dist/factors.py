@@ -13,11 +13,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .config import Axis, Side
-from .exchange import GroupPeers
+from .exchange import GroupPeers, is_first
 from .state import LEFT, RIGHT, SIGMA
 from .update import polar
 
@@ -159,8 +158,7 @@ class Factors:
         if self._done == 0:
             self._began = self._told = now
         self._done += count
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if first and now - self._told >= _SECONDS:
+        if is_first() and now - self._told >= _SECONDS:
             self._told = now
             logger.warning(
                 "singular values before the first step: %d of %d matrices, now %d x %d; %.0f s",

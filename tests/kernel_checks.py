@@ -141,6 +141,32 @@ def check_lie_moments(run: ModuleType, device: str, case: Case, *, cut: float = 
     assert not m.count_nonzero() and not m.signbit().any()  # -0 would be another bit pattern
 
 
+def check_angles(run: ModuleType, device: str, r: int) -> None:
+    """Of random steps, of a length of 0 too; with equal and zero singular values.
+
+    P and Q have 9 roundings each (a sum, a product, a square and its sum with two more, a quotient,
+    a half), of which the sum of terms of one sign enlarges none; but δ, a difference, is wrong by
+    itself only where σ are, and they are exact. X and Y are a sum of both: 2 · 10 of |P| + |Q|. A
+    column's norm has r + 1, of which c sees less than itself: 2 (r + 6) of c.
+    """
+    generator = torch.Generator().manual_seed(r)
+    b = torch.randn(2, r, r, generator=generator).to(device)
+    sigma = torch.rand(2, r, generator=generator).sort(descending=True).values
+    sigma[0, r // 2 :] = 0.0
+    sigma[1, : r // 2] = 1.0
+    sigma = sigma.to(device)
+    u = U[torch.float32]
+    for length in (0.3, torch.tensor(0.3, device=device), 100.0, 0.0):
+        step = b * 0.0 if length == 0.0 else b
+        x, y, c = run.angles(step, sigma, scale=length)
+        assert torch.equal(x, -x.mT) and torch.equal(y, -y.mT)
+        exact = kernels.reference.angles(step.double(), sigma.double(), scale=float(length))
+        p, q = (exact[0] + exact[1]).abs() / 2, (exact[0] - exact[1]).abs() / 2
+        near(x, exact[0], 20 * u * (p + q) + 1e-30)
+        near(y, exact[1], 20 * u * (p + q) + 1e-30)
+        near(c, exact[2], 2 * (r + 6) * u * exact[2] + 1e-30)
+
+
 def check_skew(run: ModuleType, device: str, d: int, *, cut: float = 0.0) -> None:
     """Scaled and rounded once."""
     x = torch.randn(2, d, d, generator=torch.Generator().manual_seed(d)).to(device)
@@ -223,6 +249,9 @@ def main() -> None:
     for d in (1, 2, 35, 67):
         check_skew(kernels, "cpu", d, cut=CUT)
         print("skew", d)
+    for r in (1, 5, 35):
+        check_angles(kernels, "cpu", r)
+        print("angles", r)
     for m, n in ((1, 1), (3, 7), (50, 90), (130, 129)):
         check_elementwise(kernels, "cpu", m, n, cut=CUT)
         print("elementwise", m, n)

@@ -15,6 +15,7 @@ import torch
 from kernel_checks import (
     Case,
     cases,
+    check_angles,
     check_elementwise,
     check_lie_moments,
     check_skew,
@@ -93,6 +94,11 @@ def test_reference_skew(d: int) -> None:
     check_skew(reference, "cpu", d)
 
 
+@pytest.mark.parametrize("r", [1, 2, 17])
+def test_reference_angles(r: int) -> None:
+    check_angles(reference, "cpu", r)
+
+
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 7), (40, 64)])
 def test_reference_elementwise(m: int, n: int) -> None:
     check_elementwise(reference, "cpu", m, n)
@@ -167,6 +173,7 @@ def test_triton_moments_and_directions(d: int) -> None:
 def test_triton_skew_and_elementwise() -> None:
     for d in (1, 2, 64, 67, 1000):
         check_skew(kernels, "cuda", d)
+        check_angles(kernels, "cuda", d)
     for m, n in ((1, 1), (3, 7), (50, 90), (512, 1376)):
         check_elementwise(kernels, "cuda", m, n)
 

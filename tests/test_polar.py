@@ -12,7 +12,7 @@ import torch
 from reference import Array, ReferencePolar, reference_of
 from test_reference import CUT_VIEWS, SHAPES, distance, draw, error_of, parameters, set_gradients
 
-from pion_dist import Pion, PionConfig, cost
+from pion_dist import Pion, PionConfig
 from pion_dist.diagnostics import COLUMNS, Diagnostics
 from pion_dist.update import polar
 
@@ -354,9 +354,3 @@ def test_options_of_other_directions_are_refused_by_name(option: dict[str, objec
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name}=.*direction='polar'"):
         PionConfig(direction="polar", **option)
-
-
-def test_the_cheaper_way_is_taken() -> None:
-    """The counted FLOP of both ways cross where ``uses_gram`` does, between 4:3 and 5:3."""
-    for n in (2048, 4096):
-        assert not cost.uses_gram(4 * n // 3, n) and cost.uses_gram(5 * n // 3, n)

@@ -99,7 +99,7 @@ def outer(u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Te
     return matmul(u_Bdr, v_Bdr.mT)
 
 
-angles = reference.angles
+angles = _dispatched(reference.angles)
 skew = _dispatched(reference.skew)
 lie_moments = _dispatched(reference.lie_moments, moments=(1, 2))
 average = _dispatched(reference.average, moments=(0,))

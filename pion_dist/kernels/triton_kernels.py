@@ -239,6 +239,41 @@ def _square_sums(
 
 
 @triton.jit
+def _angles(b_ptr, sigma_ptr, scale_ptr, x_ptr, y_ptr, c_ptr, b_batch, r, TILE: tl.constexpr):
+    """A program goes down the columns of a tile, whose sums of squares c needs."""
+    across = tl.cdiv(r, TILE)
+    matrix = (tl.program_id(0) // across).to(tl.int64)
+    j = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
+    b_ptr += matrix * b_batch
+    sigma_ptr += matrix * r
+    x_ptr += matrix * r * r
+    y_ptr += matrix * r * r
+    column = tl.load(sigma_ptr + j, mask=j < r, other=0.0)
+    length = tl.load(scale_ptr)
+    square = length * length
+    least = square + 1.1754943508222875e-38  # where the length and δ are 0, B is too
+    norms = tl.zeros([TILE], tl.float32)
+    for start in range(0, r, TILE):
+        i = start + tl.arange(0, TILE)
+        row = tl.load(sigma_ptr + i, mask=i < r, other=0.0)
+        inside = (i < r)[:, None] & (j < r)[None, :]
+        here, there = _at(i[:, None], j[None, :], r), _at(j[:, None], i[None, :], r)
+        b = tl.load(b_ptr + here, mask=inside, other=0.0)
+        inside_t = (j < r)[:, None] & (i < r)[None, :]
+        mirror = tl.trans(tl.load(b_ptr + there, mask=inside_t, other=0.0))
+        plus, minus = b + mirror, b - mirror
+        near, far = column[None, :] - row[:, None], column[None, :] + row[:, None]
+        p = -0.5 * (plus * near / (plus * plus + near * near + least))
+        q = -0.5 * (minus * far / (minus * minus + far * far + least))
+        tl.store(x_ptr + here, p + q, mask=inside)
+        tl.store(y_ptr + here, p - q, mask=inside)
+        norms += tl.sum(b * b, axis=0)
+    beside = tl.maximum(square - norms, 0.0)
+    c = column / (beside + column * column + least)
+    tl.store(c_ptr + matrix * r + j, c, mask=j < r)
+
+
+@triton.jit
 def _roots(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
     """The root of the sum of each matrix's ``count`` sums, which are added in a fixed order."""
     matrix = tl.program_id(0).to(tl.int64)
@@ -265,6 +300,30 @@ def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None)
     with torch.cuda.device_of(x_Bdd):
         _skew[(programs,)](x_Bdd, a, x_Bdd.stride(0), d, h, float(scale), **constants)
     return a
+
+
+def angles(
+    b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.angles``."""
+    batch, r = sigma_Br.shape
+    x, y = (b_Brr.new_empty(b_Brr.shape) for _ in range(2))
+    c, length = sigma_Br.new_empty(sigma_Br.shape), sigma_Br.new_empty(1)
+    length.copy_(scale) if isinstance(scale, Tensor) else length.fill_(scale)
+    with torch.cuda.device_of(b_Brr):
+        _angles[(batch * triton.cdiv(r, TILE),)](
+            b_Brr,
+            sigma_Br.contiguous(),
+            length,
+            x,
+            y,
+            c,
+            b_Brr.stride(0),
+            r,
+            TILE=TILE,
+            num_warps=TILE_WARPS,
+        )
+    return x, y, c
 
 
 def lie_moments(
