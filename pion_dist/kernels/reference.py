@@ -121,15 +121,26 @@ def angles(
     Returns:
         X and Y [B, r, r], skew, and c [B, r].
     """
-    row, column = sigma_Br.unsqueeze(-1), sigma_Br.unsqueeze(-2)
-    square, tiny = scale * scale, torch.finfo(b_Brr.dtype).tiny  # where d and δ are 0, B is too
-    p, q = b_Brr + b_Brr.mT, b_Brr - b_Brr.mT
-    for entries, distance in ((p, column - row), (q, column + row)):
-        below = entries.square().add_(distance.square()).add_(square + tiny)
-        entries.mul_(distance).div_(below).mul_(-0.5)
-    beside = (square - b_Brr.square().sum(-2)).clamp_min_(0.0)
-    c = sigma_Br / (beside.add_(sigma_Br.square()).add_(square + tiny))
-    return p + q, p - q, c
+    least = scale * scale + torch.finfo(b_Brr.dtype).tiny  # where d and δ are 0, B is too
+    x, y = torch.empty_like(b_Brr), torch.empty_like(b_Brr)
+    for rows in _panels(b_Brr.shape[-1]):
+        row, column = sigma_Br[:, rows].unsqueeze(-1), sigma_Br.unsqueeze(-2)
+        b, mirrored = b_Brr[:, rows], b_Brr[:, :, rows].mT
+        p, q = b + mirrored, b - mirrored
+        for entries, distance in ((p, column - row), (q, column + row)):
+            below = entries.square().addcmul_(distance, distance).add_(least)
+            entries.mul_(distance).div_(below).mul_(-0.5)
+        torch.add(p, q, out=x[:, rows])
+        torch.sub(p, q, out=y[:, rows])
+    beside = (scale * scale - torch.linalg.vector_norm(b_Brr, dim=-2).square_()).clamp_min_(0.0)
+    c = sigma_Br / (beside.add_(sigma_Br.square()).add_(least))
+    return x, y, c
+
+
+def _panels(r: int) -> list[slice]:
+    """Rows that are computed at once: eight copies of them do not add to a step's peak memory."""
+    height = max(64, -(-r // 8))
+    return [slice(first, first + height) for first in range(0, r, height)]
 
 
 def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:

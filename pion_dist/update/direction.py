@@ -51,18 +51,20 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(x: Tensor, *, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
+def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
     """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
 
     Args:
-        x: [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius norm 1, or
-            zero. (its values are lost)
+        unit: of one X [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius
+            norm 1, or zero. It is taken out of the list, and its values are lost: nobody holds it
+            while there is another iterate.
         matmul: the products to use.
         total: sums what ranks with other rows have (in place).
 
     Returns:
         [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
     """
+    x = unit.pop()
     batch, _, n = x.shape
     dtype = x.dtype
     x = matmul.rounded(x)

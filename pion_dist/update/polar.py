@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,13 +67,13 @@ class _Frames:
 
     Attributes:
         b: B = Uᵀ D V, [B, r, r].
-        y: [B, L, r], with D V = Y H.
+        y: [B, L, r], with D V = Y H; None for a square W, unless the step is watched.
         h: [B, r, r]; None for the identity.
         out: ZᵀZ = (D V)ᵀ D V − BᵀB, [B, r, r]; None for a square W, whose Z is zero.
     """
 
     b: Tensor
-    y: Tensor
+    y: Tensor | None
     h: Tensor | None
     out: Tensor | None
 
@@ -115,28 +115,42 @@ def step(
     left, right, sigma = moments[LEFT], moments[RIGHT], moments[SIGMA]
     u, v = (left, right) if large == "out" else (right, left)
     r = v.shape[-1]
-    s = kernels.average(moments["m"], g_Bmn, beta=config.betas[0], nesterov=config.nesterov, ok=ok)
-    s = s if large == "out" else s.mT
-    norm = total(kernels.frobenius(s).square_()).sqrt_()
-    s = fast.rounded(s / norm.clamp_min(torch.finfo(norm.dtype).tiny))
     scale = lr * (RMS * math.sqrt(rows))
-    frames = _frames(s, u, v, scale, rows=rows, fast=fast, total=total)
+    beta, nesterov = config.betas[0], config.nesterov
+    s = kernels.average(moments["m"], g_Bmn, beta=beta, nesterov=nesterov, ok=ok)
+    norm = total(kernels.frobenius(s).square_()).sqrt_()
+    go = ok & (norm > 0)
+    unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
+    frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
     before = None
-    if watched:
+    if watched and frames.y is not None:
         d = frames.y if frames.h is None else fast(frames.y, frames.h)
         squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
         before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
-    new_u = _turned_out(u, x, c, frames, fast=fast)
-    del frames, x
-    new_u = _polished(new_u, fast=fast, moves=moves, total=total)
-    new_v = torch.add(v, fast(v, _cubic(y, fast=fast)))
-    new_v = _polished(new_v, fast=fast, moves=moves, total=lambda x: x)
-    go = ok & (norm > 0)
+    beside, inner = frames.y, None
+    if frames.out is None:
+        del frames  # a square's are as large as its factors
+        coefficients = _cubic(x, fast=fast)
+    else:
+        coefficients, inner = _coefficients(x, c, frames, fast=fast)
+        del frames
+    del x
+    new_u = fast(u, coefficients)
+    if beside is not None and inner is not None:
+        fast.added(new_u, beside, inner, alpha=-1.0)
+    new_u.add_(u)
+    del coefficients, beside, inner
+    _polish(new_u, fast=fast, moves=moves, total=total)
     torch.where(go, new_u, u, out=u)
+    del new_u
+    y = _cubic(y, fast=fast)
+    new_v = fast(v, y).add_(v)
+    del y
+    _polish(new_v, fast=fast, moves=moves, total=lambda x: x)
     torch.where(go, new_v, v, out=v)
-    del new_u, new_v
+    del new_v
     w = moves(left, (right * sigma.unsqueeze(-2)).mT)
     if before is None:
         return w, go, None
@@ -146,8 +160,14 @@ def step(
     return w, go, torch.where(ok, found, torch.zeros_like(found))
 
 
+def _over(s: Tensor, norm: Tensor, *, own: bool, fast: Products) -> Tensor:
+    """S of norm 1, or zero, as it is multiplied; in its place if that is the step's own."""
+    norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return fast.rounded(s.div_(norm) if own else s / norm)
+
+
 def _frames(
-    s: Tensor,
+    unit: list[Tensor],
     u: Tensor,
     v: Tensor,
     scale: float | Tensor,
@@ -155,16 +175,29 @@ def _frames(
     rows: int,
     fast: Products,
     total: Sum,
+    watched: bool,
 ) -> _Frames:
-    """Muon's step of the average S, which has norm 1, in the frames; the cheaper way."""
+    """Muon's step in the frames; the cheaper way.
+
+    Args:
+        unit: the average S, of norm 1, which is taken out of the list when it is done with.
+        u: U.
+        v: V.
+        scale: η'.
+        rows: L.
+        fast: the products to use.
+        total: sums over the ranks that divide the rows.
+        watched: whether Y is read by all means.
+    """
     r = v.shape[-1]
     if uses_gram(rows, r):
-        return _through_gram(s, u, v, scale, fast=fast, total=total)
-    return _directly(s, u, v, scale, square=rows == r, fast=fast, total=total)
+        return _through_gram(unit, u, v, scale, fast=fast, total=total)
+    found = _directly(unit, u, v, scale, square=rows == r, fast=fast, total=total)
+    return found if found.out is not None or watched else replace(found, y=None)
 
 
 def _through_gram(
-    s: Tensor,
+    unit: list[Tensor],
     u: Tensor,
     v: Tensor,
     scale: float | Tensor,
@@ -173,7 +206,7 @@ def _through_gram(
     total: Sum,
 ) -> _Frames:
     """From Y = M V and the inverse root of YᵀY."""
-    y = fast(s, fast.rounded(v))
+    y = fast(unit.pop(), fast.rounded(v))
     gram, inner = _sums([fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, total)
     h, root = inverse_root(gram, matmul=fast)
     b = fast(inner, h).mul_(scale)
@@ -182,7 +215,7 @@ def _through_gram(
 
 
 def _directly(
-    s: Tensor,
+    unit: list[Tensor],
     u: Tensor,
     v: Tensor,
     scale: float | Tensor,
@@ -192,11 +225,10 @@ def _directly(
     total: Sum,
 ) -> _Frames:
     """From D = η' polar(M) itself."""
-    y = fast(polar(s, matmul=fast, total=total), fast.rounded(v)).mul_(scale)
+    y = fast(polar(unit, matmul=fast, total=total), fast.rounded(v)).mul_(scale)
     inner = fast(fast.rounded(u).mT, y)
     if square:
-        (b,) = _sums([inner], v.dtype, total)
-        return _Frames(b, y, None, None)
+        return _Frames(total(inner.to(v.dtype)), y, None, None)
     b, gram = _sums([inner, fast.symmetric(y.mT, y)], v.dtype, total)
     return _Frames(b, y, None, gram.sub_(fast.symmetric(b.mT, b)))
 
@@ -206,29 +238,28 @@ def _sums(parts: list[Tensor], dtype: torch.dtype, total: Sum) -> list[Tensor]:
     return list(total(torch.stack([x.to(dtype) for x in parts])).unbind())
 
 
-def _turned_out(u: Tensor, x: Tensor, c: Tensor, frames: _Frames, *, fast: Products) -> Tensor:
-    """E(A) U, whose powers of A leave r x r matrices beside U and Z: U S − Z T.
+def _coefficients(
+    x: Tensor, c: Tensor, frames: _Frames, *, fast: Products
+) -> tuple[Tensor, Tensor]:
+    """K and L of E(A) U = U (I + K) − Y L, where W is not square. (X and ZᵀZ are lost)
 
     A² U = U (X² − N) − Z C X and A³ U = U (X³ − X N − N X) − Z C (X² − N), where C = diag(c) and
-    N = C ZᵀZ C. With Z = Y H − U B, S and T give U (S + B T) − Y (H T).
+    N = C ZᵀZ C. So E(A) U = U S − Z T, which with Z = Y H − U B is U (S + B T) − Y (H T).
     """
-    if frames.out is None:
-        return torch.add(u, fast(u, _cubic(x, fast=fast)))
-    n = frames.out * (c.unsqueeze(-1) * c.unsqueeze(-2))
+    assert frames.out is not None, "a square's Z is zero"
+    n = frames.out.mul_(c.unsqueeze(-1)).mul_(c.unsqueeze(-2))
     square = fast.symmetric(x, x)
-    third = kernels.skew(fast(x, square.mul(0.5).sub_(n)), scale=0.125)
+    third = fast(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
+    third = kernels.skew(third, scale=1.0 / 16.0)
     square.sub_(n)
-    del n
-    t = torch.add(x.mul(0.5), square, alpha=0.125)
+    t = x.mul(0.5).add_(square, alpha=0.125)
     t.diagonal(dim1=-2, dim2=-1).add_(1.0)
     t.mul_(c.unsqueeze(-1))
     s = square.mul_(0.5).add_(third).add_(x)
     del third
-    s.add_(fast(frames.b, t))
-    change = fast(u, s)
+    fast.added(s, frames.b, t)
     t = t if frames.h is None else fast(frames.h, t)
-    change.sub_(fast(frames.y, t.to(frames.y.dtype)))
-    return change.add_(u)
+    return s, fast.rounded(t)
 
 
 def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
@@ -246,12 +277,12 @@ def _cubic(a: Tensor, *, fast: Products) -> Tensor:
     return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
 
 
-def _polished(u: Tensor, *, fast: Products, moves: Products, total: Sum) -> Tensor:
-    """U (I + (I − UᵀU)/2): U's distance from orthonormal columns, squared. (modified in place)
+def _polish(u: Tensor, *, fast: Products, moves: Products, total: Sum) -> None:
+    """U (I + (I − UᵀU)/2): squares U's distance from orthonormal columns. (modified in place)
 
     The Gram matrix decides how far W's spectrum is from Σ; the product with it is a correction of
     1e-3 at most, which bf16 rounds to 4e-6.
     """
     gram = total(moves.symmetric(u.mT, u)).mul_(-0.5)
     gram.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    return u.add_(fast(u, gram))
+    u.add_(fast(u, gram))

@@ -139,6 +139,13 @@ class Products:
             )
         return _mirror(out, sign)
 
+    def added(self, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
+        """Total + alpha a @ b. (modified in place)"""
+        if self.rounded(a) is a and self.rounded(b) is b and total.dtype == a.dtype:
+            with self._in_force(a):
+                return total.baddbmm_(a, b, alpha=alpha)
+        return total.add_(self(a, b), alpha=alpha)
+
     def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
         """A @ b in their dtype, where it is symmetric (``sign`` 1) or skew (-1): ``mirrored``."""
         left, right = self.rounded(a), self.rounded(b)
@@ -188,6 +195,10 @@ class Split(Products):
         for low, high in panels(out.shape[-1], out.device.type):
             out[:, low:high, :high] = self(a[:, low:high], b[..., :high])
         return _mirror(out, sign)
+
+    def added(self, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
+        """Total + alpha a @ b. (modified in place)"""
+        return total.add_(self(a, b), alpha=alpha)
 
     def rounding(self, dtype: torch.dtype) -> float:
         """As of others; of float32's pieces."""
