@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import Axis, Side
-from .exchange import GroupPeers, is_first
+from .exchange import is_first
 from .state import LEFT, RIGHT, SIGMA
 from .update import polar
 
@@ -28,10 +29,31 @@ _TOGETHER = 1 << 22
 _SECONDS = 10.0  # between two lines of progress
 
 
+class Peers(Protocol):
+    """The ranks that divide rows, and what they do together: ``exchange.GroupPeers``."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The ranks' sum (modified in place)."""
+
+    def gathered(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors, joined along ``dim``."""
+
+    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
+        """Of shards along the dimension ``joined``, this rank's along ``cut``."""
+
+
 class Rows:
     """The rows of matrices on their larger side, which ranks divide whichever side cuts them."""
 
-    def __init__(self, peers: GroupPeers | None, axis: Axis | None, large: Side) -> None:
+    def __init__(self, peers: Peers | None, axis: Axis | None, large: Side) -> None:
         """Without peers a rank has all rows."""
         self.peers, self.dim = peers, _DIM[large]
         self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]

@@ -16,7 +16,7 @@ from reference import PUBLISHED
 from pion_dist import Pion, PionConfig, cost
 from pion_dist.config import Axis
 from pion_dist.cost import step_flop, traffic
-from pion_dist.iterations import NEWTON_SCHULZ, NORM_PRODUCTS
+from pion_dist.iterations import NEWTON_SCHULZ
 from pion_dist.scale.__main__ import main
 from pion_dist.scale.dealing import Weight, dealt, packed, weights
 from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
@@ -39,6 +39,7 @@ MIXED = Model(
     shared_ffn=16,
 )
 H100 = CLUSTERS["h100"]
+MSIGN = {"direction": "msign", "momentum": "transported", "side": "alternate"}
 
 
 def predicted(model: Model, layout: Layout, **options: object) -> Prediction:
@@ -51,12 +52,14 @@ def predicted(model: Model, layout: Layout, **options: object) -> Prediction:
     [
         ({}, None, 1),
         (PUBLISHED, None, 1),
-        ({"retraction": "cayley", "side": "both"}, None, 1),
-        ({"momentum": "lie", "retraction": "exp"}, None, 1),
+        (MSIGN | {"retraction": "cayley", "side": "both"}, None, 1),
+        (PUBLISHED | {"direction": "msign", "retraction": "exp"}, None, 1),
         ({"tp_mode": "distributed"}, "rows", 4),
+        ({"tp_mode": "distributed"}, "cols", 2),
+        ({"tp_mode": "distributed", **MSIGN}, "rows", 4),
         ({"tp_mode": "distributed", **PUBLISHED}, "cols", 2),
-        ({"tp_mode": "blockwise", "blocks": 4}, "cols", 2),
-        ({"tp_mode": "blockwise", "blocks": 4}, "rows", 1),
+        ({"tp_mode": "blockwise", "blocks": 4, **MSIGN}, "cols", 2),
+        ({"tp_mode": "blockwise", "blocks": 4, **PUBLISHED}, "rows", 1),
     ],
     ids=str,
 )
@@ -70,24 +73,28 @@ def test_flop_read_from_the_step_are_those_that_cost_counts(
 
 
 def test_products_at_full_precision_are_told_from_the_others() -> None:
-    """W A, and A² and A³ of the cubic, move W: each is three bf16 products of its pieces. The
-    generator, the matrix sign and the moment's two follow the precision; the norm is float32.
+    """U of a tall W and V: UᵀU, VᵀV and U Σ Vᵀ are each three bf16 products of pieces; the rest
+    follows the precision. With transported msign W A and A², the norm among them, move W.
     """
-    d, other = 16, 24
+    d, other = 16, 48
+    moving = 2 * other * d * d + 2 * d**3 + 2 * other * d * d
+    total = int(step_flop(other, d, PionConfig()))
     product, sign = 2 * other * d * d, 3 * len(NEWTON_SCHULZ) * 2 * d**3
-    low, norm = product + sign + 2 * product, NORM_PRODUCTS * 2 * d * d
-    for precision, expected in (
-        ("highest", {"float32": low + 3 * product + norm}),
-        ("high", {"tf32": low, "bf16": 9 * product, "float32": norm}),
-        ("bf16", {"bf16": low + 9 * product, "float32": norm}),
+    low = product + sign + 2 * product
+    for options, follows, moves in (
+        ({}, total - moving, moving),
+        (MSIGN | {"side": "in"}, low, 2 * product),
     ):
-        config = PionConfig(side="in", matmul_precision=precision)
-        flop: Counter[str] = Counter()
-        for k in kernels(1, other, d, config, None):
-            flop[k.kind] += k.flop
-        assert {kind: x for kind, x in flop.items() if x} == expected
-    basis = [k for k in kernels(1, 8, 64, PionConfig(side="in"), None) if k.kind == "solver"]
-    assert [k.flop for k in basis] == [8**3 / 3, 8**3]
+        for precision, expected in (
+            ("highest", {"float32": follows + moves}),
+            ("high", {"tf32": follows, "bf16": 3 * moves}),
+            ("bf16", {"bf16": follows + 3 * moves}),
+        ):
+            config = PionConfig(**options, matmul_precision=precision)
+            flop: Counter[str] = Counter()
+            for k in kernels(1, other, d, config, None):
+                flop[k.kind] += k.flop
+            assert {kind: x for kind, x in flop.items() if x} == expected
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "bf16"])
@@ -98,7 +105,9 @@ def test_generators_are_held_in_the_form_that_is_predicted_faster(
     shape: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 25%: forms weigh FLOP by H100's rates, and not the bytes of elementwise work."""
-    config = PionConfig(matmul_precision=precision)
+    config = PionConfig(
+        direction="momentum", momentum="ambient", side="alternate", matmul_precision=precision
+    )
     larger = "out" if shape[0] > shape[1] else "in"
     chosen, seconds = cost.forms(*shape, config), {}
     for form in ("dense", "factors"):
@@ -130,7 +139,7 @@ def test_elementwise_bytes_are_read_and_written() -> None:
 def test_products_read_what_they_multiply_and_add() -> None:
     """The generator; X², X⁴ or with it, and X added, three times; two with the sign."""
     config = PionConfig(
-        momentum="ambient", nesterov=False, side="in", scaling="none", retraction="taylor"
+        direction="msign", momentum="ambient", nesterov=False, side="in", scaling="none"
     )
     d = 16
     found = kernels(1, d, d, config, None)
@@ -158,7 +167,7 @@ def test_state_is_what_the_optimizer_holds(model: Model, options: dict[str, obje
 @pytest.mark.parametrize("mode", ["distributed", "blockwise"])
 def test_tensor_parallel_traffic_is_what_cost_counts(mode: str) -> None:
     """tests/rank_checks.py compares the same counts with what ranks on gloo hand over."""
-    blocks = {"blocks": 4} if mode == "blockwise" else {}
+    blocks = {"blocks": 4, **PUBLISHED} if mode == "blockwise" else {}
     config = PionConfig(tp_mode=mode, **blocks)
     p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), tp_mode=mode, **blocks)
     expected: dict[str, float] = {"tp all_reduce": 4.0}  # whether gradients are finite
@@ -269,12 +278,15 @@ def test_collectives_of_rings_compose() -> None:
 
 
 def test_large_products_take_their_arithmetic() -> None:
-    """A matrix's time is its FLOP over their rates, where bytes and launches are negligible."""
+    """A matrix's time is its FLOP over their rates, where bytes and launches are few beside them.
+
+    A quarter more, most of it the angles' in torch operations, of which Triton makes one pass.
+    """
     config = PionConfig(matmul_precision="high")
     found = kernels(1, 8192, 8192, config, None)
     rates = {"float32": H100.fp32, "tf32": H100.tf32, "bf16": H100.bf16}
     least = sum(k.flop / (rates[k.kind] * H100.matmul) for k in found if k.flop)
-    assert least < priced(found, H100) < 1.25 * least
+    assert least < priced(found, H100) < 1.3 * least
 
 
 @pytest.mark.parametrize(
@@ -296,7 +308,8 @@ def test_models_have_their_published_sizes(name: str, billions: float) -> None:
         (["--ep", "2"], ["--ep 2", "no experts"]),
         (["--model", "qwen3-235b", "--ep", "3"], ["--ep 3", "change --ep"]),
         (["--batch", "33"], ["--batch 33", "32 data-parallel", "change --batch"]),
-        (["--blocks", "12"], ["--blocks 12", "--tp 8"]),
+        (["--blocks", "12", "--recipe", "paper-60m"], ["--blocks 12", "--tp 8"]),
+        (["--blocks", "8"], ["--blocks 8", "--direction polar", "leave it out"]),
         (["--micro-batch", "0"], ["--micro-batch 0", "1 or more"]),
     ],
     ids=" ".join,
@@ -315,9 +328,11 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> No
     main([*small.split(), "--gpus", "16", "--tp", "2", "--pp", "2", "--matmul", "0.5"])
     text = capsys.readouterr().out
     assert "16 GPUs as TP 2, PP 2" in text and "--pion-tp-mode" in text
-    for mode in ("owner", "duplicated", "distributed", "blockwise 2", "AdamW", "Muon"):
+    for mode in ("owner", "duplicated", "distributed", "AdamW", "Muon"):
         assert mode in text
-    assert "0.5 to 0.25" in text
+    assert "0.5 to 0.25" in text and "blockwise 2" not in text
+    main([*small.split(), "--gpus", "16", "--tp", "2", "--recipe", "paper-60m"])
+    assert "blockwise 2" in capsys.readouterr().out
 
 
 def test_a_weight_costs_what_its_matrices_do() -> None:

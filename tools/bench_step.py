@@ -201,6 +201,8 @@ MSIGN = replace(
 def options(config: PionConfig) -> str:
     """Those that decide the cost."""
     nesterov = "Nesterov, " if config.nesterov else ""
+    if config.direction == "polar":
+        return f"{nesterov}polar"
     retraction = "Taylor 2" if config.retraction == "taylor" else config.retraction
     return (
         f"{config.momentum}, {config.direction}, {nesterov}{config.side}, "
@@ -380,6 +382,8 @@ def largest_square(contender: Contender, w: Weight) -> int:
         return min(w.m, w.n) ** 2
     if contender.kind == "loop":
         return max(w.m, w.n) ** 2
+    if contender.config.direction == "polar":
+        return min(w.m, w.n) ** 2
     held = forms(w.m, w.n, contender.config)
     return max((w.n if side == "in" else w.m) ** 2 for side in held if held[side] == "dense")
 

@@ -79,6 +79,11 @@ def _print(args: argparse.Namespace) -> None:
         in_bf16(args.recipe),
         **{k: v for k in choices() if (v := getattr(args, k, None)) is not None},
     )
+    if args.blocks is not None and config.direction == "polar":
+        raise ValueError(
+            f"--blocks {args.blocks} is of blockwise, which --direction polar has not: leave it "
+            "out, or choose another --direction or --recipe"
+        )
     drawn: dict[str, list[tuple[Layout, report.Found]]] = {}
     for name in args.model:
         model = _overridden(named(MODELS, "model", name), args)

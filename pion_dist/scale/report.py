@@ -37,7 +37,7 @@ def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method
         for mode in modes:
             here = replace(config, tp_mode=mode, blocks=1)
             found[f"Pion {mode}, {label}"] = Method(config=here, dealing=dealing)
-        if blocks > 1:
+        if blocks > 1 and config.direction != "polar":  # has no blocks
             here = replace(config, tp_mode="blockwise", blocks=blocks)
             found[f"Pion blockwise {blocks}, {label}"] = Method(config=here, dealing=dealing)
     return found

@@ -7,7 +7,7 @@ kernels need fewer passes. What makes moments of 8 bits float32 ones, and back, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import cost, state
 from ..config import SIDE_OF, Axis, PionConfig
+from ..factors import Rows
+from ..update import polar
 from ..update.arrangement import Blocks, Divided
 from ..update.step import step as update
 
 Kind = Literal["float32", "tf32", "bf16", "solver", "other"]
-"""Products by their precision; Cholesky and other solvers; the rest."""
+"""Products by their precision; solvers; the rest."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def kernels(
         arrangement = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
     elif axis is not None and ranks > 1:
         arrangement = Divided(SIDE_OF[axis], Peers(ranks))
+    ok = torch.empty((), dtype=torch.bool, device="meta")
     held = {
         name: torch.empty(
             moment.used(ranks),
@@ -83,6 +86,9 @@ def kernels(
         for name, moment in state.moments(batch, m, n, config, axis).items()
     }
     with _Recorder() as recorder:
+        if config.direction == "polar":
+            _polar(w, g, held, m, n, config, axis, ranks=ranks, ok=ok)
+            return tuple(recorder.kernels)
         update(
             w,
             g,
@@ -91,10 +97,38 @@ def kernels(
             lr=0.1,
             active=cost.order(m, n, config.active_sides(step)),
             forms=cost.forms(m, n, config),
-            ok=torch.empty((), dtype=torch.bool, device="meta"),
+            ok=ok,
             arrangement=arrangement,
         )
     return tuple(recorder.kernels)
+
+
+def _polar(
+    w: Tensor,
+    g: Tensor,
+    held: Mapping[str, Tensor],
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis | None,
+    *,
+    ranks: int,
+    ok: Tensor,
+) -> None:
+    """A polar step, as ``optimizer`` takes it."""
+    large = state.large_side(m, n, axis)
+    rows = Rows(Peers(ranks) if axis is not None and ranks > 1 else None, axis, large)
+    stepped, go, _ = polar.step(
+        rows.of(g),
+        held,
+        config=config,
+        lr=0.1,
+        large=large,
+        rows=max(m, n),
+        ok=ok,
+        total=rows.total,
+    )
+    torch.where(go, rows.back(stepped), w, out=w)
 
 
 @dataclass(frozen=True)
@@ -108,13 +142,13 @@ class Peers:
         """As it is."""
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
-        """As it is."""
-        return x
-
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """So many of it, joined: the copy that ``exchange.GroupPeers`` makes."""
         return torch.cat([x] * self.size, dim=dim)
+
+    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
+        """Its shares, joined: the copies that ``exchange.GroupPeers`` makes."""
+        return torch.cat(list(torch.stack(x.chunk(self.size, cut))), dim=joined)
 
     def scattered(self, x: Tensor, dim: int) -> Tensor:
         """A share."""
@@ -168,14 +202,6 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _cholesky(shape: Sequence[int]) -> float:
-    return shape[0] * shape[-1] ** 3 / 3.0
-
-
-def _inverse(shape: Sequence[int]) -> float:
-    return float(shape[0] * shape[-1] ** 3)  # of a triangle, as direction.py has it
-
-
 def _solve(shape: Sequence[int]) -> float:
     return shape[0] * (2.0 / 3.0 + 2.0) * shape[-1] ** 3
 
@@ -187,8 +213,6 @@ def _exp(shape: Sequence[int]) -> float:
 # Launch nothing.
 _NOTHING = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view")
 _SOLVERS: dict[str, Callable[[Sequence[int]], float]] = {
-    "aten::linalg_cholesky_ex": _cholesky,
-    "aten::linalg_solve_triangular": _inverse,
     "aten::_linalg_solve_ex": _solve,
     "aten::linalg_matrix_exp": _exp,
 }

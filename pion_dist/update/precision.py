@@ -143,7 +143,7 @@ class Products:
         """Total + alpha a @ b. (modified in place)"""
         if self.rounded(a) is a and self.rounded(b) is b and total.dtype == a.dtype:
             with self._in_force(a):
-                return total.baddbmm_(a, b, alpha=alpha)
+                return torch.baddbmm(total, a, b, alpha=alpha, out=total)
         return total.add_(self(a, b), alpha=alpha)
 
     def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
