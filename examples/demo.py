@@ -1,4 +1,4 @@
-"""Train the same small byte-level GPT in Megatron with Pion and with AdamW, and compare them.
+"""Train the same small byte-level GPT in Megatron with Pion, Muon and AdamW, and compare them.
 
     python examples/demo.py --out demo_out [--text book.txt notes/]
 
@@ -63,11 +63,11 @@ def pion_flags(lr: float, rest: float) -> list[str]:
     return ["--optimizer", "pion", *lrs]
 
 
-def adamw_flags(lr: float, rest: float) -> list[str]:
+def peer_flags(optimizer: str, lr: float, rest: float) -> list[str]:
     """``rest``: the learning rate of the embedding and the output layer."""
     lrs = ["--lr", str(lr), "--min-lr", str(lr * FINAL_LR)]
     lrs += ["--decoupled-lr", str(rest), "--decoupled-min-lr", str(rest * FINAL_LR)]
-    return ["--optimizer", "adam", *lrs]
+    return ["--optimizer", optimizer, *lrs]
 
 
 # The best of a few (lr, rest) for each, by validation loss after 200 iterations from fan_in
@@ -75,14 +75,19 @@ def adamw_flags(lr: float, rest: float) -> list[str]:
 PION_FLAGS = pion_flags(6e-2, 8e-2)
 # AdamW: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3, 4e-2), 1.876
 # at (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
-ADAMW_FLAGS = adamw_flags(2.5e-3, 4e-2)
+ADAMW_FLAGS = peer_flags("adam", 2.5e-3, 4e-2)
+MUON_FLAGS = [
+    *peer_flags("muon", 1e-2, 4e-2),
+    *("--muon-nesterov", "--muon-momentum", "0.95"),
+    *("--muon-extra-scale-factor", "0.2"),  # steps of AdamW's root mean square
+]
 BETWEEN_LINES_S = 4.0  # of progress, where it is not a terminal
 LAST = 25  # iterations whose mean is printed as the final train loss
 
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)")
 VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: (\S+)")
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#BBBBBB"
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
 LAYER = "decoder.layers.3."  # the last
 SHOWN = {  # panel title: matrix, one of each kind
     "key": LAYER + "self_attention.linear_qkv.weight:k",
@@ -265,7 +270,7 @@ def draw(runs: list[Run], measured: list[Spectra], path: Path) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15], wspace=0.03)
     draw_losses(left.subplots(), runs)
     panels = right.subplots(2, 2)
-    start = "start, both" if len(runs) > 1 else "start"  # the same weights: --seed and --pion-init
+    start = "start, all" if len(runs) > 1 else "start"  # the same weights: --seed and --pion-init
     for axes, (title, name) in zip(panels.flat, SHOWN.items(), strict=True):
         axes.semilogy(measured[0][0][name][0], color=GREY, lw=7, label=start)
         for run, (_, end) in zip(reversed(runs), reversed(measured), strict=True):
@@ -279,7 +284,7 @@ def draw(runs: list[Run], measured: list[Spectra], path: Path) -> None:
     right.legend(
         *panels.flat[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=3,
+        ncols=4,
         frameon=False,
     )
     figure.savefig(path, dpi=150)
@@ -300,7 +305,8 @@ def demo(args: argparse.Namespace) -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     runs = [Run("Pion", BLUE, out / "pion", PION_FLAGS)]
-    if not args.skip_adamw:
+    if not args.pion_only:
+        runs.append(Run("Muon", GREEN, out / "muon", MUON_FLAGS))
         runs.append(Run("AdamW", VERMILION, out / "adamw", ADAMW_FLAGS))
     corpus = prepare(out, args.text)
     for run in runs:
@@ -312,7 +318,9 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pion against AdamW in Megatron, on a small GPT.")
+    parser = argparse.ArgumentParser(
+        description="Pion against Muon and AdamW in Megatron, on a small GPT."
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="default: %(default)s")
     parser.add_argument(
         "--text",
@@ -323,7 +331,7 @@ def main() -> None:
         help="files or folders to train on (default: Python's library)",
     )
     parser.add_argument("--iterations", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--skip-adamw", action="store_true", help="train with Pion only")
+    parser.add_argument("--pion-only", action="store_true", help="train with Pion alone")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     try:
         demo(parser.parse_args())

@@ -23,7 +23,7 @@ class Optimizers:
     Args:
         model: not wrapped.
         recipe: of Pion's options.
-        lr: Pion's; with its spectral scaling the largest angle of a step, in radians.
+        lr: Pion's; by default steps have the root mean square of AdamW's, 0.2 lr.
         adam_lr: AdamW's.
         steps: of the whole run.
     """

@@ -134,7 +134,7 @@ def arguments() -> argparse.ArgumentParser:
     # The published GRPO runs: --recipe paper-rl --lr 1e-6 (arXiv 2605.12492). The defaults are a
     # first guess for a trained model of billions; tuned nowhere.
     parser.add_argument("--recipe", choices=RECIPES, default="finetune")
-    parser.add_argument("--lr", type=float, default=3e-4, help="Pion's; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-6, help="Pion's; default: %(default)s")
     parser.add_argument("--adam-lr", type=float, default=1e-6, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--prompts", type=int, default=32, help="a step; default: %(default)s")
@@ -158,7 +158,7 @@ def smoke(args: argparse.Namespace) -> None:
     sft.smoke(first)
     sft.train(first)
     args.model, args.data = str(first.out / "model"), first.data
-    args.lr, args.adam_lr, args.steps, args.length = 1e-2, 1e-3, 80, 4
+    args.lr, args.adam_lr, args.steps, args.length = 5e-3, 1e-3, 80, 4
     args.micro_batch = 128
 
 

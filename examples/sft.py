@@ -116,7 +116,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("sft_out"), help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES, default="finetune")
     # First guesses for a trained model of billions; tuned nowhere.
-    parser.add_argument("--lr", type=float, default=1e-3, help="Pion's; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=2e-5, help="Pion's; default: %(default)s")
     parser.add_argument("--adam-lr", type=float, default=1e-5, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="a process; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
@@ -137,7 +137,7 @@ def smoke(args: argparse.Namespace) -> None:
         tiny_sums(args.data)
     if dist.is_initialized():
         dist.barrier()
-    args.lr, args.adam_lr, args.batch, args.steps = 3e-2, 1e-2, 25, args.steps or 100
+    args.lr, args.adam_lr, args.batch, args.steps = 1e-2, 1e-2, 25, args.steps or 100
 
 
 def main() -> None:

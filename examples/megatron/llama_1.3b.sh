@@ -54,12 +54,11 @@ paper-1.3b)
     SCRIPT_ARGS=(--no-depth-scaled-init) # 0.02 in output projections too
     ;;
 pretrain)
-    # A first guess: an angle of 0.01 for Pion, 1e-3 for Adam's parameters. Tuned for runs of 200
-    # iterations at widths up to 128, these were 0.04 to 0.08 and 0.16 (docs/TRAINING.md).
+    # A first guess, tuned nowhere: Pion's learning rates are AdamW's and Muon's.
     OPTIMIZER_ARGS=(
         --optimizer pion
         --pion-recipe pretrain
-        --lr 1e-3 --min-lr 1e-4 --pion-lr-mult 10
+        --lr 1e-3 --min-lr 1e-4
         --lr-decay-style cosine --lr-warmup-fraction 0.02
     )
     ;;

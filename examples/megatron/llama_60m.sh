@@ -51,12 +51,11 @@ paper-60m)
     SCRIPT_ARGS=(--no-depth-scaled-init) # 0.02 in output projections too
     ;;
 pretrain)
-    # A first guess: an angle of 0.01 for Pion, 3e-3 for Adam's parameters. Tuned for runs of 200
-    # iterations at widths up to 128, these were 0.04 to 0.08 and 0.16 (docs/TRAINING.md).
+    # A first guess, tuned nowhere: Pion's learning rates are AdamW's and Muon's.
     OPTIMIZER_ARGS=(
         --optimizer pion
         --pion-recipe pretrain
-        --lr 3e-3 --min-lr 3e-4 --pion-lr-mult 3.3
+        --lr 3e-3 --min-lr 3e-4
         --lr-decay-style cosine --lr-warmup-fraction 0.02
     )
     ;;

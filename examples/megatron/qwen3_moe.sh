@@ -56,10 +56,10 @@ TRAIN_ARGS=(
     --save-interval 1000
     --ckpt-format torch_dist
 )
-# A first guess, tuned nowhere: an angle of 0.01 for Pion, 1e-3 for Adam's parameters.
+# A first guess, tuned nowhere: Pion's learning rates are AdamW's and Muon's.
 OPTIMIZER_ARGS=(
     --optimizer pion
-    --lr 1e-3 --min-lr 1e-4 --pion-lr-mult 10
+    --lr 1e-3 --min-lr 1e-4
     --lr-decay-style cosine --lr-warmup-fraction 0.02
     --weight-decay 0.1 # of Adam's parameters alone
 )

@@ -103,7 +103,7 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
 def angles(
     b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far a step B turns the singular frames of W = U Σ Vᵀ: X, Y and c (docs/polar.md).
+    """How far a step B turns the singular frames of W = U Σ Vᵀ: X, Y and c (docs/algorithm.md).
 
     With δ = σ_j − σ_i, τ = σ_i + σ_j and the step's length d in each direction, X = (P + Q) / 2
     and Y = (P − Q) / 2 of

@@ -1,4 +1,4 @@
-"""The polar step: Muon's step, kept on the matrices of one spectrum (docs/polar.md).
+"""The polar step: Muon's step, kept on the matrices of one spectrum (docs/algorithm.md).
 
 W = U Σ Vᵀ with U [m, r], V [n, r] and r = min(m, n). Σ never changes; U and V are state. Muon's
 step D = η' M (MᵀM)^(−1/2) is taken apart in the two singular frames. What would change singular
@@ -119,7 +119,7 @@ def step(
     beta, nesterov = config.betas[0], config.nesterov
     s = kernels.average(moments["m"], g_Bmn, beta=beta, nesterov=nesterov, ok=ok)
     norm = total(kernels.frobenius(s).square_()).sqrt_()
-    go = ok & (norm > 0)
+    go = ok & (norm > 0) & (scale > 0)
     unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
     frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
