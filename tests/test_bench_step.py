@@ -104,8 +104,8 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
 
 
 def test_what_does_not_fit_is_skipped_with_the_reason() -> None:
-    # Generators of 10^6 x 10^6 take 4 TB; in factors of one row, of polar and of Muon, nothing is so
-    # large.
+    # Generators of 10^6 x 10^6 take 4 TB; in factors of one row, of polar and of Muon, nothing is
+    # so large.
     cells = measure("8b", Group("MLP", (Weight(1, 1, 10**6),)), CPU, 1)
     skipped = {cell["contender"]: cell["skipped"] for cell in cells if "skipped" in cell}
     assert set(skipped) == {"lie both", "lie alternate", "msign"} | set(LOOPS)
