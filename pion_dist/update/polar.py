@@ -108,7 +108,8 @@ def step(
 
     Returns:
         The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
-        does whose average is zero; and ``readings.read_polar``'s, if it is watched.
+        does whose average is zero, or at a rate of zero; and ``readings.read_polar``'s, if it is
+        watched.
     """
     fast = PRODUCTS[config.matmul_precision]
     moves = moving(config.matmul_precision, g_Bmn.device)
@@ -119,7 +120,7 @@ def step(
     beta, nesterov = config.betas[0], config.nesterov
     s = kernels.average(moments["m"], g_Bmn, beta=beta, nesterov=nesterov, ok=ok)
     norm = total(kernels.frobenius(s).square_()).sqrt_()
-    go = ok & (norm > 0)
+    go = ok & (norm > 0) & (scale > 0)
     unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
     frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
