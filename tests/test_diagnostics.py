@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import PUBLISHED
+from reference import MSIGN, PUBLISHED
 from test_optimizer import set_grads, weights
 from torch import Tensor, nn
 
