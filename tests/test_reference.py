@@ -86,6 +86,14 @@ def readable(option: object) -> str | None:
     return None
 
 
+def words_of(config: PionConfig) -> str:
+    """The id of a config: the options that are not the same in all of a test's."""
+    if config.direction == "polar":
+        return f"polar-{readable(config.nesterov)}"
+    retraction = readable((config.retraction, config.degree))
+    return f"{config.momentum}-{config.direction}-{retraction}"
+
+
 def moderate_lr(config: PionConfig) -> float:
     """A learning rate at which one step turns by 0.003 to 0.5 (SHAPES, weights 0.2, gradients 1).
 
@@ -273,30 +281,45 @@ def test_a_transposed_view_is_a_weight_like_any_other(
 #       θ / √N (the share of one entry of A in W A)  0.5 · 6.3 u · √1600   ≈ 130 u
 #     msign: Newton-Schulz enlarges an error in a small singular value at most 180 times, as above,
 #       and it meets 1 of ≥ 4 directions             0.5 · 6.3 u · 180 / 4 ≈ 140 u
-# A moment carries its errors on, but averages them. Over 6 steps, errors adding up:
+# A moment carries its errors on, but averages them. Over 6 steps, errors adding up.
+#     polar: Muon's step D likewise, as the same polynomial of the average, at angles θ ≤ 0.1 (of lr
+#       0.02); a Gram matrix loses nothing of averages of condition 2, and others have it not
+#                                                    0.1 · 6.3 u · 180 / 4 ≈ 28 u
+#       W = U Σ Vᵀ is made anew, so that its rounding does not add up: 3 u of U, Σ and V as they
+#       are stored, √12 u of the product, and 6.3 u / 2 of each frame's Gram matrix
+#                                                    13 u
+#       Near singular values leave the pair's frames to rounding, but W does not see which they are.
+#       (Measured over 12 seeds: 5.4 u, and no more after 6 steps than after one.)
 UNIT32 = 2.0**-24
-TOLERANCE32 = {"momentum": 6 * 6, "adaptive": 6 * 130, "msign": 6 * 140, "polar": 6 * 140}
+TOLERANCE32 = {"momentum": 6 * 6, "adaptive": 6 * 130, "msign": 6 * 140, "polar": 6 * 28 + 13}
 
 
-@pytest.mark.parametrize("direction", ["momentum", "adaptive", "msign"])
-@pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
-@pytest.mark.parametrize("retraction", RETRACTIONS, ids=readable)
-def test_float32_is_the_reference_to_its_own_rounding(
-    momentum: str, direction: str, retraction: tuple[str, int]
-) -> None:
-    config = config_of(momentum, direction, False, "rms", "both", retraction)
+FLOAT32 = [
+    PionConfig(),
+    PionConfig(nesterov=False),
+    *(
+        config_of(momentum, direction, False, "rms", "both", retraction)
+        for retraction, momentum, direction in itertools.product(RETRACTIONS, *VALUES[:2])
+    ),
+]
+
+
+@pytest.mark.parametrize("config", FLOAT32, ids=words_of)
+def test_float32_is_the_reference_to_its_own_rounding(config: PionConfig) -> None:
     rng = np.random.default_rng(5)
     params = parameters(draw(rng, SHAPES, 0.2), torch.float32)
-    references = [ReferencePion(p.detach().numpy(), config) for p in params]
-    optimizer = Pion(params, lr=0.2, config=config)
+    references = [reference_of(p.detach().numpy(), config) for p in params]
+    lr = moderate_lr(config)
+    optimizer = Pion(params, lr=lr, config=config)
     for step in range(1, STEPS + 1):
         set_gradients(params, draw(rng, SHAPES, 1.0))
         optimizer.step()
         for p, reference in zip(params, references, strict=True):
             assert p.grad is not None
-            reference.step(p.grad.numpy(), 0.2)
+            reference.step(p.grad.numpy(), lr)
             error = distance(p, reference.w) / UNIT32
-            assert error <= TOLERANCE32[direction], f"step {step}, {tuple(p.shape)}: {error:.0f} u"
+            limit = TOLERANCE32[config.direction]
+            assert error <= limit, f"step {step}, {tuple(p.shape)}: {error:.0f} u"
 
 
 DEVICES = [
