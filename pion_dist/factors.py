@@ -27,6 +27,9 @@ _DIM: dict[Side, int] = {"out": 1, "in": 2}
 # Elements of matrices that are decomposed together; each takes several copies in float64.
 _TOGETHER = 1 << 22
 _SECONDS = 10.0  # between two lines of progress
+# Weights that are further from the product of their factors are told: a model that was converted
+# to float64 has factors of float32.
+_TOLD = 1e-4
 
 
 class Peers(Protocol):
@@ -149,7 +152,7 @@ class Factors:
             if error <= _rounding(p.dtype):
                 continue
             wrong.append(index)
-            if known[index]:
+            if known[index] and error > _TOLD:
                 logger.warning(
                     "%s is not the product of its factors: it was changed since Pion's last step, "
                     "or is not of the state that was loaded. Its singular values are taken anew",
@@ -195,4 +198,4 @@ class Factors:
 def _rounding(dtype: torch.dtype) -> float:
     """How far a weight may be from the product of its factors, which were rounded once to it."""
     # Split products leave 2^-16 of a term; bf16 rounds to 2^-9 of an element.
-    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2.0**-7)
+    return {torch.float64: 1e-10, torch.float32: _TOLD}.get(dtype, 2.0**-7)

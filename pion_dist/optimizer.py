@@ -202,6 +202,7 @@ class Pion(torch.optim.Optimizer):
             _check_dtype(p, slot.name)
         self._guard.report()
         self._guard = Guard()  # its counts lie where the gradients were
+        self._factors.forget()  # weights may have been rounded
         for p in self._slots:
             for key, (moment, ranks) in self._held_moments(p).items():
                 value = storage.matrices(self.state[p][key], moment, ranks, key)

@@ -26,7 +26,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from reference import PUBLISHED, Array, ReferenceWeight
+from reference import MSIGN, PUBLISHED, Array, ReferenceWeight
 from test_reference import (
     CUT_STEPS,
     TOLERANCE,
@@ -117,12 +117,15 @@ WEIGHTS = (
     UNCUT,
     Weight("uncut.rows", lambda _: whole(16, 6, axis="rows"), shared=False),
 )
-# The side that is not cut does not divide by the ranks: not for mode "distributed".
+# The side that is not cut does not divide by the ranks: mode "distributed" has no rows of its
+# generators for each rank. Polar divides these along the side that is cut.
 ODD_WEIGHTS = (
     Weight("odd.fc1", lambda ranks: whole(16 // ranks, 9, axis="rows")),
     Weight("odd.fc2", lambda ranks: whole(7, 16 // ranks, axis="cols")),
     Weight("odd.experts", lambda ranks: stacked(10, 16 // ranks, name="e", count=2, axis="cols")),
 )
+# The larger side is not cut, and does not divide.
+ODD_WIDE = Weight("odd.wide", lambda ranks: whole(8 // ranks, 9, axis="rows"))
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ class Run:
 
 
 def weights_for(config: PionConfig) -> tuple[Weight, ...]:
-    return WEIGHTS if config.tp_mode == "distributed" else (*WEIGHTS, *ODD_WEIGHTS)
+    generators = config.tp_mode == "distributed" and config.direction != "polar"
+    return WEIGHTS if generators else (*WEIGHTS, *ODD_WEIGHTS)
 
 
 def check_weights(run: Run, tolerance: float) -> None:
@@ -252,18 +256,16 @@ def check_weights(run: Run, tolerance: float) -> None:
 def moment_share(run: Run, weight: Weight, key: str, moment: Array, part: int) -> Array:
     """What a rank that holds a moment [B, ...] has of it: a share where its matrices are shared.
 
-    Lie moments are divided by generators' rows where they are distributed, and by blocks; vectors
-    of spectral scaling by blocks alone.
+    Lie moments are divided by generators' rows where they are distributed, and by blocks.
     """
     axis, mode, lie = weight.whole.axis, run.config.tp_mode, run.config.momentum == "lie"
     if not weight.shared or (axis is not None and mode in ("owner", "duplicated")):
         return moment
     if axis is not None and run.config.direction == "polar":
         return rows_share(run, weight, key, moment, part)
-    vector = key.startswith("u_")
-    if axis is not None and (vector or (lie and mode == "blockwise")) and moment.ndim == 3:
-        return moment  # of the side that all blocks share, or a whole matrix's vector
-    dim = 1 if axis is not None and (lie or vector) else DIM[axis]
+    if axis is not None and lie and mode == "blockwise" and moment.ndim == 3:
+        return moment  # of the side that all blocks share
+    dim = 1 if axis is not None and lie else DIM[axis]
     return np.split(moment, run.place.ranks, dim)[part]
 
 
@@ -652,15 +654,17 @@ def check_blocks_of_ranks(place: Place) -> None:
     blocks = place.ranks + 1
     rows = blocks * place.ranks
     weight = Weight("other.fc1", lambda ranks: whole(rows // ranks, 8, axis="rows"))
-    config = PionConfig(tp_mode="blockwise", blocks=blocks)
+    config = PionConfig(**PUBLISHED, tp_mode="blockwise", blocks=blocks)
     told = refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), "other.fc1")
     for number in (blocks, place.ranks):
         assert re.search(rf"\b{number}\b", told), f"no {number} in {told!r}"
 
 
-def check_distributed_needs_divisible(place: Place, weight: Weight) -> None:
+def check_distributed_needs_divisible(
+    place: Place, weight: Weight, options: dict[str, object]
+) -> None:
     """A ValueError that names it, on every rank."""
-    config = PionConfig(tp_mode="distributed")
+    config = PionConfig(**options, tp_mode="distributed")
     refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), weight.name)
 
 
@@ -682,16 +686,18 @@ def named(config: PionConfig) -> str:
 FEW: tuple[dict[str, object], ...] = (
     {},
     PUBLISHED,
-    PUBLISHED | {"momentum": "ambient", "scaling": "spectral", "retraction": "exp", "side": "out"},
+    MSIGN,
+    PUBLISHED | {"momentum": "ambient", "retraction": "exp", "side": "out"},
     PUBLISHED | {"direction": "momentum", "side": "in", "retraction": "cayley", "scaling": "none"},
-    PUBLISHED | {"momentum": "transported", "direction": "momentum", "scaling": "spectral"},
-    PUBLISHED | {"direction": "msign", "side": "alternate", "retraction": "cubic"},
+    PUBLISHED | {"momentum": "transported", "direction": "momentum"},
+    PUBLISHED | {"direction": "msign", "side": "alternate", "retraction": "cayley"},
 )
-POLAR = {"direction": "polar"}
 RESET = {"spectrum_reset_interval": 2}
+LIE_MSIGN = MSIGN | {"momentum": "lie"}
 LOW = {"matmul_precision": "bf16", "state_dtype": "bf16"}
 ORTHOGONAL: tuple[dict[str, object], ...] = (
-    {"retraction": "cayley", "side": "both"},
+    {},
+    MSIGN | {"retraction": "cayley", "side": "both"},
     PUBLISHED | {"retraction": "cayley"},
     PUBLISHED | {"retraction": "exp", "direction": "momentum", "side": "alternate"},
     PUBLISHED | {"momentum": "transported", "retraction": "exp"},
@@ -699,10 +705,11 @@ ORTHOGONAL: tuple[dict[str, object], ...] = (
 
 # Whose work is products alone.
 PRODUCTS: tuple[dict[str, object], ...] = (
-    {"direction": "momentum"},
+    {},
+    MSIGN,
+    MSIGN | {"direction": "momentum"},
     PUBLISHED | {"direction": "momentum"},
-    PUBLISHED | {"direction": "momentum", "scaling": "spectral"},
-    {"momentum": "lie", "nesterov": False, "scaling": "rms"},
+    LIE_MSIGN | {"nesterov": False},
     PUBLISHED | {"momentum": "transported", "direction": "momentum", "side": "out"},
 )
 
@@ -728,25 +735,25 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
         config = config_of(*options, tp_mode=mode, blocks=blocks)
         add(check_reference, named(config), config)
     for check, tried in (
-        (check_reference, (POLAR, POLAR | {"nesterov": False})),
-        (check_float32, (*ORTHOGONAL, POLAR)),
-        (check_nan, (*FEW, POLAR)),
-        (check_resume, (*FEW[:3], LOW, LOW | {"momentum": "lie"}, RESET, POLAR, LOW | POLAR)),
-        (check_collectives, (*FEW, LOW, RESET, POLAR, LOW | POLAR)),
-        (check_reset, (RESET, PUBLISHED | RESET)),
-        (check_diagnostics, (*FEW, POLAR)),
-        (check_work, (*PRODUCTS, POLAR)),
-        (check_nothing_shared, (*FEW[:2], POLAR)),
-        (check_part_of_the_ranks, (*FEW[:2], POLAR)),
-        (check_two_groups, (*FEW[:2], POLAR)),
-        (check_conversion, (*FEW[:2], POLAR)),
+        (check_reference, ({}, {"nesterov": False})),
+        (check_float32, ORTHOGONAL),
+        (check_nan, FEW),
+        (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
+        (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
+        (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
+        (check_diagnostics, FEW),
+        (check_work, PRODUCTS),
+        (check_nothing_shared, FEW[:3]),
+        (check_part_of_the_ranks, FEW[:3]),
+        (check_two_groups, FEW[:3]),
+        (check_conversion, FEW[:3]),
     ):
         for mode, options in itertools.product(MODES, tried):
-            if mode == "blockwise" and options.items() >= POLAR.items():
-                continue
+            if mode == "blockwise" and "direction" not in options:
+                continue  # polar has no blocks
             config = PionConfig(**options, **mode_options(mode, ranks))
             add(check, named(config), config)
-    for mode, options in itertools.product(("owner", "duplicated"), ({}, PUBLISHED, POLAR)):
+    for mode, options in itertools.product(("owner", "duplicated"), FEW[:3]):
         config = PionConfig(**options, tp_mode=mode)
         add(check_exact_volume, named(config), config)
         coded = PionConfig(**options, tp_mode=mode, state_dtype="int8")
@@ -756,7 +763,8 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
         add(check_other_plan, what, what)
     add(check_blocks_of_ranks, "")
     for weight in ODD_WEIGHTS:
-        add(check_distributed_needs_divisible, weight.name, weight)
+        add(check_distributed_needs_divisible, weight.name, weight, PUBLISHED)
+    add(check_distributed_needs_divisible, ODD_WIDE.name, ODD_WIDE, {})
     return found
 
 

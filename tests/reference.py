@@ -24,14 +24,10 @@ Array = npt.NDArray[np.float64]
 Axis = Literal["rows", "cols"] | None
 
 # What the published algorithm (arXiv 2605.12492) has that PionConfig's defaults do not.
-PUBLISHED: dict[str, Any] = {
-    "momentum": "lie",
-    "direction": "adaptive",
-    "nesterov": False,
-    "side": "both",
-    "scaling": "rms",
-    "retraction": "taylor",
-}
+PUBLISHED: dict[str, Any] = {"direction": "adaptive", "nesterov": False}
+
+# The matrix sign of a transported average's generators, a side a step.
+MSIGN: dict[str, Any] = {"direction": "msign", "momentum": "transported", "side": "alternate"}
 
 # Muon's quintic, https://kellerjordan.github.io/posts/muon/: a small singular value grows by
 # 3.4445³ = 41.
@@ -92,29 +88,6 @@ def newton_schulz(k: Array, eps: float) -> Array:
     return x
 
 
-def direction_in_parts(w: Array, s: Array, eps: float) -> Array:
-    """The direction on a large side, W's rows: of the parts of K = W Sᵀ − S Wᵀ by themselves.
-
-    With an orthonormal basis Q of W's columns K is Q (Qᵀ K Q) Qᵀ and what leads out of their span,
-    (I − Q Qᵀ) K Q Qᵀ, minus its transpose. Qᵀ K Q has its matrix sign in its place, (I − Q Qᵀ) K Q
-    its polar factor, both by the iteration. Here Q = W (WᵀW)^(−1/2), with 4 · 2^-52 of its norm
-    added to WᵀW.
-    """
-    k = w @ s.T - s @ w.T
-    square = w.T @ w
-    square += 4 * np.finfo(float).eps * np.linalg.norm(square) * np.eye(len(square))
-    values, v = np.linalg.eigh(square)
-    q = w @ (v / np.sqrt(values)) @ v.T
-    within = q.T @ k @ q
-    out = k @ q - q @ within
-    within = newton_schulz((within - within.T) / 2, eps)
-    x = out / (np.linalg.norm(out) + eps)
-    x = x / max(np.linalg.norm(x.T @ x @ x.T @ x) ** 0.25, 1e-3)
-    for a, b, c in NEWTON_SCHULZ:
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
-    return q @ within @ q.T + x @ q.T - q @ x.T
-
-
 def retract(a: Array, retraction: str, degree: int = 2) -> Array:
     """The factor E(A) of a skew A, orthogonal or nearly so."""
     eye = np.eye(len(a))
@@ -132,22 +105,6 @@ def retract(a: Array, retraction: str, degree: int = 2) -> Array:
             return ((v * np.exp(-1j * angles)) @ v.conj().T).real
         case _:
             raise ValueError(f"retraction={retraction!r}")
-
-
-def power_iteration(a: Array, u: Array, side: str) -> tuple[float, Array]:
-    """An estimate of ‖A‖₂ of a skew A by four products, and the unit vector that they end with.
-
-    From u and a tenth of the vector cos(√2 i²), i = 0, 1, ..., made a unit one.
-    """
-    fixed = np.cos(math.sqrt(2) * np.arange(len(a)) ** 2)
-    x = u + 0.1 * fixed / np.linalg.norm(fixed)
-    for _ in range(4):
-        y = x / np.linalg.norm(x)
-        x = y @ a if side == "in" else a @ y
-        if not x.any():
-            return 0.0, x
-    norm = float(np.linalg.norm(x))
-    return norm, x / norm
 
 
 def rotate(x: Array, factors: dict[str, Array]) -> Array:
@@ -169,7 +126,6 @@ class ReferencePion:
     Attributes:
         w: the weight.
         m, v: the moments, by side for ``momentum="lie"``, else by the one key "ambient".
-        u: where scaling is spectral, by side, the vector that each block's norm comes from.
         blocks: number of blocks, by side.
         t: steps taken.
         turns: by active side, lr alpha A of the last step: what E was taken of. The spectral norm
@@ -188,15 +144,8 @@ class ReferencePion:
         kept = config.sides if config.momentum == "lie" else ("ambient",)
         self.m = {key: np.zeros(shapes[key]) for key in kept}
         self.v = {key: np.zeros(shapes[key]) for key in kept}
-        vectors = config.sides if config.scaling == "spectral" else ()
-        self.u = {side: np.zeros((self.blocks[side], self._block(side))) for side in vectors}
-        self.in_parts = config.direction == "msign" and max(self.blocks.values()) == 1
         self.t = 0
         self.turns: dict[str, Array] = {}
-
-    def _block(self, side: str) -> int:
-        """Rows of a block."""
-        return self.w.shape[1 if side == "in" else 0] // self.blocks[side]
 
     def step(self, g: npt.ArrayLike, lr: float) -> None:
         """Move the weight by one step with the gradient ``g`` at the learning rate ``lr``."""
@@ -211,8 +160,6 @@ class ReferencePion:
         }
         self.w = rotate(self.w, factors)
         if self.config.momentum == "transported":
-            if self.config.retraction in ("taylor", "cubic"):  # to second order
-                factors = {side: retract(turn, "taylor", 2) for side, turn in self.turns.items()}
             self.m["ambient"] = rotate(self.m["ambient"], factors)
 
     def _lie(self, g: Array) -> dict[str, Array]:
@@ -234,14 +181,7 @@ class ReferencePion:
             self._average_square("ambient", self.m["ambient"])
             s = s / (np.sqrt(self.v["ambient"]) + self.config.eps)
         generators = {}
-        m, n = self.w.shape
-        large = ("out" if m > 2 * n else "in" if n > 2 * m else None) if self.in_parts else None
         for side in self.config.active_sides(self.t):
-            if side == large:
-                w, s_side = (self.w, s) if side == "out" else (self.w.T, s.T)
-                found = direction_in_parts(w, s_side, self.config.eps)
-                generators[side] = found if side == "out" else -found
-                continue
             k = skew_of_blocks(self.w, s, side, self.blocks[side])
             generators[side] = -self._sign(k, side)
         return generators
@@ -264,19 +204,9 @@ class ReferencePion:
         return block_diagonal([newton_schulz(block, self.config.eps) for block in blocks])
 
     def _alpha(self, generators: dict[str, Array]) -> dict[str, float]:
-        """By side: c√(mn) over the norm of the first-order change, 1 over A's largest angle, or 1.
-
-        The largest angle of a block-diagonal A is its largest block's.
-        """
+        """By side: c√(mn) over the norm of the first-order change, or 1."""
         if self.config.scaling == "none":
             return dict.fromkeys(generators, 1.0)
-        if self.config.scaling == "spectral":
-            norms = dict.fromkeys(generators, 0.0)
-            for side, a in generators.items():
-                for i, block in enumerate(diagonal_blocks(a, self.blocks[side])):
-                    norm, self.u[side][i] = power_iteration(block, self.u[side][i], side)
-                    norms[side] = max(norms[side], norm)
-            return {side: 1 / (norm + self.config.eps) for side, norm in norms.items()}
         change = np.zeros_like(self.w)
         for side, a in generators.items():
             change += self.w @ a if side == "in" else a @ self.w
@@ -287,13 +217,9 @@ class ReferencePion:
     def state(self) -> dict[str, Array]:
         """The moments as the optimizer keeps them, of this one matrix (without its dimension B).
 
-        Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N]. Vectors
-        are rows for the side "in" and columns for the side "out".
+        Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N].
         """
         found = {}
-        for side, u in self.u.items():
-            vectors = np.expand_dims(u, {"in": 1, "out": 2}[side])
-            found[f"u_{side}"] = vectors if self.blocks[side] > 1 else vectors[0]
         for moment, values, sign in (("m", self.m, -1.0), ("v", self.v, 1.0)):
             if moment == "v" and self.config.direction != "adaptive":
                 continue

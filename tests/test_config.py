@@ -26,8 +26,8 @@ def test_unknown_values_are_refused_with_the_allowed_ones(option: str) -> None:
         ({"degree": 1}, "degree"),
         ({"degree": 2.0}, "degree"),
         ({"nesterov": 1}, "nesterov"),
-        ({"retraction": "cubic", "degree": 3}, "retraction='cubic'"),
-        ({"scaling": "none", "rms": 0.1}, "scaling='none'"),
+        ({"direction": "momentum", "retraction": "exp", "degree": 3}, "retraction='exp'"),
+        ({"direction": "momentum", "scaling": "none", "rms": 0.1}, "scaling='none'"),
     ],
     ids=str,
 )
@@ -45,15 +45,15 @@ def test_is_frozen_and_keyword_only() -> None:
 
 def test_the_defaults_are_what_the_documentation_says() -> None:
     assert dataclasses.asdict(PionConfig()) == {
-        "momentum": "transported",
-        "direction": "msign",
+        "momentum": "lie",
+        "direction": "polar",
         "nesterov": True,
-        "betas": (0.9, 0.95),
+        "betas": (0.95, 0.95),
         "eps": 1e-8,
-        "side": "alternate",
-        "scaling": "spectral",
+        "side": "both",
+        "scaling": "rms",
         "rms": 0.2,
-        "retraction": "cubic",
+        "retraction": "taylor",
         "degree": 2,
         "qkv": "qkv",
         "split_gate": True,
@@ -104,5 +104,5 @@ def test_the_published_recipes_never_change(recipe: str, own: dict) -> None:
 
 
 def test_alternate_begins_with_the_in_side() -> None:
-    config = PionConfig(side="alternate")
+    config = PionConfig(direction="momentum", side="alternate")
     assert [config.active_sides(step) for step in (1, 2, 3)] == [("in",), ("out",), ("in",)]

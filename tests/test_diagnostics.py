@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import PUBLISHED
+from reference import MSIGN, PUBLISHED
 from test_optimizer import set_grads, weights
 from torch import Tensor, nn
 
@@ -22,11 +22,11 @@ UNIT32 = 2.0**-24
 CONFIGS = [
     PionConfig(),
     PionConfig(**PUBLISHED),
-    PionConfig(momentum="ambient", direction="momentum", side="both", retraction="cayley"),
-    PionConfig(tp_mode="blockwise", blocks=2, retraction="exp"),
+    PionConfig(momentum="ambient", direction="momentum", retraction="cayley"),
+    PionConfig(**MSIGN | {"retraction": "exp"}, tp_mode="blockwise", blocks=2),
 ]
 each_config = pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda config: f"{config.momentum}-{config.retraction}"
+    "config", CONFIGS, ids=["polar", "lie-taylor", "ambient-cayley", "transported-exp"]
 )
 
 
@@ -44,9 +44,20 @@ def column(report: Report, name: str) -> dict[str, float]:
     return dict(zip(report.names, values, strict=True))
 
 
-def by_numpy(before: Tensor, after: Tensor) -> tuple[float, float]:
+def values_of(w: Tensor) -> np.ndarray:
+    return np.linalg.svd(w.detach().double().numpy(), compute_uv=False)
+
+
+def values_at_start(w: Tensor, config: PionConfig) -> np.ndarray:
+    """What drift is measured from: of polar Σ, which is held as the weights are."""
+    values = values_of(w)
+    if config.direction == "polar":
+        return torch.from_numpy(values).to(w.dtype).double().numpy()
+    return values
+
+
+def by_numpy(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
     """Drift and shift."""
-    old, new = (np.linalg.svd(x.double().numpy(), compute_uv=False) for x in (before, after))
     change = np.abs(new - old)
     return float((change / old).max()), float((change / old[0]).max())
 
@@ -59,11 +70,11 @@ def test_drift_is_what_numpy_finds(config: PionConfig) -> None:
         params[2]: interleaved(24, 6, repeated=[("q", 4), ("k", 2)], per_repetition=True),
     }
     optimizer = Pion(params, lr=0.1, config=config, views=views)
-    start = {name: x.clone() for name, x in optimizer.matrices()}
+    start = {name: values_at_start(x, config) for name, x in optimizer.matrices()}
     watch = Diagnostics(optimizer)
     for step in range(4):
         report = watched_step(watch, optimizer, params, step)
-    expected = {name: by_numpy(start[name], x) for name, x in optimizer.matrices()}
+    expected = {name: by_numpy(start[name], values_of(x)) for name, x in optimizer.matrices()}
     assert set(report.names) == set(expected) and len(expected) == 11
     shifts = column(report, "shift")
     for name, drift in column(report, "drift").items():
@@ -75,14 +86,15 @@ def test_drift_is_what_numpy_finds(config: PionConfig) -> None:
 
 
 @pytest.mark.parametrize("direction", ["momentum", "msign"])
-@pytest.mark.parametrize("retraction", ["taylor", "cubic", "cayley", "exp"])
+@pytest.mark.parametrize("retraction", ["taylor", "cayley", "exp"])
 @pytest.mark.parametrize(("shape", "side"), [((5, 9), "out"), ((9, 5), "in"), ((6, 6), "out")])
 def test_the_factor_is_read_as_it_is(
     shape: tuple[int, int], side: str, retraction: str, direction: str
 ) -> None:
     """Of a step with one side, the factor follows from the weights: E = W' W⁺."""
     (p,) = params = weights(shape, dtype=torch.float64)
-    config = PionConfig(side=side, retraction=retraction, direction=direction, scaling="rms")
+    options = MSIGN | {"side": side, "retraction": retraction, "direction": direction}
+    config = PionConfig(**options)
     optimizer = Pion(params, lr=0.5, config=config)
     before = p.detach().clone().numpy()
     report = watched_step(Diagnostics(optimizer), optimizer, params, 0)
@@ -91,26 +103,24 @@ def test_the_factor_is_read_as_it_is(
     e = after @ np.linalg.pinv(before) if side == "out" else np.linalg.pinv(before) @ after
     angle = np.abs(np.angle(np.linalg.eigvals(e))).max()
     error = np.linalg.norm(e.T @ e - np.eye(len(e)), 2)
-    orthogonality, found, alpha, rms = report.values[0, 2:].tolist()
+    orthogonality, found, alpha, kept, rms = report.values[0, 2:].tolist()
     assert 0.1 < angle < 1.5
     # The vector ends in the plane of the largest turn to (σ₂/σ₁)^32, which is squared in both; the
     # matrix sign's planes are alike.
     tolerance = 0.02 if direction == "momentum" else 0.15
     assert (1 - tolerance) * angle <= found <= angle + 1e-12
-    if retraction in ("taylor", "cubic"):
+    if retraction == "taylor":
         assert error > 1e-6 and 0.3 * error <= orthogonality <= error * (1 + 1e-6) + 1e-14
     else:
         assert max(error, orthogonality) < 1e-13
     np.testing.assert_allclose(rms, np.sqrt(np.mean((after - before) ** 2)), rtol=1e-6)
-    assert alpha > 0
+    assert alpha > 0 and math.isnan(kept)
 
 
 def test_alpha_is_the_scale_of_the_generator() -> None:
     """From the equations: A = W Gᵀ − G Wᵀ of the first gradient G, and ‖lr α A W‖_F / √(mn)."""
     (p,) = params = weights((5, 7), dtype=torch.float64)
-    config = PionConfig(
-        momentum="ambient", direction="momentum", betas=(0.0, 0.0), side="out", scaling="rms"
-    )
+    config = PionConfig(momentum="ambient", direction="momentum", betas=(0.0, 0.0), side="out")
     optimizer = Pion(params, lr=0.1, config=config)
     w = p.detach().clone().numpy()
     report = watched_step(Diagnostics(optimizer), optimizer, params, 0)
@@ -130,22 +140,30 @@ def test_watching_changes_no_bit_and_ends_with_the_step(config: PionConfig) -> N
         set_grads(unseen, step)
         b.step()
     assert all(torch.equal(p, q) for p, q in zip(seen, unseen, strict=True))
-    assert report.values.isfinite().all()
+    other = "alpha" if config.direction == "polar" else "kept"
+    finite = report.values.isfinite().all(0)
+    assert [name for name, is_finite in zip(COLUMNS, finite, strict=True) if not is_finite] == [
+        other
+    ]
     set_grads(seen, 3)
     a.step()  # not recorded
     later = watch.report()
     assert later.values[:, :2].isfinite().all() and later.values[:, 2:].isnan().all()
 
 
-def test_a_step_that_is_not_taken_reads_zero() -> None:
-    params = weights((6, 4), (3, 9))
-    optimizer = Pion(params, lr=0.1)
+@each_config
+def test_a_step_that_is_not_taken_reads_zero(config: PionConfig) -> None:
+    """Drift too, but for polar's: against Σ, which is rounded to float32 at the first step."""
+    params = weights((6, 4), (4, 10))
+    optimizer = Pion(params, lr=0.1, config=config)
     watch = Diagnostics(optimizer)
     set_grads(params, 0)
     params[1].grad[0, 0] = math.nan
     watch.record()
     optimizer.step()
-    assert not watch.report().values.any()
+    values = watch.report().values
+    assert not values[:, 2:].any()
+    assert (values[:, :2] <= (UNIT32 if config.direction == "polar" else 0.0)).all()
 
 
 def test_weights_that_are_not_finite_do_not_stop_a_report() -> None:
@@ -178,14 +196,19 @@ def test_large_matrices_are_measured_by_norms(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["values", "norms"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, PUBLISHED | {"spectrum_reset_interval": 1000}],
+    ids=["default", "published"],
+)
 def test_drift_is_since_the_start_that_a_checkpoint_has(
-    monkeypatch: pytest.MonkeyPatch, exact: bool
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], exact: bool
 ) -> None:
     monkeypatch.setattr("pion_dist.diagnostics.EXACT_SIDE", 0)
     params = weights((6, 8), (4, 9))
-    config = PionConfig(**PUBLISHED, spectrum_reset_interval=1000)
+    config = PionConfig(**options)
     optimizer = Pion(params, lr=0.1, config=config)
-    values = [np.linalg.svd(p.detach().double().numpy(), compute_uv=False) for p in params]
+    values = [values_at_start(p, config) for p in params]
     for step in range(3):
         set_grads(params, step)
         optimizer.step()
@@ -193,7 +216,7 @@ def test_drift_is_since_the_start_that_a_checkpoint_has(
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     report = Diagnostics(resumed, exact=exact).report()
     for p, before, found in zip(params, values, report.values[:, 0].tolist(), strict=True):
-        after = np.linalg.svd(p.detach().double().numpy(), compute_uv=False)
+        after = values_of(p)
         if not exact:
             before, after = (
                 np.array([np.linalg.norm(x, q) for q in (2, np.inf)]) for x in (before, after)
@@ -207,9 +230,10 @@ def test_drift_is_since_the_start_that_a_checkpoint_has(
 def test_what_is_done_to_a_weight_by_hand_is_seen(
     monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
+    """But for polar, whose next step puts W = U Σ Vᵀ back, or takes Σ anew."""
     monkeypatch.setattr("pion_dist.diagnostics.EXACT_SIDE", 0)
     params = weights((24, 16), (16, 20), (32, 8))
-    optimizer = Pion(params, lr=0.01)
+    optimizer = Pion(params, lr=0.01, config=PionConfig(**MSIGN))
     watch = Diagnostics(optimizer, exact=exact)
     with torch.no_grad():
         params[1] *= 1.0 + 1e-5
@@ -238,12 +262,18 @@ def test_weights_and_biases_has_the_numbers(
     wandb.finish()
 
 
+def rows_of(*, alphas: tuple[float, ...], kept: tuple[float, ...]) -> list[Row]:
+    numbers = (
+        ("a:q[0]", True, 10, 1e-6, 2e-7, 1e-9, 0.01),
+        ("a:q[1]", True, 10, 2e-6, 1e-7, 1e-9, 0.01),
+        ("b:whole[0]", False, 60, 4e-8, math.nan, 1e-7, 0.02),
+    )
+    each = zip(numbers, alphas, kept, (3e-3, 3e-3, 1e-3), strict=True)
+    return [Row(*row, alpha, share, rms) for row, alpha, share, rms in each]
+
+
 def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
-    rows = [
-        Row("a:q[0]", True, 10, 1e-6, 2e-7, 1e-9, 0.01, 0.5, 3e-3),
-        Row("a:q[1]", True, 10, 2e-6, 1e-7, 1e-9, 0.01, 0.5, 3e-3),
-        Row("b:whole[0]", False, 60, 4e-8, math.nan, 1e-7, 0.02, 2.0, 1e-3),
-    ]
+    rows = rows_of(alphas=(0.5, 0.5, 2.0), kept=(math.nan,) * 3)
     assert line(rows, 7) == (
         " pion at iteration 7 | drift: 2.000E-06 (a:q[1]) | shift: 2.000E-07 (a:q[0]) | "
         "norm-drift: 4.000E-08 (b:whole[0]) | orthogonality: 1.000E-07 | angle: 2.000E-02 | "
@@ -252,5 +282,13 @@ def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
     )
     found = scalars(rows)
     assert (found["pion-drift/a:q"], found["pion-norm-drift/b:whole"]) == (2e-6, 4e-8)
+    assert "pion/kept-min" not in found
     still = [replace(row, angle=math.nan) for row in rows]
     assert line(still, 8).endswith("(b:whole[0]) | no step was taken |")
+
+
+def test_the_log_s_line_has_what_polar_keeps_in_alpha_s_place() -> None:
+    rows = rows_of(alphas=(math.nan,) * 3, kept=(0.99, 0.97, 0.98))
+    assert line(rows, 7).endswith("angle: 2.000E-02 | kept: 9.700E-01 | update rms: 1.732E-03 |")
+    found = scalars(rows)
+    assert found["pion/kept-min"] == 0.97 and "pion/alpha-min" not in found

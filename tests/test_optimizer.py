@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from reference import PUBLISHED
+from reference import MSIGN, PUBLISHED
 from test_reference import TOLERANCE
 from torch import nn
 
@@ -33,8 +33,9 @@ def set_grads(params: list[nn.Parameter], step: int) -> None:
 CONFIGS = [
     PionConfig(),
     PionConfig(**PUBLISHED),
+    PionConfig(**MSIGN),
     PionConfig(**PUBLISHED | {"momentum": "ambient", "retraction": "cayley"}),
-    PionConfig(momentum="lie", direction="momentum", side="out", scaling="spectral"),
+    PionConfig(direction="momentum", side="out", scaling="none"),
 ]
 each_config = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: f"{config.momentum}-{config.direction}"
@@ -115,7 +116,12 @@ def test_views_are_rotated_as_separate_matrices(config: PionConfig) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [*CONFIGS, PionConfig(state_dtype="bf16"), PionConfig(tp_mode="blockwise", blocks=3)],
+    [
+        *CONFIGS,
+        PionConfig(state_dtype="bf16"),
+        PionConfig(**MSIGN, state_dtype="bf16"),
+        PionConfig(**MSIGN, tp_mode="blockwise", blocks=3),
+    ],
     ids=lambda config: f"{config.momentum}-{config.direction}-{config.state_dtype}-{config.blocks}",
 )
 def test_batches_of_other_sizes_change_nothing(
@@ -232,7 +238,11 @@ COPIES: dict[str, Callable[[tuple[nn.Parameter, Pion]], tuple[nn.Parameter, Pion
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     "config",
-    [*CONFIGS, PionConfig(state_dtype="int8", spectrum_reset_interval=2)],
+    [
+        *CONFIGS,
+        PionConfig(state_dtype="int8"),
+        PionConfig(**MSIGN, state_dtype="int8", spectrum_reset_interval=2),
+    ],
     ids=lambda config: f"{config.momentum}-{config.direction}-{config.state_dtype}",
 )
 def test_a_copy_steps_as_the_original(
@@ -272,7 +282,12 @@ def test_a_copy_with_process_groups_is_refused() -> None:
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(
     "config",
-    [*CONFIGS, PionConfig(state_dtype="int8"), PionConfig(spectrum_reset_interval=2)],
+    [
+        *CONFIGS,
+        PionConfig(state_dtype="int8"),
+        PionConfig(**MSIGN, state_dtype="int8"),
+        PionConfig(**MSIGN, spectrum_reset_interval=2),
+    ],
     ids=lambda config: f"{config.momentum}-{config.direction}-{config.state_dtype}",
 )
 def test_a_converted_model_is_followed(config: PionConfig, steps: int) -> None:
@@ -338,19 +353,20 @@ def test_torch_compile_goes_around_a_step(backend: str) -> None:
 
 
 LIE = PionConfig(**PUBLISHED)
+AVERAGE = PionConfig(**MSIGN)
 
 
 @pytest.mark.parametrize(
     ("config", "other", "says"),
     [
         (PionConfig(), LIE, "momentum='lie'"),
-        (LIE, PionConfig(), "momentum='transported'"),
-        (PionConfig(), PionConfig(momentum="ambient"), "momentum='ambient'"),
-        (PionConfig(), PionConfig(direction="adaptive"), "second_moment"),
+        (LIE, PionConfig(), "momentum='polar'"),
+        (PionConfig(), AVERAGE, "momentum='transported'"),
+        (AVERAGE, PionConfig(), "momentum='polar'"),
+        (AVERAGE, replace(AVERAGE, momentum="ambient"), "momentum='ambient'"),
+        (AVERAGE, replace(AVERAGE, direction="adaptive"), "second_moment"),
         (LIE, replace(LIE, direction="momentum"), "second_moment"),
         (LIE, replace(LIE, side="in"), "sides"),
-        (PionConfig(), PionConfig(scaling="rms"), "scaling='rms or none'"),
-        (LIE, replace(LIE, scaling="spectral"), "scaling='spectral'"),
         (PionConfig(), PionConfig(qkv="head"), "qkv='head'"),
         (PionConfig(), PionConfig(split_gate=False), "split_gate"),
     ],
@@ -376,9 +392,10 @@ def test_state_of_other_options_is_refused_and_nothing_changes(
     ("config", "says"),
     [
         (PionConfig(), r"m.whole must be \(1, 4, 3\)"),
+        (AVERAGE, r"m.whole must be \(1, 4, 3\)"),
         (LIE, r"m_in.whole must be \(1, 3, 3\)"),
     ],
-    ids=["default", "published"],
+    ids=["default", "msign", "published"],
 )
 def test_state_of_another_optimizer_or_shape_is_refused(config: PionConfig, says: str) -> None:
     def pion(*shapes: tuple[int, int]) -> Pion:
@@ -435,13 +452,17 @@ def test_masters_take_their_weights_place() -> None:
     assert sum(1 for _ in optimizer.matrices()) == 2
 
 
-@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(options | {"retraction": "exp"} for options in (MSIGN, PUBLISHED))],
+    ids=["default", "msign", "published"],
+)
 def test_trains_a_model_and_keeps_its_spectrum(options: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.GELU(), nn.Linear(32, 8, bias=False))
     start = [torch.linalg.svdvals(p.detach().double()) for p in model.parameters()]
     target = torch.linalg.qr(torch.randn(8, 8)).Q
-    config = PionConfig(**options | {"retraction": "exp"})
+    config = PionConfig(**options)
     optimizer = Pion(model.named_parameters(), lr=0.05, config=config)
     x = torch.randn(256, 8)
     losses = []

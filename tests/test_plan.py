@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PUBLISHED
+from reference import MSIGN, PUBLISHED
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Scalar, classify
@@ -33,7 +33,7 @@ def plan_of(ranks: int, **options: object) -> StepPlan:
     return build_plan([*matrices, alone], [ranks], PionConfig(**options))
 
 
-@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+@pytest.mark.parametrize("options", [{}, MSIGN, PUBLISHED], ids=["default", "msign", "published"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_owners_share_the_work_and_the_state(ranks: int, options: dict[str, object]) -> None:
     plan, alone = plan_of(ranks, **options), plan_of(1, **options)
@@ -54,15 +54,14 @@ def test_duplicated_work_is_counted_on_every_rank() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"direction": "adaptive"}, PUBLISHED],
-    ids=["default", "adaptive", "published"],
+    [{}, MSIGN, PUBLISHED | {"state_layout": "dense"}],  # as rows of a triangle would be
+    ids=["default", "msign", "published"],
 )
 def test_divided_state_is_a_share(options: dict[str, object]) -> None:
-    options = options | {"state_layout": "dense"}  # as rows of a triangle would be
     plan, alone = plan_of(2, tp_mode="distributed", **options), plan_of(1, **options)
     kept = sum(x.nbytes(4) for x in moments(2, 4, 6, plan.config, None).values())
     for x in plan.matrices:
-        if x.shared:  # the vectors of spectral norms are whole on every rank
+        if x.shared:  # every rank has all of the smaller factor and of Σ
             found = moments(x.batch, x.m, x.n, plan.config, x.axis)
             kept += sum(moment.nbytes(4) for moment in found.values() if moment.dim is None)
     assert 2 * (plan.state_bytes([0]) - kept) == alone.state_bytes([0]) - kept
@@ -74,15 +73,6 @@ def test_blocks_shrink_one_side() -> None:
     assert found["m_out"].shape == (1, 4, 4, 4) and found["m_in"].shape == (1, 8, 8)
     assert found["m_out"].local(2) == (1, 2, 4, 4) and found["m_in"].local(2) == (1, 8, 8)
     assert moments(1, 16, 8, config, None)["m_out"].shape == (1, 16, 16)
-
-
-def test_vectors_of_spectral_norms_are_divided_by_blocks_alone() -> None:
-    for options, u_out in (
-        ({"tp_mode": "blockwise", "blocks": 4}, (3, 2, 4, 1)),
-        ({"tp_mode": "distributed"}, (3, 16, 1)),
-    ):
-        found = moments(3, 16, 8, PionConfig(scaling="spectral", **options), "rows")
-        assert found["u_out"].local(2) == u_out and found["u_in"].local(2) == (3, 1, 8)
 
 
 @pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
@@ -102,14 +92,14 @@ def test_the_collectives_do_not_grow_with_the_matrices(options: dict[str, object
 @pytest.mark.parametrize("ranks", [1024])
 def test_a_plan_of_a_thousand_ranks_is_the_same_on_all(ranks: int) -> None:
     plans = [plan_of(ranks) for _ in range(2)]
-    assert plans[0].digest(0) == plans[1].digest(0) != plan_of(ranks, eps=1e-7).digest(0)
+    assert plans[0].digest(0) == plans[1].digest(0) != plan_of(ranks, betas=(0.9, 0.95)).digest(0)
     assert max(plans[0].flop([rank]) for rank in range(ranks)) < plan_of(1).flop([0])
 
 
 def test_a_difference_is_named() -> None:
-    mine, other = plan_of(2).lines(0), plan_of(2, eps=1e-7).lines(0)
+    mine, other = plan_of(2).lines(0), plan_of(2, betas=(0.9, 0.95)).lines(0)
     assert differences(mine, [mine, mine]) == ""
-    assert "rank 1" in (found := differences(mine, [mine, other])) and "eps=1e-07" in found
+    assert "rank 1" in (found := differences(mine, [mine, other])) and "betas=(0.9, 0.95)" in found
     assert "w3" in differences(mine, [mine[:-1]]) and "nothing" in differences(mine, [mine[:-1]])
 
 
@@ -120,13 +110,34 @@ def test_a_difference_is_named() -> None:
         ({"tp_mode": "blockwise", "blocks": 5}, "rows", 1, "12 rows"),
         ({"tp_mode": "blockwise", "blocks": 3}, "cols", 1, "8 cols"),
         ({"tp_mode": "distributed"}, "rows", 3, "tp_mode='owner'"),
+        ({"direction": "polar", "tp_mode": "distributed"}, "cols", 8, "12 rows of its 12x8"),
     ],
 )
 def test_what_does_not_divide_is_named(
     options: dict[str, object], axis: Axis, ranks: int, named: str
 ) -> None:
-    assert named in unfit(12, 8, PionConfig(**options), axis, ranks)
-    assert unfit(12, 8, PionConfig(**options), None, ranks) == ""
+    config = PionConfig(**PUBLISHED | options)
+    assert named in unfit(12, 8, config, axis, ranks)
+    assert unfit(12, 8, config, None, ranks) == ""
+
+
+def test_polar_divides_the_rows_of_the_larger_side() -> None:
+    """Of 12 x 8 matrices cut either way; of square ones the side that is cut."""
+    config = PionConfig(tp_mode="distributed")
+    for m, n, axis, left, right in (
+        (12, 8, "rows", 6, 8),
+        (12, 8, "cols", 6, 8),
+        (8, 12, "rows", 8, 6),
+        (8, 8, "rows", 4, 8),
+        (8, 8, "cols", 8, 4),
+    ):
+        found = moments(3, m, n, config, axis)
+        r = min(m, n)
+        assert found["left"].local(2) == (3, left, r) and found["right"].local(2) == (3, right, r)
+        assert found["m"].local(2) == (3, left if left < m else m, right if right < n else n)
+        assert found["sigma"].local(2) == (3, r)
+    # The cut side of 9 columns need not divide: rows are exchanged.
+    assert unfit(12, 9, config, "cols", 4) == ""
 
 
 def test_heads_are_dealt_and_not_cut() -> None:

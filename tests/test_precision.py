@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import MSIGN, PUBLISHED
 from torch import Tensor
 
 from pion_dist import Pion, PionConfig
 from pion_dist.iterations import panels
-from pion_dist.update import step
+from pion_dist.update import polar, step
 from pion_dist.update.precision import PRODUCTS, Products, Split
 
 # The last two have generators in factors, where the other dimension is more than twice as long.
 SHAPES = ((16, 16), (12, 9), (32, 6), (6, 32))
 STEPS, LR = 10, 0.1
+# Turns by LR, the angles of the matrix sign.
+EXACT_MSIGN = MSIGN | {"retraction": "exp", "scaling": "none"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -69,19 +72,22 @@ def trained(config: PionConfig) -> tuple[list[Tensor], list[Tensor]]:
     "options",
     [
         {},
-        {"side": "both", "scaling": "rms"},
-        {"momentum": "lie", "direction": "adaptive", "side": "both"},
-        {"direction": "momentum", "retraction": "cayley"},
+        EXACT_MSIGN,
+        EXACT_MSIGN | {"side": "both", "scaling": "rms"},
+        PUBLISHED | {"retraction": "exp"},
+        MSIGN | {"direction": "momentum", "retraction": "cayley"},
     ],
-    ids=["default", "both", "lie", "cayley"],
+    ids=["default", "msign", "both", "lie", "cayley"],
 )
 def test_low_precision_keeps_the_spectrum(options: dict[str, str], precision: str) -> None:
     """As exactly as float32 does: products in bf16 of what moves W would leave 2^-8 of 0.1 a step.
 
     A step turns by 0.1 at most: it rounds W by 3 u, and two sides' five products of inner length
-    k <= 32, of 0.1 W, by 10 sqrt(k) u / 10 = 6 u; the cubic's own drift is 0.1^6 / 128 < u. Ten
-    steps add up to 100 u of the largest singular value, u = 2^-24. Where the weights go differs by
-    bf16's 2^-8, and more where the matrix sign enlarges a small singular value (measured: 0.02).
+    k <= 32, of 0.1 W, by 10 sqrt(k) u / 10 = 6 u. Ten steps add up to 100 u of the largest singular
+    value, u = 2^-24. Polar's frames are orthonormal to 10 sqrt(k) u, but for bf16's 2^-8 of how far
+    they were before they were polished, angle^6 / 64 = 4e-6 at 0.25. Where the weights go differs
+    by bf16's 2^-8, and more where a sign or a polar factor enlarges a small singular value
+    (measured: 0.02).
     """
     before, after = trained(PionConfig(matmul_precision=precision, **options))
     _, full = trained(PionConfig(**options))
@@ -95,27 +101,39 @@ def test_low_precision_keeps_the_spectrum(options: dict[str, str], precision: st
             assert apart == 0.0
 
 
-@pytest.mark.parametrize("retraction", ["cubic", "cayley"])
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, 4 * 2.0**-18),
+        (EXACT_MSIGN, 0.1 * 2.0**-18 * 50**0.5),
+        (EXACT_MSIGN | {"retraction": "cayley"}, 0.1 * 2.0**-18 * 50**0.5),
+    ],
+    ids=["default", "exp", "cayley"],
+)
 def test_what_tensor_cores_move_keeps_the_spectrum(
-    retraction: str, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, str], limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As GPUs compute it, on the CPU: the pieces of bf16, added up in float32.
 
     Errors of a product's terms, up to 2^-17 and of any sign, leave 2^-18 of a change of 0.1 W: as a
     random matrix that has 0.1 2^-18 of W's largest singular value. Five products a step and ten
     steps add up to sqrt(50) of that. (Plain bf16 leaves 2^8 times as much.)
+
+    Polar makes W anew: nothing adds up. An element of a product of orthonormal columns is a sum of
+    r terms of 1 / r, wrong by 2^-18 / sqrt(r), and such a matrix has the norm 2 · 2^-18. W is one,
+    and half of the Gram matrix of each frame is how far that is off: 4 · 2^-18.
     """
     worst = {}
     for products in Split(), Products(stored=torch.bfloat16):
-        monkeypatch.setattr(step, "moving", lambda precision, device, it=products: it)
-        before, after = trained(PionConfig(retraction=retraction))
+        for module in step, polar:
+            monkeypatch.setattr(module, "moving", lambda precision, device, it=products: it)
+        before, after = trained(PionConfig(**options))
         spectra = [[torch.linalg.svdvals(x.double()) for x in each] for each in (before, after)]
         worst[type(products)] = max(
             ((b - a).abs().max() / a[0]) for a, b in zip(*spectra, strict=True)
         )
-    print(f"{retraction}: of the largest singular value {worst[Split]:.1e}")
-    print(f"by plain bf16 {worst[Products]:.1e}")
-    assert worst[Split] <= 0.1 * 2.0**-18 * 50**0.5 < worst[Products]
+    print(f"of the largest singular value {worst[Split]:.1e}, by plain bf16 {worst[Products]:.1e}")
+    assert worst[Split] <= limit < worst[Products]
 
 
 @pytest.mark.parametrize("d", [1, 319, 320, 643, 1000])

@@ -34,7 +34,7 @@ STEPS = 3
 # The same examples in every run: a failure is the commit's and not the day's.
 examples = settings(max_examples=150, deadline=None, derandomize=True)
 
-RETRACTIONS = (("taylor", 2), ("taylor", 4), ("cubic", 2), ("cayley", 2), ("exp", 2))
+RETRACTIONS = (("taylor", 2), ("taylor", 4), ("cayley", 2), ("exp", 2))
 SWAPPED = {"both": "both", "in": "out", "out": "in"}
 
 
@@ -86,7 +86,7 @@ def configs(
     *,
     momentum: Sequence[str] = ("lie", "transported", "ambient"),
     direction: Sequence[str] = ("adaptive", "momentum", "msign"),
-    scaling: Sequence[str] = ("rms", "spectral", "none"),
+    scaling: Sequence[str] = ("rms", "none"),
     side: Sequence[str] = ("both", "alternate", "in", "out"),
     retraction: Sequence[tuple[str, int]] = RETRACTIONS,
 ) -> st.SearchStrategy[PionConfig]:
@@ -294,15 +294,6 @@ def test_degree_two_stretches_by_the_fourth_power(
 
 
 @examples
-@given(problems(), configs(retraction=[("cubic", 2)]), angles(1e-3, 1.0))
-def test_the_matched_cubic_stretches_by_the_sixth_power(
-    problem: Problem, config: PionConfig, angle: float
-) -> None:
-    """EᵀE = I - A⁶/64, so E's singular values are √(1 + θ⁶/64) ≤ 1 + θ⁶/128 (A² ≤ 0)."""
-    assert_stretch_is_bounded(problem, config, angle, lambda theta: 1 + theta**6 / 128)
-
-
-@examples
 @given(problems(), configs(retraction=[("exp", 2)]), angles(1e-3, 1.0))
 def test_degree_eight_is_nearly_the_exponential(
     problem: Problem, config: PionConfig, angle: float
@@ -406,11 +397,11 @@ def test_alternate_begins_with_in(problem: Problem, config: PionConfig) -> None:
 
 
 @examples
-@given(problems(), configs(side=["alternate"], scaling=["rms", "none"]))
+@given(problems(), configs(side=["alternate"]))
 def test_alternate_is_in_on_odd_and_out_on_even_steps(problem: Problem, config: PionConfig) -> None:
     """With decay rates of 0 nothing is remembered, so every step is a first step of its side.
 
-    (Spectral scaling remembers its vectors.) Bitwise: the same products of the same numbers.
+    Bitwise: the same products of the same numbers.
     """
     config = replace(config, betas=(0.0, 0.0))
     lr = lr_turning_by(0.1, problem, config)
@@ -450,14 +441,11 @@ def test_the_transpose_swaps_the_sides(problem: Problem, config: PionConfig) -> 
 
 
 @examples
-@given(problems(), configs(direction=["momentum", "msign"], scaling=["rms", "none"]), SEEDS)
+@given(problems(), configs(direction=["momentum", "msign"]), SEEDS)
 def test_without_adaptivity_no_basis_is_special(
     problem: Problem, config: PionConfig, seed: int
 ) -> None:
-    """Pion(Q W P, Q G P) = Q Pion(W, G) P for orthogonal Q and P: no step looks at entries.
-
-    (Spectral scaling's estimates begin from a fixed vector.)
-    """
+    """Pion(Q W P, Q G P) = Q Pion(W, G) P for orthogonal Q and P: no step looks at entries."""
     rng = np.random.default_rng(seed)
     q, p = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in problem.w.shape)
     lr = lr_turning_by(0.1, problem, config)

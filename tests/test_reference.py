@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from reference import PUBLISHED, Array, Axis, ReferencePion, ReferenceWeight, retract
+from reference import (
+    MSIGN,
+    PUBLISHED,
+    Array,
+    Axis,
+    ReferencePion,
+    ReferenceWeight,
+    reference_of,
+    retract,
+)
 
 from pion_dist import Pion, PionConfig
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
@@ -20,12 +29,12 @@ STEPS = 6
 SHAPES = (
     (8, 8), (9, 12), (9, 12), (12, 9), (4, 40), (40, 4), (3, 23), (23, 3), (1, 6), (6, 1), (1, 1),
 )  # fmt: skip
-RETRACTIONS = (("taylor", 2), ("taylor", 4), ("cubic", 2), ("cayley", 2), ("exp", 2))
+RETRACTIONS = (("taylor", 2), ("taylor", 4), ("cayley", 2), ("exp", 2))
 VALUES = (
     ("lie", "transported", "ambient"),
     ("adaptive", "momentum", "msign"),
     (False, True),
-    ("rms", "spectral", "none"),
+    ("rms", "none"),
     ("both", "alternate", "in", "out"),
     RETRACTIONS,
 )
@@ -72,9 +81,17 @@ def readable(option: object) -> str | None:
             return "nesterov" if option else "plain"
         case (str(name), int(degree)):
             return f"{name}{degree}" if name == "taylor" else name
-        case "rms" | "spectral" | "none":
+        case "rms" | "none":
             return f"scaling_{option}"
     return None
+
+
+def words_of(config: PionConfig) -> str:
+    """The id of a config: the options that are not the same in all of a test's."""
+    if config.direction == "polar":
+        return f"polar-{readable(config.nesterov)}"
+    retraction = readable((config.retraction, config.degree))
+    return f"{config.momentum}-{config.direction}-{retraction}"
 
 
 def moderate_lr(config: PionConfig) -> float:
@@ -84,7 +101,7 @@ def moderate_lr(config: PionConfig) -> float:
     """
     if config.direction == "polar":
         return 0.02
-    if config.scaling in ("rms", "spectral"):
+    if config.scaling == "rms":
         return 0.2
     match config.direction, config.momentum:
         case "adaptive", "lie":
@@ -145,8 +162,8 @@ def test_every_option_is_the_reference(
 
 @pytest.mark.parametrize(
     "others",
-    [PUBLISHED | {"rms": 0.3}, {"scaling": "rms", "rms": 0.3}, {}],
-    ids=["published", "rms", "default"],
+    [PUBLISHED | {"rms": 0.3}, {"side": "alternate", "rms": 0.3}, {"scaling": "none"}],
+    ids=["published", "alternate", "none"],
 )
 @pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
 @pytest.mark.parametrize("direction", ["adaptive", "momentum", "msign"])
@@ -230,8 +247,8 @@ def test_transported_momentum_is_rotated_with_the_weight(side: str) -> None:
 @pytest.mark.parametrize("shape", [(9, 12), (4, 40), (40, 4)], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, *(PUBLISHED | {"momentum": m, "nesterov": True} for m in VALUES[0])],
-    ids=["default", *VALUES[0]],
+    [{}, MSIGN, *(PUBLISHED | {"momentum": m, "nesterov": True} for m in VALUES[0])],
+    ids=["default", "msign", *VALUES[0]],
 )
 def test_a_transposed_view_is_a_weight_like_any_other(
     options: dict[str, object], shape: tuple[int, int]
@@ -243,13 +260,13 @@ def test_a_transposed_view_is_a_weight_like_any_other(
     storage = torch.tensor(w.T.copy())
     p = torch.nn.Parameter(storage.t())
     assert p.is_contiguous() == (1 in shape)
-    reference = ReferencePion(w, config)
-    optimizer = Pion([p], lr=0.2, config=config)
+    reference, lr = reference_of(w, config), moderate_lr(config)
+    optimizer = Pion([p], lr=lr, config=config)
     for _ in range(3):
         (g,) = draw(rng, [shape], 1.0)
         p.grad = torch.tensor(g.T.copy()).t()
         optimizer.step()
-        reference.step(g, 0.2)
+        reference.step(g, lr)
         assert distance(p, reference.w) <= TOLERANCE
         assert distance(storage.t(), reference.w) <= TOLERANCE
 
@@ -264,30 +281,45 @@ def test_a_transposed_view_is_a_weight_like_any_other(
 #       θ / √N (the share of one entry of A in W A)  0.5 · 6.3 u · √1600   ≈ 130 u
 #     msign: Newton-Schulz enlarges an error in a small singular value at most 180 times, as above,
 #       and it meets 1 of ≥ 4 directions             0.5 · 6.3 u · 180 / 4 ≈ 140 u
-# A moment carries its errors on, but averages them. Over 6 steps, errors adding up:
+# A moment carries its errors on, but averages them. Over 6 steps, errors adding up.
+#     polar: Muon's step D likewise, as the same polynomial of the average, at angles θ ≤ 0.1 (of lr
+#       0.02); a Gram matrix loses nothing of averages of condition 2, and others have it not
+#                                                    0.1 · 6.3 u · 180 / 4 ≈ 28 u
+#       W = U Σ Vᵀ is made anew, so that its rounding does not add up: 3 u of U, Σ and V as they
+#       are stored, √12 u of the product, and 6.3 u / 2 of each frame's Gram matrix
+#                                                    13 u
+#       Near singular values leave the pair's frames to rounding, but W does not see which they are.
+#       (Measured over 12 seeds: 5.4 u, and no more after 6 steps than after one.)
 UNIT32 = 2.0**-24
-TOLERANCE32 = {"momentum": 6 * 6, "adaptive": 6 * 130, "msign": 6 * 140, "polar": 6 * 140}
+TOLERANCE32 = {"momentum": 6 * 6, "adaptive": 6 * 130, "msign": 6 * 140, "polar": 6 * 28 + 13}
 
 
-@pytest.mark.parametrize("direction", ["momentum", "adaptive", "msign"])
-@pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
-@pytest.mark.parametrize("retraction", RETRACTIONS, ids=readable)
-def test_float32_is_the_reference_to_its_own_rounding(
-    momentum: str, direction: str, retraction: tuple[str, int]
-) -> None:
-    config = config_of(momentum, direction, False, "rms", "both", retraction)
+FLOAT32 = [
+    PionConfig(),
+    PionConfig(nesterov=False),
+    *(
+        config_of(momentum, direction, False, "rms", "both", retraction)
+        for retraction, momentum, direction in itertools.product(RETRACTIONS, *VALUES[:2])
+    ),
+]
+
+
+@pytest.mark.parametrize("config", FLOAT32, ids=words_of)
+def test_float32_is_the_reference_to_its_own_rounding(config: PionConfig) -> None:
     rng = np.random.default_rng(5)
     params = parameters(draw(rng, SHAPES, 0.2), torch.float32)
-    references = [ReferencePion(p.detach().numpy(), config) for p in params]
-    optimizer = Pion(params, lr=0.2, config=config)
+    references = [reference_of(p.detach().numpy(), config) for p in params]
+    lr = moderate_lr(config)
+    optimizer = Pion(params, lr=lr, config=config)
     for step in range(1, STEPS + 1):
         set_gradients(params, draw(rng, SHAPES, 1.0))
         optimizer.step()
         for p, reference in zip(params, references, strict=True):
             assert p.grad is not None
-            reference.step(p.grad.numpy(), 0.2)
+            reference.step(p.grad.numpy(), lr)
             error = distance(p, reference.w) / UNIT32
-            assert error <= TOLERANCE32[direction], f"step {step}, {tuple(p.shape)}: {error:.0f} u"
+            limit = TOLERANCE32[config.direction]
+            assert error <= limit, f"step {step}, {tuple(p.shape)}: {error:.0f} u"
 
 
 DEVICES = [
@@ -361,20 +393,26 @@ def three_float32_steps(config: PionConfig, device: str) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("ieee_before_and_after")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("retraction", ["taylor", "cubic", "cayley", "exp"])
 @pytest.mark.parametrize(
     "options",
-    [PUBLISHED, PUBLISHED | {"momentum": "transported", "direction": "msign"}, {}],
-    ids=["published", "transported-msign", "default"],
+    [
+        {},
+        *(
+            options | {"retraction": retraction}
+            for options in (PUBLISHED, MSIGN)
+            for retraction in ("taylor", "cayley", "exp")
+        ),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
 def test_float32_products_are_ieee_whatever_the_process_asks_for(
-    options: dict[str, object], retraction: str, device: str
+    options: dict[str, object], device: str
 ) -> None:
     """The same bits for all of ASKED, and the process finds its settings as it left them.
 
     Bits are equal because the same kernels run on the same numbers; TF32 would differ by 1e-3.
     """
-    config = PionConfig(**options | {"retraction": retraction})
+    config = PionConfig(**options)
     expected = three_float32_steps(config, device)
     for name, ask in ASKED.items():
         ask()
@@ -515,8 +553,8 @@ def singular_values(w: torch.Tensor) -> Array:
 @pytest.mark.parametrize("retraction", ["cayley", "exp"])
 @pytest.mark.parametrize(
     "options",
-    [PUBLISHED, PUBLISHED | {"momentum": "transported"}, {}],
-    ids=["published", "transported", "default"],
+    [PUBLISHED, PUBLISHED | {"momentum": "transported"}, MSIGN],
+    ids=["published", "transported", "msign"],
 )
 def test_blocks_keep_the_spectrum_and_their_own(
     options: dict[str, object], retraction: str, shape: tuple[int, int], axis: str, blocks: int
@@ -601,7 +639,7 @@ def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: 
 )
 def test_blocks_and_their_mode_belong_together(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        PionConfig(**options)
+        PionConfig(**PUBLISHED | options)
 
 
 @pytest.mark.parametrize(
@@ -618,7 +656,7 @@ def test_blocks_and_their_mode_belong_together(options: dict[str, object], says:
 def test_what_does_not_divide_into_the_blocks_is_refused(view: MatrixView) -> None:
     """10, 2, 6 and, in one part only, 2 are not multiples of 4."""
     fits, bad = parameters([np.zeros((8, 8)), np.zeros((view.rows, view.cols))], torch.float64)
-    config = PionConfig(blocks=4, **BLOCKWISE)
+    config = PionConfig(blocks=4, **PUBLISHED, **BLOCKWISE)
     with pytest.raises(ValueError, match=r"odd\.weight"):
         Pion([("even.weight", fits), ("odd.weight", bad)], config=config, views={bad: view})
     # The same matrices without a cut axis are updated whole.

@@ -108,7 +108,8 @@ def step(
 
     Returns:
         The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
-        does whose average is zero; and ``readings.read_polar``'s, if it is watched.
+        does whose average is zero, or at a rate of zero; and ``readings.read_polar``'s, if it is
+        watched.
     """
     fast = PRODUCTS[config.matmul_precision]
     moves = moving(config.matmul_precision, g_Bmn.device)
