@@ -30,6 +30,7 @@ class Row:
     orthogonality: float
     angle: float
     alpha: float
+    kept: float
     update_rms: float
 
 
@@ -157,10 +158,13 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
         found |= {
             "pion/orthogonality": max(row.orthogonality for row in stepped),
             "pion/angle": max(row.angle for row in stepped),
-            "pion/alpha-min": min(row.alpha for row in stepped),
-            "pion/alpha-max": max(row.alpha for row in stepped),
             "pion/update-rms": math.sqrt(squares / size),
         }
+        # Generators have the one, polar the other.
+        if alphas := [row.alpha for row in stepped if not math.isnan(row.alpha)]:
+            found |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
+        if shares := [row.kept for row in stepped if not math.isnan(row.kept)]:
+            found["pion/kept-min"] = min(shares)
     return found
 
 
@@ -173,13 +177,15 @@ def line(rows: Sequence[Row], iteration: int) -> str:
             worst = max(some, key=value)
             words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
     if "pion/angle" in values:
-        low, high = values["pion/alpha-min"], values["pion/alpha-max"]
         words += [
             f"orthogonality: {values['pion/orthogonality']:.3E}",
             f"angle: {values['pion/angle']:.3E}",
-            f"alpha: {low:.3E} to {high:.3E}",
-            f"update rms: {values['pion/update-rms']:.3E}",
         ]
+        if "pion/alpha-min" in values:
+            words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")
+        if "pion/kept-min" in values:
+            words.append(f"kept: {values['pion/kept-min']:.3E}")
+        words.append(f"update rms: {values['pion/update-rms']:.3E}")
     else:
         words.append("no step was taken")
     return " | ".join(words) + " |"

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_re
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
+from pion_dist import Pion
 from pion_dist.state import identity, is_start
 
 from . import groups, seams, stacks
@@ -89,6 +90,7 @@ def attach(optimizer: Any, config: Any) -> None:
         config: the OptimizerConfig that it was made with.
     """
     load_state_dict = optimizer.load_state_dict
+    optimizer.reload_model_params = _forgetting(optimizer)
     own, new_rates = identity(pion_config(config)), config.pion_override_scheduler
 
     def load_either(state_dict: Any) -> None:
@@ -99,6 +101,20 @@ def attach(optimizer: Any, config: Any) -> None:
 
     optimizer.load_state_dict = load_either
     optimizer.sharded_state_dict = functools.partial(_sharded_state_dict, optimizer, own, new_rates)
+
+
+def _forgetting(optimizer: Any) -> Any:
+    """Tell every Pion that weights were loaded: Megatron writes them into the masters' ``data``."""
+    original = optimizer.reload_model_params
+
+    @functools.wraps(original)
+    def reload_model_params(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        for leaf, _ in leaves(optimizer):
+            if isinstance(leaf.optimizer, Pion):
+                leaf.optimizer.forget_factors()
+
+    return reload_model_params
 
 
 def _sharded_state_dict(
@@ -322,10 +338,11 @@ def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
 def _refuse_other_options(where: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     for option in {**mine, **theirs}:
         if mine.get(option) != theirs.get(option):
-            flag = _FLAGS.get(option, option).replace("_", "-")
+            values = theirs.get(option), mine.get(option)
+            flag = "direction" if "polar" in values else _FLAGS.get(option, option)
             raise ValueError(
-                f"{where} was saved with another --pion-{flag}: its {option} is "
-                f"{theirs.get(option)!r}, this run's {mine.get(option)!r}. Set the option as it "
+                f"{where} was saved with another --pion-{flag.replace('_', '-')}: its {option} is "
+                f"{values[0]!r}, this run's {values[1]!r}. Set the option as it "
                 f"was. {_FRESH}"
             )
 

@@ -221,7 +221,11 @@ def _mup_of_adam(original: Any) -> Any:
         found = {of_adam(key): override for key, override in overrides.items()}
         if mup_width_mult != 1.0:
             factor = mup_width_mult**-0.5
-            rates = {"max_lr": factor * config.lr, "min_lr": factor * config.min_lr}
+            rates = {
+                key: factor * rate
+                for key, rate in (("max_lr", config.lr), ("min_lr", config.min_lr))
+                if rate is not None
+            }
             pions = ParamPredicate(name="pion_mup", fn=lambda p: not is_scalar(p))
             found[ParamKey(predicate=pions)] = rates
         return found

@@ -37,9 +37,9 @@ class Report:
         names: weight, part and number of each matrix, the same in every layout.
         exact: whether its drift is of all singular values, or of their norms.
         sizes: elements of each.
-        values: [matrices, 6] in float64, on the CPU, with COLUMNS: since start, drift, and shift
+        values: [matrices, 7] in float64, on the CPU, with COLUMNS: since start, drift, and shift
             (NaN where it is not exact), see ``spectrum``; of the step that was recorded,
-            orthogonality, angle, alpha, update_rms, see ``update.readings.read`` (NaN where none
+            orthogonality, angle, alpha, kept, update_rms, see ``update.readings`` (NaN where none
             was).
     """
 

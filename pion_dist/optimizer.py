@@ -354,6 +354,13 @@ class Pion(torch.optim.Optimizer):
                 self.state[new] = self.state.pop(old)
         self.settle()
 
+    def forget_factors(self) -> None:
+        """Look at every weight in the next step, as after a write that torch does not count.
+
+        Writes into ``p.data`` are such. Without it the next polar step would undo them.
+        """
+        self._factors.forget()
+
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
         for i, (p, part) in enumerate(self._places):

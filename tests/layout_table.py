@@ -24,10 +24,12 @@ from pion_dist.spectrum import singular_values
 
 HEADS, GROUPS, HEAD_DIM = 8, 4, 8  # of COMMON and LLAMA
 MANY_RUNS = ROOT / "tests" / "many_runs.py"
-# Runs that start with equal singular values pass on least of what they round differently, so that
-# their bounds are the tightest. From fan_in those of the published algorithm differ by up to 20
-# times as much: its step is divided by the root of second moments, however small.
-FLAT = ("--pion-init", "orthogonal")
+# Polar starts as runs do, from fan_in, whose singular values are apart: where all are equal half of
+# its angles vanish. Generators' runs pass on least of what they round differently where all are
+# equal, so that their bounds are the tightest. From fan_in those of the published algorithm differ
+# by up to 20 times as much: its step is divided by the root of second moments, however small.
+FLAT = "--pion-init=orthogonal"
+OF_THE_START = ("--bf16", FLAT)  # options that decide the first weights
 MODELS = {
     "llama": LLAMA,
     "plain": [],  # multi-head attention, plain MLP, LayerNorm, biases
@@ -80,8 +82,8 @@ class Run:
     @property
     def start(self) -> Run:
         """The run whose first step made the weights that all runs of the model start from."""
-        precision = ("--bf16",) if "--bf16" in self.options else ()
-        return Run("start", model=self.model, options=precision)
+        kept = tuple(option for option in self.options if option in OF_THE_START)
+        return Run("start", model=self.model, options=kept)
 
     def moved_to(self, run: Run) -> Run:
         """``run``'s last 10 iterations, from this run's checkpoint."""
@@ -104,6 +106,12 @@ class Result:
         """Loss and grad norm of each iteration."""
         steps = json.loads(self.file.read_text())
         return {s["iteration"]: (s["losses"]["lm loss"], s["grad_norm"]) for s in steps}
+
+    @cached_property
+    def factorizations(self) -> list[tuple[int, int]]:
+        """How often polar factors were looked at, and taken anew, in each iteration."""
+        steps = json.loads(self.file.read_text())
+        return [(s["mismatch"], s["factorize"]) for s in steps]
 
     @cached_property
     def scalars(self) -> dict[str, dict[int, float]]:
@@ -279,7 +287,7 @@ class Table:
         return {"name": name, "flags": self._flags(run, result.folder), "steps": str(result.file)}
 
     def _flags(self, run: Run, folder: Path) -> list[Any]:
-        flags = [*COMMON, *MODELS[run.model], *self.common, *FLAT, *run.options, *run.layout]
+        flags = [*COMMON, *MODELS[run.model], *self.common, *run.options, *run.layout]
         flags += ["--save", str(folder / "checkpoint"), "--save-interval", "10"]
         if "--pion-spectrum-interval" in run.options:
             flags += ["--tensorboard-dir", str(folder / "tensorboard")]

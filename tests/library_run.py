@@ -36,6 +36,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from pion_dist import RECIPES, Pion  # noqa: E402
 
 HEADS, GROUPS = 8, 4
+COMMON = {"optimizer": "pion", "lr": 1e-2, "min_lr": 1e-3, "bf16": True, "clip_grad": 1.0}
 
 
 def model() -> DistributedDataParallel:
@@ -72,11 +73,10 @@ def check(
     config_class: type, optimizer_of: Callable[[OptimizerConfig, DistributedDataParallel], Any]
 ) -> None:
     """Pion has its matrices, redrawn as the recipe says, and rotates them."""
-    common = {"optimizer": "pion", "lr": 1e-2, "min_lr": 1e-3, "bf16": True, "clip_grad": 1.0}
     chunk = model()
     weights = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     optimizer = optimizer_of(
-        config_class(**common, **{**megatron_patches.recipe("paper-60m"), "pion_side": "both"}),
+        config_class(**COMMON, **{**megatron_patches.recipe("paper-60m"), "pion_side": "both"}),
         chunk,
     )
     (pion,) = (o.optimizer for o in optimizer.chained_optimizers if isinstance(o.optimizer, Pion))
@@ -105,14 +105,37 @@ def check(
     moved = {name for name, p in chunk.named_parameters() if not torch.equal(p, weights[name])}
     assert moved >= {name for name in weights if "linear" in name}
 
+
+def check_redrawn(
+    config_class: type, optimizer_of: Callable[[OptimizerConfig, DistributedDataParallel], Any]
+) -> None:
+    """The default recipe draws the weights, and keeps their spectra."""
     redrawn = model()
-    optimizer_of(config_class(**common, **megatron_patches.recipe("pretrain")), redrawn)
+    optimizer = optimizer_of(config_class(**COMMON, **megatron_patches.recipe("pretrain")), redrawn)
     for name, p in redrawn.named_parameters():
         if "linear" in name:
             # Standard deviation of n normal numbers: relative error 1/sqrt(2n), 5 of them; bf16.
             found = p.float().std() * p.shape[1] ** 0.5
             assert abs(found - 1) < 5 / (2 * p.numel()) ** 0.5 + 2**-9, (name, found)
 
+    (pion,) = (o.optimizer for o in optimizer.chained_optimizers if isinstance(o.optimizer, Pion))
+    assert pion.config.direction == "polar"
+    before = {name: torch.linalg.svdvals(x.double()) for name, x in pion.matrices()}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for p in redrawn.parameters():
+            p.main_grad.copy_(torch.randn(p.shape, generator=generator))
+        assert optimizer.step()[0]
+    for name, x in pion.matrices():
+        # Frames whose inner products, sums of up to 96 terms, are rounded to 2**-24 a term.
+        drift = (torch.linalg.svdvals(x.double()) - before[name]).abs().max() / before[name].max()
+        assert drift < 96 * 2**-24, (name, drift)
+
+
+def check_refusals(
+    config_class: type, optimizer_of: Callable[[OptimizerConfig, DistributedDataParallel], Any]
+) -> None:
+    """What a config cannot have is refused with what to set."""
     refused = {
         "megatron_patches.recipe('paper-60m')": {"pion_recipe": "paper-60m"},
         "use_layer_wise_distributed_optimizer=True": {"use_distributed_optimizer": True},
@@ -120,7 +143,7 @@ def check(
     }
     for says, fields in refused.items():
         try:
-            optimizer_of(config_class(**common, **fields), model())
+            optimizer_of(config_class(**COMMON, **fields), model())
         except ValueError as error:
             assert says in str(error), error
         else:
@@ -168,6 +191,14 @@ def by_bridge(config: Any, chunk: DistributedDataParallel) -> Any:
     return optimizer
 
 
+def every(
+    config_class: type, optimizer_of: Callable[[OptimizerConfig, DistributedDataParallel], Any]
+) -> None:
+    """All checks of a kind of config."""
+    for each in (check, check_redrawn, check_refusals):
+        each(config_class, optimizer_of)
+
+
 def main() -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     parallel_state.initialize_model_parallel()
@@ -179,10 +210,10 @@ def main() -> None:
             sys.meta_path.append(NoTransformerEngine())
         from megatron.bridge.training.config import OptimizerConfig as BridgeConfig
 
-        check(BridgeConfig, by_bridge)
+        every(BridgeConfig, by_bridge)
         print("a config of Megatron-Bridge's: passed")
     else:
-        check(OptimizerConfig, plainly)
+        every(OptimizerConfig, plainly)
         print("a config of Megatron's: passed")
 
 

@@ -54,12 +54,14 @@ def watch_steps() -> list[dict[str, Any]]:
     """A list that gets every iteration's loss and grad norm in full, of what Megatron logs.
 
     Printed are 7 digits of the one and 3 decimals of the other. And what the next iteration has:
-    the learning rate that is logged, and each group's rates and elements on this rank.
+    the learning rate that is logged, and each group's rates and elements on this rank. And how
+    often any rank has looked at factors, and has taken them anew, since the iteration before.
     """
     from megatron.training import training
 
     steps: list[dict[str, Any]] = []
     groups: list[dict[str, Any]] = []
+    calls = count_factorizations()
     canonical = training.get_canonical_lr_for_logging
 
     def get_canonical_lr_for_logging(param_groups: list[dict[str, Any]]) -> Any:
@@ -78,6 +80,7 @@ def watch_steps() -> list[dict[str, Any]]:
                 "losses": losses,
                 "grad_norm": float(given["grad_norm"]),
                 "lr": given["learning_rate"],
+                **of_all_ranks(calls),
                 "groups": [
                     {
                         "pion": "pion" in group,
@@ -92,6 +95,36 @@ def watch_steps() -> list[dict[str, Any]]:
 
     training.training_log = training_log
     return steps
+
+
+def count_factorizations() -> dict[str, int]:
+    """Calls, from now, of what looks whether weights are the product of their factors."""
+    from pion_dist.update import polar
+
+    calls = {"mismatch": 0, "factorize": 0}
+
+    def counted(name: str) -> Any:
+        original = getattr(polar, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        setattr(polar, name, counted(name))
+    return calls
+
+
+def of_all_ranks(calls: dict[str, int]) -> dict[str, int]:
+    """The ranks' sums of counts, which begin anew (modified in place)."""
+    import torch
+
+    counts = torch.tensor(list(calls.values()))
+    torch.distributed.all_reduce(counts)
+    calls.update(dict.fromkeys(calls, 0))
+    return dict(zip(calls, counts.tolist(), strict=True))
 
 
 def sum_norms_exactly() -> None:

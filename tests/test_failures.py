@@ -40,7 +40,9 @@ class Jobs:
 
     def steps(self, name: str) -> dict[int, Any]:
         steps = json.loads((self.folder / f"{name}.json").read_text())
-        return {step["iteration"]: step for step in steps}
+        # A resumed run looks at its factors once more.
+        kept = steps[0].keys() - {"mismatch", "factorize"}
+        return {step["iteration"]: {key: step[key] for key in kept} for step in steps}
 
     def fail(self, job: dict[str, Any], *, rank: int, moment: str, count: int) -> Launched:
         # Without an end of its own, the other rank would wait for minutes: gloo's timeout is 10.

@@ -39,7 +39,7 @@ OVERRIDE = "--override-opt-param-scheduler"
 WIDTH = 4
 MUP = [
     *("--use-mup", "--mup-base-hidden-size", str(64 // WIDTH)),
-    *("--pion-scaling", "spectral", "--pion-exclude", "linear_fc2"),
+    *("--pion-exclude", "linear_fc2"),
 ]
 MUPS = {"mup": MUP, "mup-decoupled": [*MUP, *APART]}
 ADAM = ["--optimizer", "adam"]
@@ -145,12 +145,15 @@ def by_rates(step: dict[str, Any], *, pion: bool) -> dict[tuple[float, ...], int
 
 
 @pytest.mark.parametrize("name", MUPS)
-def test_mup_s_rates_are_adam_s_alone(runs: Runs, name: str) -> None:
+def test_mup_divides_pion_s_rates_by_the_root_of_the_width_and_adam_s_as_adam_s(
+    runs: Runs, name: str
+) -> None:
     for step, of_adam in zip(runs.steps(name), runs.steps(f"{name}-adam"), strict=True):
         ((largest, smallest, lr, _), rotated), *others = by_rates(step, pion=True).items()
         assert not others and rotated == 4 * 64 * (128 + 64 + 192)
-        expected = schedule(step["iteration"], LR * TIMES, MIN_LR * TIMES)
-        assert (largest, smallest) == (LR * TIMES, MIN_LR * TIMES)
+        of_pion = TIMES / math.sqrt(WIDTH)
+        expected = schedule(step["iteration"], LR * of_pion, MIN_LR * of_pion)
+        assert (largest, smallest) == (LR * of_pion, MIN_LR * of_pion)
         assert lr == pytest.approx(expected, rel=1e-14)
         # Of --optimizer adam's groups, that of hidden matrices has lost Pion's.
         groups = by_rates(of_adam, pion=False)
@@ -174,10 +177,6 @@ def test_another_factor_is_refused_at_resume_as_another_lr_is(runs: Runs, way: s
     [
         (["--pion-lr-mult", "0"], "--pion-lr-mult 0.0: must be a positive number"),
         (["--pion-lr-mult", "nan"], "--pion-lr-mult nan: must be a positive number"),
-        (
-            ["--use-mup", "--pion-scaling", "rms"],
-            "--optimizer pion with --use-mup needs --pion-scaling spectral",
-        ),
         (["--pion-lr-mult", "0.1", "--lr-warmup-init", "2e-3"], "below --lr-warmup-init 0.002"),
     ],
 )

@@ -26,6 +26,7 @@ from megatron_runs import (
 from megatron_patches.arguments import FLAGS
 
 TP2 = ["--tensor-model-parallel-size", "2"]
+MOMENTUM = ["--pion-direction", "momentum"]
 
 pytestmark = pytest.mark.slow
 
@@ -97,15 +98,17 @@ def test_resume_prints_the_same_losses(
         (["--pion-momentum", "heavy"], ["--pion-momentum", "lie", "transported", "ambient"]),
         (["--pion-recipe", "paper"], ["--pion-recipe", "pretrain", "finetune", "paper-60m"]),
         (["--pion-degree", "1"], ["--pion-degree", "2 to 8"]),
-        (["--pion-retraction", "cubic", "--pion-degree", "3"], ["--pion-degree"]),
+        (["--pion-degree", "3"], ["--pion-degree=3", "direction='polar'", "leave it out"]),
+        ([*MOMENTUM, "--pion-retraction", "cayley", "--pion-degree", "3"], ["--pion-degree=3"]),
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
-        (["--pion-blocks", "4"], ["--pion-blocks", "blockwise"]),
+        (["--pion-tp-mode", "blockwise", "--pion-blocks", "4"], ["--pion-tp-mode", "polar"]),
+        ([*MOMENTUM, "--pion-blocks", "4"], ["--pion-blocks", "blockwise"]),
         (["--pion-spectrum-exact"], ["--pion-spectrum-exact", "--pion-spectrum-interval"]),
         (["--pion-spectrum-interval", "-1"], ["--pion-spectrum-interval", "0"]),
         (
-            ["--pion-tp-mode", "blockwise", "--pion-blocks", "3", *TP2],
+            [*MOMENTUM, "--pion-tp-mode", "blockwise", "--pion-blocks", "3", *TP2],
             ["--pion-blocks 3", "--tensor-model-parallel-size 2"],
         ),
         (

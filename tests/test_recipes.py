@@ -80,7 +80,7 @@ GIVEN = {
     "--pion-side out": {"pion_side": "out"},
     "--pion-scaling none": {"pion_scaling": "none"},
     "--pion-rms 0.5": {"pion_rms": 0.5},
-    "--pion-retraction cubic": {"pion_retraction": "cubic"},
+    "--pion-retraction cayley": {"pion_retraction": "cayley"},
     "--pion-degree 4": {"pion_degree": 4},
     "--pion-qkv whole": {"pion_qkv": "whole"},
     "--pion-no-split-gate": {"pion_split_gate": False},

@@ -106,8 +106,7 @@ class Runs:
     def job(self, name: str, run: str, case: Case, flags: list[str]) -> dict[str, Any]:
         folder = self.checkpoint(name, run)
         common = [*COMMON, *MODELS[case.model], *self.data, *NO_DROPOUT, *PION, *case.common]
-        # Equal singular values pass on least of what is rounded differently.
-        common += ["--pion-init", "orthogonal", "--ckpt-format", "torch_dist"]
+        common += ["--ckpt-format", "torch_dist"]
         common += ["--train-iters", str(ITERATIONS), "--save-interval", str(SAVED)]
         given = {"frozen": case.frozen} if case.frozen else {}
         return {
@@ -167,6 +166,7 @@ def test_only_incomplete_stacks_are_taken_apart(runs: Runs) -> None:
             assert (f"{state}{pion}.{key}" in sizes) == its_pion
     assert sizes[f"{state}{adam}.{fc2.format(2, 1)}"] == (64, 48)
     assert sizes[f"{state}{pion}.{fc2.format(2, 0)}"] == (1, 64, 48)
+    assert sizes[f"{state}sigma.whole.{fc2.format(2, 0)}"] == (1, 48)
     # Where all layers have the state, its key is Megatron's own.
     whole = runs.sizes("no matrix", "saved")
     assert whole[f"{state}{adam}.decoder.layers.mlp.linear_fc2.weight"] == (4, 64, 96)
