@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pion_dist import RECIPES, PionConfig
-from pion_dist.config import MatmulPrecision, choices
+from pion_dist.config import choices
 from pion_dist.recipes import in_bf16
 
 _CHOICES = choices()
 DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
-FOLLOWS_BF16 = "bf16 with --bf16, and else highest"
+# Options of the own recipes that follow the training: in float32, and with --bf16.
+_FOLLOWING = {"matmul_precision": ("highest", "bf16"), "state_dtype": ("fp32", "bf16")}
 INITS = ("keep", "fan_in", "orthogonal", "spectral")
 INIT_OF_RECIPE = {
     "pretrain": "fan_in",
@@ -144,12 +145,13 @@ FLAGS = (
         "Of Lie moments: the strict lower triangle, half the bytes (packed), or all (dense). "
         "Checkpoints are the same.",
     ),
-    _choice(
+    Flag(
         "state-dtype",
+        None,
         "Of Pion's averages (polar's factors stay float32): as computed (fp32), or rounded when "
-        "stored: to bf16, half the bytes, "
-        "for betas up to 0.99, or to int8 with a scale for each 128 elements, for betas up to "
-        "0.95.",
+        "stored: to bf16, half the bytes, for betas up to 0.99, or to int8 with a scale for each "
+        "128 elements, for betas up to 0.95.",
+        {"choices": _CHOICES["state_dtype"], "type": str},
     ),
     _choice(
         "tp-mode",
@@ -269,7 +271,7 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         for field, value in values.items():
             if not hasattr(namespace, field):
                 setattr(namespace, field, value)
-        namespace.pion_matmul_precision = precision(namespace)
+        vars(namespace).update({f"pion_{x}": followed(namespace, x) for x in _FOLLOWING})
         for field, argument, default in CARRIED:
             setattr(namespace, field, getattr(namespace, argument, default))
         try:
@@ -283,10 +285,10 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def recipe_values(name: str) -> dict[str, Any]:
-    """The defaults that a recipe gives to flags, by their field; None: see ``precision``."""
+    """The defaults that a recipe gives to flags, by their field; None: see ``followed``."""
     values = dataclasses.asdict(RECIPES[name])
     if in_bf16(name) != RECIPES[name]:
-        values["matmul_precision"] = None
+        values |= dict.fromkeys(_FOLLOWING)
     beta1, beta2 = values.pop("betas")
     values |= {"beta1": beta1, "beta2": beta2, "init": INIT_OF_RECIPE[name]}
     return {f"pion_{option}": value for option, value in values.items()}
@@ -309,10 +311,16 @@ def recipe(name: str) -> dict[str, Any]:
     return {"pion_recipe": name, **recipe_values(name)}
 
 
-def precision(source: Any) -> MatmulPrecision:
-    """Of Megatron's args or OptimizerConfig: what is given, or else what the training has."""
-    given: MatmulPrecision | None = source.pion_matmul_precision
-    return given or ("bf16" if getattr(source, "bf16", False) else "highest")
+def followed(source: Any, option: str) -> Any:
+    """Of Megatron's args or OptimizerConfig: what is given, or else what follows --bf16."""
+    given = getattr(source, f"pion_{option}")
+    return _FOLLOWING[option][getattr(source, "bf16", False)] if given is None else given
+
+
+def follows(option: str) -> str:
+    """What an option is that follows --bf16, in words."""
+    in_float32, in_bf16 = _FOLLOWING[option]
+    return f"{in_bf16} with --bf16, and else {in_float32}"
 
 
 def _default_of(flag: Flag) -> str:
@@ -320,7 +328,7 @@ def _default_of(flag: Flag) -> str:
         return ""
     if flag.field in recipe_values(DEFAULT_RECIPE):
         value = recipe_values(DEFAULT_RECIPE)[flag.field]
-        value = FOLLOWS_BF16 if value is None else value
+        value = follows(flag.field.removeprefix("pion_")) if value is None else value
         return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {value}."
     return f" Default: {flag.default}."
 
@@ -348,7 +356,7 @@ def pion_config(source: Any) -> PionConfig:
         for field in dataclasses.fields(PionConfig)
         if field.name != "betas"
     }
-    values["matmul_precision"] = precision(source)
+    values |= {option: followed(source, option) for option in _FOLLOWING}
     try:
         return PionConfig(betas=(source.pion_beta1, source.pion_beta2), **values)
     except ValueError as error:

@@ -246,7 +246,8 @@ def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> Non
         if getattr(config, field, False):
             raise ValueError(f"optimizer='pion' does not support {field}=True")
     name = config.pion_recipe
-    given = dataclasses.replace(options, matmul_precision="highest")  # which follows bf16 by itself
+    # These follow bf16 by themselves.
+    given = dataclasses.replace(options, matmul_precision="highest", state_dtype="fp32")
     if given == PionConfig() != RECIPES[name]:
         raise ValueError(
             f"pion_recipe={name!r} alone sets nothing in a config: "

@@ -59,8 +59,9 @@ def in_bf16(name: str) -> PionConfig:
 
     Its gradients are rounded to 8 bits already, and losses change by less than seeds do
     (docs/TRAINING.md) when products that only decide where a weight moves are too; by data sheets
-    GPUs do them 15 times as fast. The published options stay as they are.
+    GPUs do them 15 times as fast. With a bf16 average state and masters take no more than AdamW's.
+    The published options stay as they are.
     """
     config = RECIPES[name]
     own = name in ("pretrain", "finetune")
-    return replace(config, matmul_precision="bf16") if own else config
+    return replace(config, matmul_precision="bf16", state_dtype="bf16") if own else config

@@ -58,14 +58,15 @@ def test_a_recipe_gives_its_options(parser: argparse.ArgumentParser, name: str) 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_in_bf16_our_own_recipes_have_bf16_products(
+def test_in_bf16_our_own_recipes_have_bf16_products_and_averages(
     parser: argparse.ArgumentParser, name: str
 ) -> None:
     args = parser.parse_args(["--pion-recipe", name, "--bf16"])
     assert pion_config(args) == in_bf16(name)
     published = name.startswith("paper")
     assert args.pion_matmul_precision == ("highest" if published else "bf16")
-    given = parser.parse_args(["--pion-matmul-precision", "highest", "--bf16"])
+    in_float32 = ["--pion-matmul-precision", "highest", "--pion-state-dtype", "fp32"]
+    given = parser.parse_args([*in_float32, "--bf16"])
     assert pion_config(given) == RECIPES["pretrain"]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_patches.arguments import (
     DEFAULT_RECIPE,
     FLAGS,
-    FOLLOWS_BF16,
     Flag,
     add_pion_arguments,
+    follows,
     recipe_values,
 )
 from pion_dist import RECIPES
@@ -65,9 +65,9 @@ def in_markdown(text: str) -> str:
     return re.sub(r"(--[a-z][a-z0-9-]*)", r"`\1`", re.sub(r"([*_<|])", r"\\\1", text))
 
 
-def shown(value: Any) -> str:
+def shown(field: str, value: Any) -> str:
     if value is None:
-        return in_markdown(FOLLOWS_BF16)
+        return in_markdown(follows(field.removeprefix("pion_")))
     return f"`{value}`" if not isinstance(value, bool) else "yes" if value else "no"
 
 
@@ -76,7 +76,7 @@ def recipes() -> list[str]:
     lines += [f"| | {' | '.join(RECIPES)} |", "|---" * (1 + len(RECIPES)) + "|"]
     for flag in FLAGS:
         if flag.field in recipe_values(DEFAULT_RECIPE):
-            cells = [shown(recipe_values(name)[flag.field]) for name in RECIPES]
+            cells = [shown(flag.field, recipe_values(name)[flag.field]) for name in RECIPES]
             split = flag.field == "pion_split_gate"  # the flag says no to it
             name = "gate and up as two matrices" if split else f"`--pion-{flag.name}`"
             lines.append(f"| [{name}](#--pion-{flag.name}) | {' | '.join(cells)} |")
