@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +12,12 @@ import psutil
 import pytest
 from megatron_runs import LIMIT_S, ROOT, environment, tool
 
+from pion_dist import RECIPES, PionConfig
+
 TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+from study_records import Records, curve, key_of, reached, resolved  # noqa: E402
+
 SMALL = ["--widths", "32", "--iterations", "2", "--seq", "32", "--batch", "2", "--seeds", "2"]
 
 
@@ -20,63 +25,136 @@ def study(*arguments: str) -> subprocess.CompletedProcess[str]:
     return tool("study.py", *arguments)
 
 
-@pytest.mark.slow
-def test_a_study_resumes_and_repeats_its_table(tmp_path: Path) -> None:
-    first = study("transfer", *SMALL, "--out", str(tmp_path))
-    assert first.returncode == 0, first.stdout + first.stderr
-    table = (tmp_path / "transfer.md").read_text()
-    assert re.search(r"\| rms +\| [\d.e-]+", table) and (tmp_path / "transfer.png").stat().st_size
-    records = sorted((tmp_path / "runs").glob("*.json"), key=os.path.getmtime)
-    assert len(records) >= 6  # three learning rates of each scaling
-    kept = {record: record.stat().st_mtime_ns for record in records[1:]}
-    lost = records[0]
-    before = lost.read_text()
-    lost.unlink()
-    again = study("transfer", *SMALL, "--out", str(tmp_path))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert (tmp_path / "transfer.md").read_text() == table
-    # Only what was lost was trained, to the same digits.
-    assert {record: record.stat().st_mtime_ns for record in kept} == kept
-    for name in ("loss", "validation"):
-        pattern = rf'"{name}": \[[^]]*\]'
-        assert re.search(pattern, before)[0] == re.search(pattern, lost.read_text())[0]  # type: ignore[index]
+PION = ("--optimizer", "pion", "--seed", "1")
+GIVEN = (
+    *("--pion-momentum", "transported", "--pion-direction", "msign", "--pion-nesterov"),
+    *("--pion-beta1", "0.9", "--pion-side", "alternate", "--pion-scaling", "spectral"),
+    *("--pion-retraction", "cubic", "--pion-init", "fan_in"),
+)
+POLAR = ("--pion-direction", "polar", "--pion-beta1", "0.95", "--pion-init", "fan_in")
 
 
-@pytest.mark.slow
-def test_a_training_goes_on_from_a_kept_one_and_leaves_no_process(tmp_path: Path) -> None:
-    work = """
-import math
-import sys
-from pathlib import Path
-from study import ADAMW, MAX_BYTES, PION
-from study_runner import Model, Run, Runner, prepare_corpus
+def test_a_key_is_of_what_options_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, polar = (key_of(resolved([*PION, *flags])) for flags in (GIVEN, POLAR))
+    for default, key in (
+        (PionConfig(direction="msign", betas=(0.9, 0.95)), given),
+        (PionConfig(direction="polar", betas=(0.95, 0.95)), polar),
+    ):
+        monkeypatch.setitem(RECIPES, "pretrain", default)
+        assert key_of(resolved(PION)) == key
+        assert key_of(resolved([*PION, *GIVEN])) == given
+        assert key_of(resolved([*PION, *POLAR])) == polar
+    assert key_of(resolved([*PION, *POLAR, "--pion-beta2", "0.9"])) == polar  # does not apply
+    assert key_of(resolved([*PION, *POLAR, "--log-interval", "7"])) == polar
+    for other in (["--seed", "2"], ["--bf16"], ["--pion-init-scale", "2"], ["--pion-qkv", "head"]):
+        assert key_of(resolved([*PION, *POLAR, *other])) != polar
+    # Options of the step are nothing to another optimizer's runs; the start is.
+    muon = ["--optimizer", "muon", "--pion-init", "fan_in"]
+    assert resolved([*muon, "--pion-beta1", "0.5"]) == resolved(muon)
+    assert resolved([*muon, "--pion-init-scale", "2"]) != resolved(muon)
 
-if __name__ == "__main__":
-    runner = Runner(Path(sys.argv[1]), 1)
-    runner.add_corpus("code", lambda prefix: prepare_corpus.prepare(prefix, [], MAX_BYTES))
-    model = Model(32, seq=32, batch=2)
-    base = Run(ADAMW, model, 3, keep=True)
-    ended, evaluated, tuned = runner.all(
-        [base, Run(ADAMW, model, 0, start=base), Run(PION, model, 2, start=base)]
-    )
-    assert evaluated.loss == ended.loss, (evaluated.loss, ended.loss)
-    # Nearer to the trained model than to an untrained one, which guesses among 256 bytes.
-    assert tuned.loss < (ended.loss + math.log(256)) / 2 and tuned.drift < 1e-5
-"""
-    script = tmp_path / "work.py"
-    script.write_text(work)
+
+def test_records_are_sorted_and_shared(tmp_path: Path) -> None:
+    names = ("corpus", "width", "layers", "iterations", "method", "lr", "rest", "seed")
+    records = [dict.fromkeys(names, i) | {"key": f"{9 - i}"} for i in range(3)]
+    one, other = (Records(tmp_path / "data" / "trainings.jsonl") for _ in range(2))
+    for store, record in zip((one, other, one), reversed(records), strict=True):
+        store.add(record)
+    assert [json.loads(line) for line in one.path.read_text().splitlines()] == records
+    assert Records(one.path).get("9") == records[0] and other.get("0") is None
+
+
+def test_curves_end_at_the_last_iterations() -> None:
+    assert curve([4.0, 3.0]) == [4.0, 3.0]
+    falling = [10.0 - i / 100 for i in range(1000)]
+    kept = curve(falling)
+    assert len(kept) == 80 and kept[-1] == round(sum(falling[-50:]) / 50, 4)
+    assert reached(kept, kept[39]) == 0.5 and reached(kept, 0.0) is None
+
+
+def work(folder: Path, text: str) -> None:
+    """Run a script of a study's parts in a process of its own, and leave none behind."""
+    script = folder / "work.py"
+    script.write_text(text)
+    paths = os.pathsep.join((str(TOOLS), str(ROOT)))
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out")],
-        env=environment()
-        | {"PYTHONPATH": os.pathsep.join((str(TOOLS), str(ROOT))), "MARK": str(tmp_path)},
+        [sys.executable, str(script), str(folder / "out")],
+        env=environment() | {"PYTHONPATH": paths, "MARK": str(folder)},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # Orphans have the environment of this launch.
-    left = [p.pid for p in psutil.process_iter() if _of(p, str(tmp_path))]
-    assert not left
+    assert not [p.pid for p in psutil.process_iter() if _of(p, str(folder))]
+
+
+PREAMBLE = """
+import json
+import math
+import sys
+from pathlib import Path
+from study import ADAMW, MAX_BYTES, POLAR
+from study_runner import Model, OutOfTime, Run, Runner, prepare_corpus
+
+out = Path(sys.argv[1])
+data = out / "trainings.jsonl"
+model = Model(32, seq=32, batch=2)
+
+def runner(**options):
+    made = Runner(out, 1, data=data, **options)
+    made.add_corpus("code", lambda prefix: prepare_corpus.prepare(prefix, [], MAX_BYTES))
+    return made
+"""
+
+
+@pytest.mark.slow
+def test_a_kept_training_is_not_run_again_and_a_lost_one_has_the_same_digits(
+    tmp_path: Path,
+) -> None:
+    work(
+        tmp_path,
+        PREAMBLE
+        + """
+if __name__ == "__main__":
+    runs = [Run(POLAR, model, 2), Run(ADAMW, model, 2)]
+    first = runner()
+    results = first.all(runs)
+    assert first.trained == 2
+    lines = data.read_text().splitlines(keepends=True)
+    assert len(lines) == 2 and max(map(len, lines)) < 1500
+    lost = next(line for line in lines if json.loads(line)["method"] == "polar")
+    data.write_text("".join(line for line in lines if line != lost))
+    for path in (out / "runs").glob("*.json"):
+        path.unlink()
+    again = runner()
+    assert again.all(runs)[1].record == results[1].record and again.trained == 1
+    timed = {"seconds": 0}
+    assert json.loads(lost) | timed == again.train(runs[0]).record | timed
+    late = runner(minutes=0)
+    assert [late.train(run).loss for run in runs] == [result.loss for result in results]
+    assert late.attempt([lambda: late.train(Run(POLAR, model, 3))]) == [None]
+    assert late.trained == late.asked == 0
+""",
+    )
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_a_kept_one_and_leaves_no_process(tmp_path: Path) -> None:
+    work(
+        tmp_path,
+        PREAMBLE
+        + """
+if __name__ == "__main__":
+    base = Run(ADAMW, model, 3, keep=True)
+    ended, evaluated, tuned = runner().all(
+        [base, Run(ADAMW, model, 0, start=base), Run(POLAR, model, 2, start=base)]
+    )
+    assert evaluated.loss == ended.loss, (evaluated.loss, ended.loss)
+    # Nearer to the trained model than to an untrained one, which guesses among 256 bytes.
+    assert tuned.loss < (ended.loss + math.log(256)) / 2 and tuned.drift < 1e-5
+""",
+    )
 
 
 def _of(process: psutil.Process, folder: str) -> bool:
@@ -92,7 +170,7 @@ def test_a_training_that_fails_says_so_with_the_end_of_its_log(tmp_path: Path) -
     (out / "corpora").mkdir(parents=True)
     (out / "corpora" / "code.bin").write_bytes(b"")
     (out / "corpora" / "code.idx").write_bytes(b"not an index")
-    done = study("transfer", *SMALL, "--out", str(out))
+    done = study("transfer", *SMALL, "--out", str(out), "--data", str(out / "trainings.jsonl"))
     assert done.returncode == 1
     assert "a training failed. The end of its log" in done.stderr
     assert not list((out / "runs").glob("*.json"))

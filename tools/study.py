@@ -1,10 +1,11 @@
-"""Studies of how Pion trains, next to AdamW and Megatron's Muon: real Megatron on real text.
+"""Studies of how Pion trains, next to AdamW, Megatron's Muon and other peers, on real text.
 
-    python tools/study.py compare --out study_out
+    python tools/study.py compare --minutes 60
 
-Each prints a table and writes it with a plot. Trainings are kept in OUT/runs: a study that was
-stopped goes on where it was, and one training serves every study that asks for it. Small enough for
-two CPU cores; --widths, --iterations, --seq and --batch make it larger where there are GPUs.
+Each prints a table and writes it with a plot to --out. What a training measured is kept as a line
+of --data: a study that was stopped goes on where it was, and one training serves every study that
+asks for it. Small enough for two CPU cores; --widths, --iterations, --seq and --batch make it
+larger where there are GPUs.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from study_records import reached
 from study_report import COLORS, Table, panels, points, smoothed, spread, sweep, write
 from study_runner import (
     Method,
     Model,
+    OutOfTime,
     Result,
     Run,
     Runner,
@@ -34,28 +38,55 @@ from study_runner import (
     tuned,
 )
 
-from megatron_patches.arguments import DEFAULT_RECIPE, INIT_OF_RECIPE
-from pion_dist import RECIPES
+FAN_IN = ("--pion-init", "fan_in")
+MUON_FLAGS = ("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95", *FAN_IN)
+NO_DECAY = ("--study-decay-mult", "0")  # of the matrices; Adam's parameters keep theirs
 
-# Each from the weights that are best for it at width 32, see `initial`.
-ADAMW = Method("AdamW", ("--optimizer", "adam", "--pion-init", "keep"), 2e-2, 0.16)
-MUON = Method(
-    "Muon",
-    (
-        *("--optimizer", "muon", "--muon-nesterov", "--muon-momentum", "0.95"),
-        *("--pion-init", "orthogonal"),
-    ),
-    2e-2,
-    0.16,
+POLAR = Method(
+    "polar",
+    ("--optimizer", "pion", "--pion-direction", "polar", "--pion-beta1", "0.95", *FAN_IN),
+    lr=1e-2,
+    rest=1e-2,
 )
-PION = Method("Pion", ("--optimizer", "pion"), 4e-2, 0.16)
-METHODS = (PION, ADAMW, MUON)
-# Which start is the better one for AdamW depends on the width: `compare` has both.
+MUON = Method("Muon", MUON_FLAGS, lr=1e-2, rest=1e-2)
+MUON_NO_DECAY = Method("Muon, no decay", (*MUON_FLAGS, *NO_DECAY), lr=1e-2, rest=1e-2)
+FIXED_NORM = Method(
+    "Muon, fixed norm", (*MUON_FLAGS, *NO_DECAY, "--study-fixed-norm"), lr=1e-2, rest=1e-2
+)
+ADAMW = Method("AdamW", ("--optimizer", "adam", *FAN_IN), lr=1e-2, rest=1e-2)
+# Which start is the best one for AdamW depends on the width: keep is Megatron's own.
+ADAMW_KEEP = Method(
+    "AdamW, keep", ("--optimizer", "adam", "--pion-init", "keep"), lr=1e-2, rest=1e-2
+)
 ADAMW_ORTHOGONAL = Method(
-    "AdamW, orthogonal", ("--optimizer", "adam", "--pion-init", "orthogonal"), 5e-3, 0.16
+    "AdamW, orthogonal", ("--optimizer", "adam", "--pion-init", "orthogonal"), lr=1e-2, rest=1e-2
 )
-COMPARED = (*METHODS, ADAMW_ORTHOGONAL)
-COLOR = {method.name: color for method, color in zip(COMPARED, COLORS, strict=False)}
+# The default of pion_dist 0.1, every option of it explicit.
+DEFAULT_0_1 = Method(
+    "Pion 0.1's default",
+    (
+        *("--optimizer", "pion", "--pion-momentum", "transported", "--pion-direction", "msign"),
+        *("--pion-nesterov", "--pion-beta1", "0.9", "--pion-beta2", "0.95"),
+        *("--pion-side", "alternate", "--pion-scaling", "spectral", "--pion-retraction", "cubic"),
+        *FAN_IN,
+    ),
+    lr=4e-2,
+    rest=1e-2,
+)
+PUBLISHED = Method(
+    "Pion, published",
+    ("--optimizer", "pion", "--pion-recipe", "paper-60m", *FAN_IN),
+    lr=2e-2,
+    rest=1e-2,
+)
+ISO = Method("ISO", ("--optimizer", "muon", "--study-iso", *FAN_IN), lr=0.1, rest=1e-2)
+# In the order in which they are trained.
+CONTENDERS = (
+    *(POLAR, MUON, MUON_NO_DECAY, FIXED_NORM, ADAMW, DEFAULT_0_1, PUBLISHED, ISO),
+    *(ADAMW_KEEP, ADAMW_ORTHOGONAL),
+)
+METHODS = (POLAR, MUON, FIXED_NORM, ADAMW)  # of the other studies
+COLOR = {method.name: COLORS[index % len(COLORS)] for index, method in enumerate(CONTENDERS)}
 
 
 @dataclass(frozen=True)
@@ -64,315 +95,320 @@ class Size:
 
     Attributes:
         models: of one depth, in increasing width.
-        iterations: of a short training.
+        horizons: iterations of the trainings that are compared, in increasing order.
         seeds: at an optimum.
+        methods: that `compare` compares.
     """
 
     models: tuple[Model, ...]
-    iterations: int
+    horizons: tuple[int, ...]
     seeds: int
+    methods: tuple[Method, ...] = CONTENDERS
+
+    @property
+    def iterations(self) -> int:
+        """Of a short training."""
+        return self.horizons[0]
 
 
+DATA = Path(__file__).resolve().parent.parent / "docs" / "data" / "trainings.jsonl"
 MAX_BYTES = 8_000_000  # of a text
-LONG = 3  # times as many iterations, on the long horizon
+LONG = 3  # times as many iterations, of the training that `finetune` starts from
 TIMED = 30  # iterations that are timed
+NOTHING = "—"  # in a table's cell, where a training is missing
 
 
-Cell = tuple[list[Result], list[Result], list[Result]]
+@dataclass
+class Cell:
+    """One contender at one width.
+
+    Attributes:
+        searched: all trainings of the search, at the longest horizon; empty until it is done.
+        trained: at the best rates, by horizon; the first seed is the first.
+        seconds: of an iteration, with no other training beside it.
+    """
+
+    searched: list[Result] = field(default_factory=list)
+    trained: dict[int, list[Result]] = field(default_factory=dict)
+    seconds: float = math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean at the longest horizon."""
+        return _mean(self.trained[max(self.trained)]) if self.searched else math.inf
 
 
-def horizons(runner: Runner, run: Run, seeds: int) -> tuple[list[Result], list[Result]]:
-    """A run of every seed, and LONG times as long."""
-    shorts = [replace(run, seed=1 + i) for i in range(seeds)]
-    longs = [replace(each, iterations=LONG * each.iterations) for each in shorts]
-    trained = runner.all([*shorts, *longs])
-    return trained[:seeds], trained[seeds:]
+def searched(runner: Runner, run: Run) -> list[Result]:
+    """Tune the matrices' rate, then the rest's, then the matrices' again if the rest's moved."""
+    results = tuned(runner, run)
+    top = best(results).run
+    # Coarser: between neighbours of a factor of 2 the seed decides, not the rate.
+    results += tuned(runner, top, vary="rest", factor=4.0)
+    moved = best(results).run
+    if moved.method.rest != top.method.rest:
+        results += tuned(runner, moved)
+    return results
 
 
 def compare(runner: Runner, size: Size) -> None:
-    """Pion, AdamW and Muon at every width, each tuned: short and long, several seeds."""
-
-    def one(method: Method) -> list[Cell]:
-        """For each width all short runs, those at the optimum, and the long ones."""
-        cells: list[Cell] = []
-        for model in size.models:
-            results = tuned(runner, Run(method, model, size.iterations))
-            # Coarser: between neighbours of a factor of 2 the seed decides, not the rate.
-            results += tuned(runner, best(results).run, vary="rest", factor=4.0)
-            run = best(results).run
-            method = run.method  # where the next width begins
-            cells.append((results, *horizons(runner, run, size.seeds)))
-        return cells
-
-    columns = runner.each([lambda m=method: one(m) for method in COMPARED])
-    found = {
-        (model, method): cell
-        for method, cells in zip(COMPARED, columns, strict=True)
-        for model, cell in zip(size.models, cells, strict=True)
-    }
-    # One after the other, and nothing beside them: their times are compared.
-    seconds = {
-        each: runner.train(replace(cell[1][0].run, iterations=TIMED)).seconds
-        for each, cell in found.items()
-    }
-    short, long = size.iterations, LONG * size.iterations
-    tokens = size.models[0].tokens
-    table = Table(
-        f"Validation loss, nats per byte: mean and standard deviation of {size.seeds} seeds, after "
-        f"{short} and {long} iterations of {tokens} bytes, at the learning rates that are best "
-        f"after {short}",
-        ["width", "optimizer", "lr", "rest's lr", f"after {short}", f"after {long}"],
-    )
-    table.head = [*table.head, "equal time", "drift", "ms an iteration"]
-    figure, axes = panels(2 * len(size.models), columns=len(size.models), share=False)
+    """Every contender at every width, tuned at the longest horizon: losses, drift, time."""
+    cells = {(model, m): Cell() for model in size.models for m in size.methods}
+    starts = {method: method for method in size.methods}
     for model in size.models:
-        for method in COMPARED:
-            results, seeds, longs = found[model, method]
-            run = seeds[0].run
+        _compare_at(runner, size, model, starts, cells)
+    write("compare", [_compared(size, cells)], _compare_plots(size, cells), runner.out)
+
+
+def _compare_at(
+    runner: Runner,
+    size: Size,
+    model: Model,
+    starts: dict[Method, Method],
+    cells: dict[tuple[Model, Method], Cell],
+) -> None:
+    """Fill one width's cells; ``starts`` has where searches begin, and then what they found."""
+    longest = size.horizons[-1]
+    works = [
+        lambda m=starts[method]: searched(runner, Run(m, model, longest)) for method in size.methods
+    ]
+    # A contender after the other, so that a study that is stopped has some complete ones.
+    for method, results in zip(
+        size.methods, runner.attempt(works, at_once=runner.jobs), strict=True
+    ):
+        if results is not None:
+            cells[model, method].searched = results
+            starts[method] = best(results).run.method
+    done = [method for method in size.methods if cells[model, method].searched]
+    # One after the other, and nothing beside them: their times are compared.
+    for method in done:
+        run = Run(starts[method], model, TIMED)
+        for result in runner.attempt([lambda r=run: runner.train(r)]):
+            cells[model, method].seconds = math.nan if result is None else result.seconds
+    cases = [
+        (method, Run(starts[method], model, horizon, seed=1 + i))
+        for i in range(size.seeds)
+        for horizon in reversed(size.horizons)
+        for method in done
+    ]
+    works = [lambda r=run: runner.train(r) for _, run in cases]
+    for (method, run), result in zip(cases, runner.attempt(works), strict=True):
+        if result is not None:
+            cells[model, method].trained.setdefault(run.iterations, []).append(result)
+
+
+def _compared(size: Size, cells: dict[tuple[Model, Method], Cell]) -> Table:
+    table = Table(
+        "Validation loss, nats per byte: mean and standard deviation of up to "
+        f"{size.seeds} seeds, {size.models[0].tokens} bytes an iteration, at the learning rates "
+        f"that are best after {size.horizons[-1]} iterations for the first seed",
+        [
+            *("width", "optimizer", "lr", "rest's lr"),
+            *(f"after {horizon}" for horizon in size.horizons),
+            *("tokens to Muon's loss", "at Muon's time", "drift", "ms an iteration"),
+        ],
+    )
+    for model in size.models:
+        muons = [cells[model, m] for m in (MUON, MUON_NO_DECAY) if (model, m) in cells]
+        muon = min(muons, key=lambda cell: cell.loss, default=Cell())
+        for method in size.methods:
             table.rows.append(
-                [
-                    str(model.width),
-                    method.name,
-                    f"{run.method.lr:.2g}",
-                    f"{run.method.rest:.2g}",
-                    spread(seeds),
-                    spread(longs),
-                    _at_time(seeds, longs, seconds[model, PION] / seconds[model, method]),
-                    f"{max(r.drift for r in seeds + longs):.1e}",
-                    f"{1e3 * seconds[model, method]:.0f}",
-                ]
+                [str(model.width), method.name, *_row(size, cells[model, method], muon)]
             )
-            where = axes[size.models.index(model)]
-            swept = [r for r in results if r.run.method.rest == results[0].run.method.rest]
-            sweep(where, swept, method.name, COLOR[method.name])
-            where.set_title(f"width {model.width}, {short} iterations")
-            _curve(axes[size.models.index(model) + len(size.models)], longs, method.name)
-    axes[0].legend(frameon=False)
-    write("compare", [table], figure, runner.out)
+    return table
 
 
-def _at_time(seeds: Sequence[Result], longs: Sequence[Result], factor: float) -> str:
-    """The loss after as much time as Pion's short runs take.
+def _row(size: Size, cell: Cell, muon: Cell) -> list[str]:
+    """The cells of a contender's row, with ``muon`` the better of Muon's at its width."""
+    if not cell.searched:
+        return [NOTHING] * (6 + len(size.horizons))
+    method = best(cell.searched).run.method
+    drift = max(r.drift for results in cell.trained.values() for r in results)
+    return [
+        f"{method.lr:.2g}",
+        f"{method.rest:.2g}",
+        *(spread(cell.trained.get(horizon, []), size.seeds) for horizon in size.horizons),
+        _tokens(cell, muon),
+        _at_time(cell, muon),
+        f"{drift:.1e}",
+        NOTHING if math.isnan(cell.seconds) else f"{1e3 * cell.seconds:.0f}",
+    ]
 
-    Between the two horizons a run of any length is taken to lie on a straight line over the
-    logarithm of the iterations, each with a whole schedule of its own.
+
+def _tokens(cell: Cell, muon: Cell) -> str:
+    """The share of the longest training after which its curve is at Muon's last value.
+
+    Curves are means over the seeds that both have, so that both have read the same text.
     """
-    a, b = (statistics.fmean(r.loss for r in each) for each in (seeds, longs))
-    return f"{a + (b - a) * math.log(factor) / math.log(LONG):.3f}"
+    if not muon.searched:
+        return NOTHING
+    longest = max(cell.trained)
+    seeds = {r.run.seed for r in cell.trained[longest]} & {
+        r.run.seed for r in muon.trained.get(longest, [])
+    }
+    curves = [
+        [r.record["curve"] for r in each.trained[longest] if r.run.seed in seeds]
+        for each in (cell, muon)
+    ]
+    if not seeds or any(r.loss == math.inf for r in cell.trained[longest]):
+        return NOTHING
+    own, muons = ([statistics.fmean(v) for v in zip(*each, strict=True)] for each in curves)
+    share = reached(own, muons[-1])
+    return "not reached" if share is None else f"{share:.2f}"
+
+
+def _at_time(cell: Cell, muon: Cell) -> str:
+    """The loss after as much time as Muon's longest trainings take.
+
+    Between two horizons a run of any length is taken to lie on a straight line over the logarithm
+    of the iterations, each with a whole schedule of its own.
+    """
+    factor = muon.seconds / cell.seconds
+    if len(cell.trained) < 2 or math.isnan(factor):
+        return NOTHING
+    short, long = sorted(cell.trained)[-2:]
+    a, b = (_mean(cell.trained[horizon]) for horizon in (short, long))
+    if math.inf in (a, b):
+        return NOTHING
+    return f"{b + (b - a) * math.log(factor) / math.log(long / short):.3f}"
+
+
+def _compare_plots(size: Size, cells: dict[tuple[Model, Method], Cell]) -> Figure:
+    count = len(size.models)
+    figure, axes = panels(2 * count, columns=count, share=False)
+    for index, model in enumerate(size.models):
+        for method in size.methods:
+            cell = cells[model, method]
+            if not cell.searched:
+                continue
+            rest = best(cell.searched).run.method.rest
+            same = {r.run: r for r in cell.searched if r.run.method.rest == rest}
+            sweep(axes[index], list(same.values()), method.name, COLOR[method.name])
+            _curve(axes[count + index], cell.trained[max(cell.trained)], method.name)
+        axes[index].set_title(f"width {model.width}, {size.horizons[-1]} iterations")
+    if axes[0].lines:
+        axes[0].legend(frameon=False, fontsize=7)
+    return figure
 
 
 def _curve(axes: Axes, results: Sequence[Result], name: str) -> None:
     """Training loss over iterations, mean over seeds."""
-    runs = (result.record["loss"] for result in results)
-    losses = smoothed([statistics.fmean(each) for each in zip(*runs, strict=True)], 10)
+    curves = [r.record["curve"] for r in results if r.loss < math.inf]
+    losses = [statistics.fmean(each) for each in zip(*curves, strict=True)]
+    iterations = [results[0].run.iterations * (i + 1) / len(losses) for i in range(len(losses))]
     after = len(losses) // 10  # the first iterations would flatten the rest
-    axes.plot(range(after, len(losses)), losses[after:], color=COLOR[name], lw=1.5)
+    axes.plot(iterations[after:], losses[after:], color=COLOR[name], lw=1.5)
     axes.set_xlabel("iteration")
     axes.set_ylabel("training loss")
 
 
 def transfer(runner: Runner, size: Size) -> None:
-    """Whether one learning rate serves all widths, under each scaling."""
-    own = RECIPES["pretrain"].scaling  # left unsaid, its trainings serve other studies too
-    scalings = {
-        name: replace(PION, lr=lr)
-        if name == own
-        else replace(PION, lr=lr, flags=(*PION.flags, "--pion-scaling", name))
-        for name, lr in (("rms", 2e-2), ("spectral", 4e-2))
-    }
-    cases = [(name, model) for name in scalings for model in reversed(size.models)]
-    runs = [
-        lambda n=name, m=model: tuned(runner, Run(scalings[n], m, size.iterations))
-        for name, model in cases
-    ]
-    found = dict(zip(cases, runner.each(runs), strict=True))
-    widths = [str(model.width) for model in size.models]
+    """Whether one learning rate of the matrices serves all widths."""
+    cases = [(method, model) for method in METHODS for model in reversed(size.models)]
+    runs = [lambda m=m, n=n: tuned(runner, Run(m, n, size.iterations)) for m, n in cases]
+    results = dict(zip(cases, runner.each(runs), strict=True))
+    widths = [f"width {model.width}" for model in size.models]
     table = Table(
-        f"The best learning rate of Pion's matrices at each width ({size.iterations} iterations, "
+        f"The best learning rate of the matrices at each width ({size.iterations} iterations, "
         "one seed, the rest's the same at every width)",
-        ["scaling", *(f"width {w}" for w in widths), "widest to narrowest", "loss of one for all"],
+        ["optimizer", *widths, "widest to narrowest", "loss of one for all"],
     )
-    figure, axes = panels(len(scalings))
-    for where, name in zip(axes, scalings, strict=True):
-        tops = [best(found[name, model]).run.method.lr for model in size.models]
-        # What a user pays who takes one learning rate to all widths: the least sum of losses.
-        shared = set.intersection(
-            *({r.run.method.lr for r in found[name, model]} for model in size.models)
-        )
-
-        def losses(lr: float, name: str = name) -> list[float]:
-            return [
-                next(r.loss for r in found[name, model] if r.run.method.lr == lr)
-                for model in size.models
-            ]
-
-        one = min(shared, key=lambda lr: sum(losses(lr)))
-        cost = [
-            a - best(found[name, m]).loss for a, m in zip(losses(one), size.models, strict=True)
-        ]
+    figure, axes = panels(len(METHODS))
+    for where, method in zip(axes, METHODS, strict=True):
+        swept = [results[method, model] for model in size.models]
+        tops = [best(each).run.method.lr for each in swept]
         table.rows.append(
             [
-                name,
+                method.name,
                 *(f"{lr:.2g}" for lr in tops),
                 f"{tops[-1] / tops[0]:.2g}",
-                f"at {one:.2g}: " + ", ".join(f"+{each:.4f}" for each in cost),
+                _one_for_all(swept),
             ]
         )
-        for color, model in zip(COLORS, size.models, strict=False):
-            sweep(where, found[name, model], f"width {model.width}", color)
-        where.set_title(f"--pion-scaling {name}")
+        for color, each, width in zip(COLORS, swept, widths, strict=False):
+            sweep(where, each, width, color)
+        where.set_title(method.name)
         where.legend(frameon=False)
     write("transfer", [table], figure, runner.out)
 
 
-def choices(runner: Runner, size: Size) -> None:
-    """Pion's default with one choice made otherwise, at the narrowest width."""
-    model = size.models[0]
-    init = ("--pion-init", INIT_OF_RECIPE[DEFAULT_RECIPE])
+def _one_for_all(swept: Sequence[Sequence[Result]]) -> str:
+    """What a user pays who takes one learning rate to all widths: the least sum of losses."""
+    losses = [{r.run.method.lr: r.loss for r in results} for results in swept]
+    shared = set.intersection(*(set(each) for each in losses))
+    if not shared:
+        return NOTHING
+    one = min(shared, key=lambda lr: sum(each[lr] for each in losses))
+    costs = (each[one] - min(each.values()) for each in losses)
+    return f"at {one:.2g}: " + ", ".join(f"+{cost:.4f}" for cost in costs)
 
-    def other(name: str, *flags: str, lr: float = PION.lr) -> Method:
-        return Method(name, (*PION.flags, *flags), lr, PION.rest)
+
+def choices(runner: Runner, size: Size) -> None:
+    """Polar with one choice made otherwise, at the narrowest width: both horizons, one seed."""
+    model = size.models[0]
+    base = best(searched(runner, Run(POLAR, model, size.horizons[-1]))).run.method
+
+    def other(*flags: str, name: str = "", final: float = base.final) -> Method:
+        name = name or " ".join(flags)
+        return replace(base, name=name, flags=(*base.flags, *flags), final=final)
 
     methods = [
-        replace(PION, name="the default"),
-        other("--pion-side both", "--pion-side", "both"),
-        other("--pion-side in", "--pion-side", "in"),
-        other("--pion-side out", "--pion-side", "out"),
-        other("--no-pion-nesterov", "--no-pion-nesterov"),
-        other("--pion-beta1 0.8", "--pion-beta1", "0.8"),
-        other("--pion-beta1 0.95", "--pion-beta1", "0.95"),
-        other("--pion-momentum ambient", "--pion-momentum", "ambient"),
-        other("--pion-momentum lie", "--pion-momentum", "lie"),
-        other("--pion-direction momentum", "--pion-direction", "momentum", lr=PION.lr / 2),
-        other("--pion-direction adaptive", "--pion-direction", "adaptive", lr=PION.lr / 2),
-        other("--pion-scaling rms", "--pion-scaling", "rms"),
-        other("--pion-qkv head", "--pion-qkv", "head"),
-        other("--pion-retraction taylor", "--pion-retraction", "taylor"),
-        other("--pion-init-scale 0.7", "--pion-init-scale", "0.7"),
-        other("--pion-init-scale 1.4", "--pion-init-scale", "1.4"),
-        *(
-            other(f"--pion-recipe {name}", "--pion-recipe", name, *init, lr=PION.lr / 2)
-            for name in RECIPES
-            if name.startswith("paper")
-        ),
+        replace(base, name="polar"),
+        *(other("--pion-init-scale", scale) for scale in ("0.7", "1.4", "2")),
+        other("--pion-init", "orthogonal"),
+        other("--pion-beta1", "0.9"),
+        other("--no-pion-nesterov"),
+        other(name="minimum learning rate 1%", final=0.01),
+        other("--lr-warmup-fraction", "0", name="no warm-up"),
+        other("--pion-qkv", "head"),
+        other("--pion-state-dtype", "bf16"),
+        other("--pion-state-dtype", "int8"),
+        other("--pion-matmul-precision", "bf16"),
     ]
-
-    def one(method: Method) -> list[Result]:
-        top = best(tuned(runner, Run(method, model, size.iterations))).run
-        return runner.all(replace(top, seed=1 + i) for i in range(size.seeds))
-
-    found = runner.each([lambda m=method: one(m) for method in methods])
+    cases = [Run(m, model, horizon) for m in methods for horizon in size.horizons]
+    works = [lambda r=run: runner.train(r) for run in cases]
+    results = dict(zip(cases, runner.attempt(works), strict=True))
     table = Table(
-        f"Width {model.width}, {size.iterations} iterations: validation loss, mean and standard "
-        f"deviation of {size.seeds} seeds, at the learning rate that is best on a grid of factor 2 "
-        f"for the first seed (the rest's {PION.rest:g})",
-        ["choice", "lr", "loss", "to the default", "drift"],
+        f"Width {model.width}, one seed: validation loss at the learning rates that are best "
+        f"for polar after {size.horizons[-1]} iterations (lr {base.lr:.2g}, the rest's "
+        f"{base.rest:.2g})",
+        ["choice", *(f"after {h}, to polar's" for h in size.horizons), "drift"],
     )
-    default = _mean(found[0])
-    for method, results in zip(methods, found, strict=True):
+    for method in methods:
+        row = [results[Run(method, model, horizon)] for horizon in size.horizons]
+        references = [results[Run(methods[0], model, horizon)] for horizon in size.horizons]
+        drifts = [each.drift for each in row if each is not None]
         table.rows.append(
             [
                 method.name,
-                f"{results[0].run.method.lr:.2g}",
-                spread(results),
-                f"{_mean(results) - default:+.4f}",
-                f"{max(r.drift for r in results):.1e}",
+                *(
+                    _beside(each, reference)
+                    for each, reference in zip(row, references, strict=True)
+                ),
+                f"{max(drifts):.1e}" if drifts else NOTHING,
             ]
         )
     figure, (axes,) = panels(1)
-    names = [method.name for method in methods]
-    points(axes, names, {f"after {size.iterations}": found})
-    axes.axvline(default, color="black", lw=1)
+    columns = {
+        f"after {horizon}": [
+            [each for each in [results[Run(m, model, horizon)]] if each is not None]
+            for m in methods
+        ]
+        for horizon in size.horizons
+    }
+    points(axes, [method.name for method in methods], columns)
+    axes.legend(frameon=False)
     write("choices", [table], figure, runner.out)
 
 
-def precision(runner: Runner, size: Size) -> None:
-    """Pion with products and moments in bf16 or 8 bits, at the narrowest width: losses, drift."""
-    model = size.models[0]
-    lie = ("--pion-momentum", "lie", "--pion-direction", "adaptive")
-    computed = ("--pion-matmul-precision", "highest")
-    moments, coded = ("--pion-state-dtype", "bf16"), ("--pion-state-dtype", "int8")
-    cases = {
-        f"{of}: {what}": Method("Pion", (*PION.flags, *base, *flags), PION.lr, PION.rest)
-        for of, base in (("default", ()), ("lie, adaptive", lie))
-        for what, flags in (
-            ("as computed", computed),
-            ("products", ()),
-            ("moments", (*computed, *moments)),
-            ("both", moments),
-            ("moments in int8", (*computed, *coded)),
-        )
-    }
-
-    def one(method: Method) -> tuple[list[Result], list[Result]]:
-        return horizons(runner, Run(method, model, size.iterations), size.seeds)
-
-    found = runner.each([lambda m=method: one(m) for method in cases.values()])
-    short, long = size.iterations, LONG * size.iterations
-    table = Table(
-        f"Width {model.width}: validation loss, mean and standard deviation of {size.seeds} seeds, "
-        f"after {short} and {long} iterations at lr {PION.lr:g} (the rest's {PION.rest:g})",
-        ["rounded", f"after {short}", f"after {long}", "drift"],
-    )
-    for name, (shorts, longs) in zip(cases, found, strict=True):
-        drift = max(r.drift for r in shorts + longs)
-        table.rows.append([name, spread(shorts), spread(longs), f"{drift:.1e}"])
-    figure, (axes,) = panels(1)
-    shorts, longs = ([cell[i] for cell in found] for i in (0, 1))
-    points(axes, list(cases), {f"after {short}": shorts, f"after {long}": longs})
-    axes.legend(frameon=False)
-    write("precision", [table], figure, runner.out)
+def _beside(result: Result | None, reference: Result | None) -> str:
+    if result is None:
+        return NOTHING
+    if reference is None or reference is result:
+        return _loss(result)
+    return f"{_loss(result)} ({result.loss - reference.loss:+.4f})"
 
 
-def initial(runner: Runner, size: Size) -> None:
-    """Initial weights, whose spectra Pion keeps: Pion and its peers at the narrowest width."""
-    model = size.models[0]
-    kinds = ("keep", "fan_in", "orthogonal")
-    default = INIT_OF_RECIPE[DEFAULT_RECIPE]
-
-    def start(method: Method, kind: str) -> Method:
-        kind, _, scale = kind.partition(" times ")
-        flags = method.flags[:-2] if "--pion-init" in method.flags else method.flags
-        # A default is left unsaid, so that its trainings serve other studies too.
-        if method is not PION or kind != default:
-            flags += ("--pion-init", kind)
-        return replace(method, flags=flags + (("--pion-init-scale", scale) if scale else ()))
-
-    cases = [(method, kind) for method in METHODS for kind in kinds]
-    cases += [(PION, "spectral"), (PION, "fan_in times 0.7")]
-
-    def one(method: Method, kind: str) -> tuple[list[Result], list[Result]]:
-        top = best(tuned(runner, Run(start(method, kind), model, size.iterations)))
-        return horizons(runner, top.run, size.seeds)
-
-    found = runner.each([lambda c=case: one(*c) for case in cases])
-    short, long = size.iterations, LONG * size.iterations
-    table = Table(
-        f"Width {model.width}: validation loss, mean and standard deviation of {size.seeds} seeds, "
-        f"after {short} and {long} iterations, at the learning rate that is best after {short} on "
-        f"a grid of factor 2 for the first seed (the rest's {PION.rest:g})",
-        ["optimizer", "--pion-init", "lr", f"after {short}", f"after {long}", "drift"],
-    )
-    for (method, kind), (shorts, longs) in zip(cases, found, strict=True):
-        table.rows.append(
-            [
-                method.name,
-                kind,
-                f"{shorts[0].run.method.lr:.2g}",
-                spread(shorts),
-                spread(longs),
-                f"{max(r.drift for r in shorts + longs):.1e}",
-            ]
-        )
-    figure, (axes,) = panels(1)
-    names = [f"{method.name}, {kind}" for method, kind in cases]
-    shorts, longs = ([cell[i] for cell in found] for i in (0, 1))
-    points(axes, names, {f"after {short}": shorts, f"after {long}": longs})
-    axes.legend(frameon=False)
-    write("initial", [table], figure, runner.out)
-
-
-def _mean(results: Sequence[Result]) -> float:
+def _mean(results: Iterable[Result]) -> float:
     return statistics.fmean(r.loss for r in results)
 
 
@@ -522,8 +558,7 @@ def king_james(prefix: Path) -> int:
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
-    study.__name__: study
-    for study in (initial, choices, compare, transfer, stability, finetune, precision)
+    study.__name__: study for study in (compare, choices, transfer, stability, finetune)
 }
 
 
@@ -544,22 +579,58 @@ def main() -> None:
         help="trainings at a time (default: one a GPU, or one a core)",
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], metavar="W")
-    parser.add_argument("--iterations", type=int, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        nargs="+",
+        default=[600, 2000],
+        metavar="N",
+        help="horizons; learning rates are tuned at the longest; default: 600 2000",
+    )
     parser.add_argument("--seq", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="at an optimum; default: %(default)s")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[method.name for method in CONTENDERS],
+        choices=[method.name for method in CONTENDERS],
+        metavar="NAME",
+        help="of compare: " + ", ".join(method.name for method in CONTENDERS),
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="start no training after so many; what is missing then goes on another day",
+    )
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 (default: float32)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        help="file of kept results; default: docs/data/trainings.jsonl of this repository",
+    )
     args = parser.parse_args()
     if wrong := [width for width in args.widths if width <= 0 or width % 32]:
         parser.error(f"--widths {wrong[0]}: must be multiples of 32")
-    for name in ("jobs", "iterations", "seq", "batch", "seeds"):
+    if min(args.iterations) < 1:
+        parser.error(f"--iterations {min(args.iterations)}: must be at least 1")
+    for name in ("jobs", "seq", "batch", "seeds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trainings, as Ctrl-C does
     models = tuple(Model(width, seq=args.seq, batch=args.batch) for width in sorted(args.widths))
+    methods = tuple(method for method in CONTENDERS if method.name in args.methods)
+    size = Size(models, tuple(sorted(set(args.iterations))), args.seeds, methods)
     try:
-        runner = Runner(args.out.resolve(), args.jobs)
+        runner = Runner(
+            args.out.resolve(), args.jobs, data=args.data, bf16=args.bf16, minutes=args.minutes
+        )
         runner.add_corpus("code", lambda prefix: prepare_corpus.prepare(prefix, [], MAX_BYTES))
-        STUDIES[args.study](runner, Size(models, args.iterations, args.seeds))
+        STUDIES[args.study](runner, size)
+    except OutOfTime:
+        print(f"stopped after {args.minutes:g} minutes, without a table: start it again to go on")
     except StudyError as error:
         sys.exit(f"study: {error}")
     except KeyboardInterrupt:

@@ -114,11 +114,14 @@ def smoothed(values: Sequence[float], around: int = 5) -> list[float]:
     ]
 
 
-def spread(results: Sequence[Result]) -> str:
-    """Mean validation loss over seeds, and their standard deviation."""
+def spread(results: Sequence[Result], seeds: int) -> str:
+    """Mean validation loss over seeds, and their standard deviation; how many, if not all."""
     losses = [result.loss for result in results]
+    if not losses:
+        return "—"
     if float("inf") in losses:
         return f"{losses.count(float('inf'))} of {len(losses)} diverged"
+    some = f" ({len(losses)} of {seeds} seeds)" if len(losses) < seeds else ""
     if len(losses) == 1:
-        return f"{losses[0]:.4f}"
-    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        return f"{losses[0]:.4f}{some}"
+    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}{some}"

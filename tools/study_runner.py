@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import queue
-import statistics
 import sys
 import threading
 import time
@@ -22,8 +21,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import prepare_corpus  # noqa: E402
 from megatron_job import PLAIN_FLAGS  # noqa: E402
-
-from megatron_patches.arguments import DEFAULT_RECIPE, recipe_values  # noqa: E402
+from study_records import Record, Records, key_of, resolved, summary  # noqa: E402
 
 HEAD = 16  # hidden size for each head
 
@@ -43,7 +41,7 @@ class Model:
     width: int
     layers: int = 4
     seq: int = 128
-    batch: int = 16
+    batch: int = 8
     flags: tuple[str, ...] = ()
 
     @property
@@ -74,7 +72,7 @@ class Model:
 
 
 COMMON = [
-    *("--bf16", "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
+    *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--clip-grad", "1.0"),
     *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--split", "9,1,0"),
     *("--eval-interval", "1000000", "--log-interval", "50", "--num-workers", "0"),
     *("--no-create-attention-mask-in-dataloader", "--no-check-for-nan-in-loss-and-grad"),
@@ -82,7 +80,6 @@ COMMON = [
     *prepare_corpus.TOKENIZER_FLAGS,
 ]
 EVALUATED = 40  # batches, at the end
-FINAL = 0.1  # of the learning rate, at the end of the cosine
 
 
 @dataclass(frozen=True)
@@ -94,25 +91,32 @@ class Method:
         flags: Megatron's.
         lr: of the matrices, where a search starts.
         rest: Adam's for the embedding and the output layer; also for norms with Pion and Muon.
+        final: share of both learning rates that the cosine ends at.
     """
 
     name: str
     flags: tuple[str, ...]
     lr: float
     rest: float
+    final: float = 0.1
 
     def arguments(self) -> list[str]:
-        """Megatron's, learning rates among them."""
-        rest = self.rest
-        lrs = ["--lr", f"{rest:.6g}", "--min-lr", f"{rest * FINAL:.6g}"]
+        """Megatron's and the studies' own, learning rates among them."""
+        rest, mult = self.rest, self.lr / self.rest
+        lrs = ["--lr", f"{rest:.6g}", "--min-lr", f"{rest * self.final:.6g}"]
         kind = self.flags[self.flags.index("--optimizer") + 1]
         if kind == "pion":
-            lrs += ["--pion-lr-mult", f"{self.lr / rest:.6g}"]
+            lrs += ["--pion-lr-mult", f"{mult:.6g}"]
+        elif "--study-iso" in self.flags:
+            lrs += ["--muon-extra-scale-factor", f"{mult:.6g}"]
         elif kind == "muon":  # 0.2: the root mean square of AdamW's changes, as Moonlight has it
-            lrs += ["--muon-extra-scale-factor", f"{0.2 * self.lr / rest:.6g}"]
+            lrs += ["--muon-extra-scale-factor", f"{0.2 * mult:.6g}"]
+            if "--study-decay-mult" not in self.flags:  # else decay would follow Adam's rate
+                lrs += ["--study-decay-mult", f"{mult:.6g}"]
         else:
-            lrs = ["--lr", f"{self.lr:.6g}", "--min-lr", f"{self.lr * FINAL:.6g}"]
-            lrs += ["--decoupled-lr", f"{rest:.6g}", "--decoupled-min-lr", f"{rest * FINAL:.6g}"]
+            lrs = ["--lr", f"{self.lr:.6g}", "--min-lr", f"{self.lr * self.final:.6g}"]
+            lrs += ["--decoupled-lr", f"{rest:.6g}"]
+            lrs += ["--decoupled-min-lr", f"{rest * self.final:.6g}"]
         return [*self.flags, *lrs]
 
 
@@ -147,40 +151,64 @@ class Result:
 
     Attributes:
         run: the training.
-        record: as `study_training` wrote it.
+        record: as `study_records.summary` has it; of a run that is watched also the largest
+            activations and attention logits.
     """
 
     run: Run
-    record: dict[str, Any] = field(repr=False)
+    record: Record = field(repr=False)
 
     @property
     def loss(self) -> float:
         """Validation loss in nats per byte; infinite for a run that diverged."""
-        return math.inf if "diverged" in self.record else self.record["validation"][0]
+        loss: float = self.record.get("loss", math.inf)
+        return loss
 
     @property
     def drift(self) -> float:
         """Largest relative change of a singular value; infinite for a run that diverged."""
-        return self.record.get("drift", math.inf)
+        drift: float = self.record.get("drift", math.inf)
+        return drift
 
     @property
     def seconds(self) -> float:
-        """Of an iteration: the fastest tenth's slowest, since the first ones warm up."""
-        return statistics.quantiles(self.record["seconds"], n=10)[0]
+        """Of an iteration: the fastest tenth's slowest."""
+        seconds: float = self.record["seconds"]
+        return seconds
 
 
 class StudyError(Exception):
     """What went wrong and where to look, for the user."""
 
 
-class Runner:
-    """Runs trainings on every core or GPU, and keeps what they measured in a folder."""
+class OutOfTime(Exception):
+    """The minutes of a study are over, and a training has not been started."""
 
-    def __init__(self, out: Path, jobs: int) -> None:
-        """Use ``jobs`` processes at a time; GPUs are dealt to them where there are any."""
+
+class Runner:
+    """Runs trainings on every core or GPU, and keeps what they measured.
+
+    Args:
+        out: folder of logs, checkpoints and full measurements.
+        jobs: processes at a time; GPUs are dealt to them where there are any.
+        data: file of records; a training that has one is not run again.
+        bf16: train in bf16 with float32 masters, not in float32.
+        minutes: after which no training is started.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        jobs: int,
+        *,
+        data: Path,
+        bf16: bool = False,
+        minutes: float = math.inf,
+    ) -> None:
         import torch
 
         self.out, self.results = out, out / "runs"
+        self.records, self.bf16, self.minutes = Records(data), bf16, minutes
         self.results.mkdir(parents=True, exist_ok=True)
         self.jobs = jobs
         self._slots: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -222,9 +250,32 @@ class Runner:
         return self.each([lambda run=run: self.train(run) for run in runs])
 
     def each(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Do independent parts of a study side by side: each may train."""
-        with ThreadPoolExecutor(max(1, len(works))) as threads:
-            done = [threads.submit(work) for work in works]
+        """Do independent parts of a study side by side: each may train.
+
+        Raises:
+            OutOfTime: a part lacks a training; the others are done.
+        """
+        results = self.attempt(works)
+        if None in results:
+            raise OutOfTime
+        return results
+
+    def attempt(self, works: Sequence[Callable[[], Any]], *, at_once: int = 0) -> list[Any]:
+        """Do independent parts of a study, with None in place of each that there is no time for.
+
+        Args:
+            works: the parts, in the order in which they begin.
+            at_once: how many go on side by side; 0 for all.
+        """
+
+        def in_time(work: Callable[[], Any]) -> Any:
+            try:
+                return work()
+            except OutOfTime:
+                return None
+
+        with ThreadPoolExecutor(at_once or max(1, len(works))) as threads:
+            done = [threads.submit(in_time, work) for work in works]
             try:
                 return [one.result() for one in done]
             except BaseException:  # a training failed, or Ctrl-C: end the others
@@ -238,31 +289,73 @@ class Runner:
         """A run's result, from its record if there is one.
 
         Raises:
+            OutOfTime: it has none, and the study's minutes are over.
             StudyError: Megatron failed, with the end of its log.
         """
         with self._lock:
             lock = self._locks.setdefault(run, threading.Lock())
         with lock:
+            key = self.key(run)
+            record = self.records.get(key)
+            # What is not in the records: a checkpoint, and what is watched.
+            if record is not None and not run.keep and not run.watch:
+                return Result(run, record)
             if run.start is not None:
                 self.train(run.start)
-            path = self.results / f"{self.name(run)}.json"
+            path = self.results / f"{self._name(run)}.json"
             if not path.exists():
                 self._train(run, path)
-            return Result(run, json.loads(path.read_text()))
+            measured = json.loads(path.read_text())
+            new = self._described(run, key) | summary(measured)
+            if record is None:
+                self.records.add(new)
+            watched = {name: measured[name] for name in ("activation", "logit") if run.watch}
+            return Result(run, new | watched)
 
-    def name(self, run: Run) -> str:
-        """Of a run's files: legible, and different for whatever decides the result."""
-        decides = [self._flags(run, Path("run")), self._corpora[run.corpus][1], run.watch]
-        if "pion" in run.method.flags:
-            # What flags that are not given stand for.
-            decides.append(recipe_values(DEFAULT_RECIPE))
-        key = json.dumps(decides)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+    def key(self, run: Run) -> str:
+        """A digest of whatever decides the run's result."""
+        flags = self._flags(run, Path("run"))
+        start = None if run.start is None else self.key(run.start)
+        decides = resolved(flags) | {"corpus": self._corpora[run.corpus][1], "start": start}
+        decides.pop("--load", None)  # the start's place, not its weights
+        return key_of(decides)
+
+    def _name(self, run: Run) -> str:
+        """Of a run's files: legible, with all of its key."""
         legible = "".join(c if c.isalnum() else "-" for c in run.method.name.lower())
-        return f"{legible}-{run.model.width}-{run.method.lr:.2g}-{digest}"
+        more = "".join(f"-{word}" for word in ("keep", "watch") if getattr(run, word))
+        return f"{legible}-{run.model.width}-{run.method.lr:.2g}-{self.key(run)}{more}"
+
+    def _described(self, run: Run, key: str) -> Record:
+        """What a record says of its run."""
+        model, method, (_, digest) = run.model, run.method, self._corpora[run.corpus]
+        options = resolved(self._flags(run, Path("run")))
+        own = {flag for flag in (*method.flags, *model.flags) if flag.startswith("--")}
+        record = {
+            "key": key,
+            "method": method.name,
+            "lr": float(f"{method.lr:.6g}"),
+            "rest": float(f"{method.rest:.6g}"),
+            "width": model.width,
+            "layers": model.layers,
+            "seq": model.seq,
+            "batch": model.batch,
+            "iterations": run.iterations,
+            "tokens": run.iterations * model.tokens,
+            "seed": run.seed,
+            "corpus": run.corpus,
+            "digest": digest[:12],
+            "optimizer": options["optimizer"],
+            "pion": options["pion"],
+            "flags": {flag: " ".join(options[flag]) for flag in sorted(own & options.keys())},
+        }
+        if run.start is not None:
+            record["start"] = self.key(run.start)
+        return record
 
     def _flags(self, run: Run, folder: Path) -> list[str]:
         flags = [*run.model.arguments(), *COMMON, *run.method.arguments()]
+        flags += ["--bf16"] if self.bf16 else []
         flags += ["--train-iters", str(max(1, run.iterations)), "--seed", str(run.seed)]
         flags += [] if run.iterations else ["--skip-train"]
         flags += ["--eval-iters", str(EVALUATED)]
@@ -270,7 +363,7 @@ class Runner:
             flags += ["--save", str(folder), "--ckpt-format", "torch_dist"]
             flags += ["--save-interval", "1000000", "--no-save-optim", "--no-save-rng"]
         if run.start is not None:
-            start = self.results / self.name(run.start)
+            start = self.results / self._name(run.start)
             flags += ["--load", str(start), "--finetune", "--no-load-optim", "--no-load-rng"]
         return flags
 
@@ -281,6 +374,9 @@ class Runner:
         device = self._slots.get()
         try:
             begun = time.monotonic()
+            if begun > self._start + 60 * self.minutes:
+                self.asked -= 1
+                raise OutOfTime
             prefix, _ = self._corpora[run.corpus]
             flags = [*self._flags(run, path.with_suffix("")), "--data-path", str(prefix)]
             flags += ["--data-cache-path", str(self.out / "corpora" / "cache")]
@@ -311,13 +407,13 @@ class Runner:
                     )
             raise self._failed
         self.trained += 1
-        result = Result(run, json.loads(path.read_text()))
+        loss = Result(run, summary(json.loads(path.read_text()))).loss
         minutes = (time.monotonic() - self._start) / 60
         print(
             f"[{minutes:5.1f} min, {self.trained} trained, {self.asked - self.trained} under way] "
             f"{run.method.name}, width {run.model.width}, lr {run.method.lr:.3g}, rest "
             f"{run.method.rest:.3g}, {run.iterations} iterations, seed {run.seed}: "
-            f"{result.loss:.4f} ({time.monotonic() - begun:.0f} s)",
+            f"{loss:.4f} ({time.monotonic() - begun:.0f} s)",
             flush=True,
         )
 

@@ -6,6 +6,7 @@ a short training.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import json
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import peers
 import torch
 
 import megatron_patches
@@ -53,7 +55,7 @@ def run(flags: list[str], record: Path, log: Path, *, device: str, watch: bool) 
     """Train, write the record, and end the process: 0 where there is a record.
 
     Args:
-        flags: Megatron's.
+        flags: Megatron's, and those that `peers` takes.
         record: JSON to write.
         log: what Megatron prints.
         device: CUDA's number of the GPU to use; empty for none.
@@ -67,8 +69,11 @@ def run(flags: list[str], record: Path, log: Path, *, device: str, watch: bool) 
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     found: dict[str, Any] = {"flags": flags, "loss": [], "grad_norm": [], "seconds": []}
-    _listen(found, watch=watch)
-    sys.argv = [str(EXAMPLES / "pretrain_bytes.py"), *flags]
+    own, megatrons = peers.take_flags(flags)
+    if own.iso:
+        peers.use_iso()
+    _listen(found, own, watch=watch)
+    sys.argv = [str(EXAMPLES / "pretrain_bytes.py"), *megatrons]
     try:
         pretrain_bytes()
     except Diverged:
@@ -89,13 +94,18 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _listen(found: dict[str, Any], *, watch: bool) -> None:
-    """Have Megatron's training write into ``found`` as it goes on."""
+def _listen(found: dict[str, Any], own: argparse.Namespace, *, watch: bool) -> None:
+    """Have Megatron's training write into ``found`` as it goes on; follow the studies' flags."""
     train, log, evaluate = training.train, training.training_log, training.evaluate
     last = [0.0]
 
     def listened_train(*args: Any, **kwargs: Any) -> Any:
-        model = inspect.signature(train).bind(*args, **kwargs).arguments["model"]
+        given = inspect.signature(train).bind(*args, **kwargs).arguments
+        model, optimizer = given["model"], given["optimizer"]
+        if own.decay_mult is not None:
+            peers.set_decay(optimizer, own.decay_mult)
+        if own.fixed_norm:
+            peers.FixedNorm(peers.weights(model, pion_config(get_args()))).follow(optimizer)
         before = _spectra(model)
         found["parameters"] = sum(p.numel() for chunk in model for p in chunk.parameters())
         if watch:
