@@ -61,18 +61,6 @@ ADAMW_KEEP = Method(
 ADAMW_ORTHOGONAL = Method(
     "AdamW, orthogonal", ("--optimizer", "adam", "--pion-init", "orthogonal"), lr=1e-2, rest=1e-2
 )
-# The default of pion_dist 0.1, every option of it explicit.
-DEFAULT_0_1 = Method(
-    "Pion 0.1's default",
-    (
-        *("--optimizer", "pion", "--pion-momentum", "transported", "--pion-direction", "msign"),
-        *("--pion-nesterov", "--pion-beta1", "0.9", "--pion-beta2", "0.95"),
-        *("--pion-side", "alternate", "--pion-scaling", "spectral", "--pion-retraction", "cubic"),
-        *FAN_IN,
-    ),
-    lr=4e-2,
-    rest=1e-2,
-)
 PUBLISHED = Method(
     "Pion, published",
     ("--optimizer", "pion", "--pion-recipe", "paper-60m", *FAN_IN),
@@ -82,7 +70,7 @@ PUBLISHED = Method(
 ISO = Method("ISO", ("--optimizer", "muon", "--study-iso", *FAN_IN), lr=0.1, rest=1e-2)
 # In the order in which they are trained.
 CONTENDERS = (
-    *(POLAR, MUON, MUON_NO_DECAY, FIXED_NORM, ADAMW, DEFAULT_0_1, PUBLISHED, ISO),
+    *(POLAR, MUON, MUON_NO_DECAY, FIXED_NORM, ADAMW, PUBLISHED, ISO),
     *(ADAMW_KEEP, ADAMW_ORTHOGONAL),
 )
 METHODS = (POLAR, MUON, FIXED_NORM, ADAMW)  # of the other studies
@@ -557,8 +545,24 @@ def king_james(prefix: Path) -> int:
     return prepare_corpus.prepare(prefix, [text], MAX_BYTES)
 
 
+def kept(runner: Runner, size: Size) -> None:
+    """All trainings that are kept, of contenders that are gone too."""
+    table = Table(
+        "Validation loss, nats per byte, of every training that is kept",
+        ["width", "iterations", "tokens", "optimizer", "lr", "rest's lr", "seed", "loss", "drift"],
+    )
+    for record in runner.records.all():
+        loss = f"{record['loss']:.4f}" if "loss" in record else "diverged"
+        drift = f"{record['drift']:.1e}" if "drift" in record else NOTHING
+        numbers = (record[name] for name in ("width", "iterations", "tokens"))
+        rates = (f"{record[name]:.2g}" for name in ("lr", "rest"))
+        row = [*map(str, numbers), record["method"], *rates, str(record["seed"]), loss, drift]
+        table.rows.append(row)
+    write("kept", [table], None, runner.out)
+
+
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
-    study.__name__: study for study in (compare, choices, transfer, stability, finetune)
+    study.__name__: study for study in (compare, choices, transfer, stability, finetune, kept)
 }
 
 

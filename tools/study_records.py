@@ -183,6 +183,11 @@ class Records:
         with self._lock:
             return self._records.get(key)
 
+    def all(self) -> list[Record]:
+        """Every record, in the file's order."""
+        with self._lock:
+            return sorted(self._records.values(), key=_order)
+
     def add(self, record: Record) -> None:
         """Put a record into the file, which is replaced as a whole, sorted."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
