@@ -265,6 +265,7 @@ class ReferencePolar:
         u, sigma, v: its factors, U [m, r], σ [r] and V [n, r].
         m: the average of the gradient.
         d: the last step of Muon, which W loses; what of it would change σ is dropped.
+        turns: by side, the skew A of the last step, of which E turned the frame.
     """
 
     def __init__(self, w: npt.ArrayLike, config: PionConfig) -> None:
@@ -274,6 +275,7 @@ class ReferencePolar:
         self.v = vt.T
         self.m = np.zeros_like(self.w)
         self.d = np.zeros_like(self.w)
+        self.turns: dict[str, Array] = {}
 
     def step(self, g: npt.ArrayLike, lr: float) -> None:
         """Move the weight by one step with the gradient ``g`` at the learning rate ``lr``."""
@@ -287,8 +289,12 @@ class ReferencePolar:
         b = self.u.T @ self.d @ self.v
         x, y = self._angles(b, length)
         u, v = self.u, self.v
-        self.u = self._turned(u, x, self.d @ v - u @ b, b, length)
-        self.v = self._turned(v, y, self.d.T @ u - v @ b.T, b.T, length)
+        self.turns = {
+            "out": self._turn(u, x, self.d @ v - u @ b, b, length),
+            "in": self._turn(v, y, self.d.T @ u - v @ b.T, b.T, length),
+        }
+        self.u = polished(retract(self.turns["out"], "cubic") @ u)
+        self.v = polished(retract(self.turns["in"], "cubic") @ v)
         if length > 0 and s.any():
             self.w = (self.u * self.sigma) @ self.v.T
 
@@ -307,15 +313,14 @@ class ReferencePolar:
                 x[i, j], y[i, j] = (p + q) / 2, (p - q) / 2
         return x, y
 
-    def _turned(self, frame: Array, inner: Array, z: Array, b: Array, length: float) -> Array:
-        """E(A) U of the skew A with A U = U X − Z diag(c), and A zero off U and Z."""
+    def _turn(self, frame: Array, inner: Array, z: Array, b: Array, length: float) -> Array:
+        """The skew A with A U = U X − Z diag(c) that is zero off U and Z."""
         if len(frame) == len(inner):
             z = np.zeros_like(z)
         beside = np.maximum(length**2 - np.sum(b**2, axis=0), 0)  # ‖z_j‖², were D orthonormal
         below = self.sigma**2 + beside + length**2
         zc = z * np.divide(self.sigma, below, out=np.zeros_like(below), where=below > 0)
-        a = frame @ inner @ frame.T - zc @ frame.T + frame @ zc.T
-        return polished(retract(a, "cubic") @ frame)
+        return frame @ inner @ frame.T - zc @ frame.T + frame @ zc.T
 
     def state(self) -> dict[str, Array]:
         """The moments as the optimizer keeps them; frames are unique up to the columns' signs."""

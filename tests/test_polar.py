@@ -180,7 +180,6 @@ def test_the_spectrum_stays_over_ten_thousand_steps(precision: str) -> None:
             now = [torch.linalg.svdvals(p.detach().double()) for p in params]
             each = [(a - b).abs().max() / b.max() for a, b in zip(now, start, strict=True)]
             shifts.append(max(float(x) for x in each))
-    print(shifts[:3], shifts[-3:])
     assert max(shifts) <= {"highest": 1e-6, "bf16": 1e-5}[precision]
     assert max(shifts[-10:]) <= 2 * max(shifts[10:20])
 
@@ -233,6 +232,23 @@ def test_readings_are_what_the_step_did() -> None:
         assert np.allclose(row[5:], [kept, rms], rtol=1e-9)
 
 
+def test_a_change_as_small_as_rounding_is_undone_by_the_next_step(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A float32 weight that is off by 1e-5 is taken for rounded: W = U Σ Vᵀ is made anew."""
+    generator = torch.Generator().manual_seed(8)
+    p = torch.nn.Parameter(torch.randn(12, 8, generator=generator))
+    optimizer = Pion([p], lr=1e-3, config=POLAR)
+    start = torch.linalg.svdvals(p.detach().double())
+    for factor in (1.0, 1.0 + 1e-5):
+        with torch.no_grad():
+            p.mul_(factor)
+        p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    assert (torch.linalg.svdvals(p.detach().double()) - start).abs().max() <= 1e-6 * start.max()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_were_changed_are_factorized_anew(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture
@@ -266,6 +282,43 @@ def test_weights_that_were_changed_are_factorized_anew(
     assert (values() - before).abs().max() <= {torch.float32: 1e-6}.get(dtype, 1e-2) * before.max()
     step()
     assert len(caplog.records) == 1
+
+
+def test_a_model_that_is_converted_to_float64_has_factors_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without a line in the log: the weights are, to float32's rounding, those of their factors."""
+    model = torch.nn.Linear(8, 12, bias=False)
+    optimizer = Pion(model.parameters(), lr=1e-3, config=POLAR)
+
+    def step() -> None:
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+
+    step()
+    model.double()
+    start = torch.linalg.svdvals(model.weight.detach())
+    for _ in range(3):
+        step()
+        assert (torch.linalg.svdvals(model.weight.detach()) - start).abs().max() <= 1e-12
+    assert not caplog.records
+
+
+def test_a_rate_of_zero_moves_the_average_alone() -> None:
+    """Bit for bit, also where the rate is a tensor."""
+    rng = np.random.default_rng(12)
+    for lr in (0.0, torch.tensor(0.0)):
+        for w in draw(rng, [(8, 8), (12, 5), (5, 12)], 0.2):
+            p, optimizer = one(w)
+            for rate in (0.05, lr):
+                optimizer.param_groups[0]["lr"] = rate
+                before = {"w": p.detach().clone()}
+                before |= {key: x.clone() for key, x in optimizer.state[p].items()}
+                set_gradients([p], draw(rng, [w.shape], 1.0))
+                optimizer.step()
+            after = {"w": p.detach(), **optimizer.state[p]}
+            changed = {key for key, x in after.items() if not torch.equal(x, before[key])}
+            assert changed == {"m.whole"}
 
 
 def test_a_state_of_other_weights_is_told_and_the_weights_win(
@@ -340,13 +393,17 @@ def test_a_weight_that_is_not_finite_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"momentum": "lie"},
-        {"side": "both"},
-        {"scaling": "rms"},
-        {"retraction": "exp"},
+        {"momentum": "transported"},
         {"eps": 1e-6},
-        {"spectrum_reset_interval": 5},
+        {"side": "alternate"},
+        {"scaling": "none"},
+        {"rms": 0.3},
+        {"retraction": "exp"},
+        {"degree": 4},
         {"state_layout": "dense"},
+        {"blocks": 2},
+        {"spectrum_reset_interval": 5},
+        {"tp_mode": "blockwise"},
     ],
     ids=str,
 )

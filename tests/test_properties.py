@@ -24,6 +24,7 @@ from reference import (
     Array,
     ReferencePion,
     newton_schulz,
+    reference_of,
     retract,
 )
 
@@ -105,6 +106,11 @@ def configs(
     )
 
 
+def polars() -> st.SearchStrategy[PionConfig]:
+    betas = st.tuples(st.sampled_from([0.0, 0.5, 0.95]), st.just(0.95))
+    return st.builds(PionConfig, betas=betas, nesterov=st.booleans())
+
+
 def angles(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(math.log(low), math.log(high)).map(math.exp)
 
@@ -133,7 +139,7 @@ def run(
 
 def run_reference(problem: Problem, config: PionConfig, lr: float) -> list[dict[str, Array]]:
     """What the reference turned by, by active side, in each step."""
-    reference = ReferencePion(problem.w, config)
+    reference = reference_of(problem.w, config)
     turns = []
     for g in problem.gradients:
         reference.step(g, lr)
@@ -187,7 +193,10 @@ def test_newton_schulz_acts_on_singular_values_alone(k: Array) -> None:
 @examples
 @given(skews(angle=2.0))
 def test_how_orthogonal_a_retraction_is(a: Array) -> None:
-    """The identities of PION.md, to rounding: a dozen products of n ≤ 12, norms ≤ 2⁶/64 + 2⁴/4."""
+    """By how much, to rounding: a dozen products of n ≤ 12, norms ≤ 2⁶/64 + 2⁴/4.
+
+    The cubic is what polar turns its frames by.
+    """
     eye = np.eye(len(a))
     fourth, sixth = (np.linalg.matrix_power(a, k) for k in (4, 6))
     excess = {
@@ -316,15 +325,15 @@ def test_degree_eight_is_nearly_the_exponential(
 
 
 @examples
-@given(problems(), configs())
+@given(problems(), configs() | polars())
 def test_lr_zero_moves_no_weight(problem: Problem, config: PionConfig) -> None:
-    """Bitwise: factors are I exactly, or changes 0."""
+    """Bitwise: factors are I exactly, or changes 0; polar takes no step."""
     for w in run(problem, config, 0.0):
         assert np.array_equal(w, problem.w)
 
 
 @examples
-@given(problems(), configs())
+@given(problems(), configs() | polars())
 def test_zero_gradients_move_no_weight(problem: Problem, config: PionConfig) -> None:
     """Bitwise, although every denominator is eps and rms scaling then multiplies by 1e8."""
     still = Problem(problem.w, tuple(0 * g for g in problem.gradients))
@@ -452,3 +461,71 @@ def test_without_adaptivity_no_basis_is_special(
     turned = run(problem.map(lambda x: q @ x @ p), config, lr)
     for w, w_turned in zip(run(problem, config, lr), turned, strict=True):
         assert spectral(w_turned - q @ w @ p) <= RELATED * spectral(w)
+
+
+# --- polar ------------------------------------------------------------------------------------
+
+RATES = angles(1e-4, 0.1)
+
+
+@examples
+@given(problems(), polars(), RATES)
+def test_polar_keeps_singular_values(problem: Problem, config: PionConfig, lr: float) -> None:
+    """EᵀE = I - A⁶/64, and polishing leaves 3/8 of the square of that in each of two frames.
+
+    Nothing adds up, but that a step begins with what the one before has left.
+    """
+    before, theta = singular_values(problem.w), 0.0
+    for w, turns in zip(run(problem, config, lr), run_reference(problem, config, lr), strict=True):
+        theta = max(theta, *(spectral(turn) for turn in turns.values()))
+        assume(theta <= 1.0)
+        bound = ROUNDING + (theta**6 / 64) ** 2
+        assert np.abs(singular_values(w) - before).max() <= bound * before.max()
+
+
+@examples
+@given(problems(), polars(), RATES)
+def test_a_polar_step_is_no_longer_than_muon_s(
+    problem: Problem, config: PionConfig, lr: float
+) -> None:
+    """Of singular values up to 1.21: rms(ΔW) ≤ 1.21 · 0.2 lr, up to what is of second order.
+
+    That is (θ + θ')²/2 · ‖W‖ and a relative θ + θ' more, as for rms scaling above.
+    """
+    w, turns = run(problem, config, lr)[0], run_reference(problem, config, lr)[0]
+    total = sum(spectral(turn) for turn in turns.values())
+    assume(total <= 1.0)
+    second_order = total**2 / 2 * (1 + total) * np.linalg.norm(problem.w)
+    change = np.linalg.norm(w - problem.w)
+    longest = 1.21 * 0.2 * lr * math.sqrt(problem.w.size)
+    assert change <= longest + second_order + ROUNDING * np.linalg.norm(problem.w)
+
+
+# Two computations of a polar step that differ in rounding, k u = 3e-15 of the average, which the
+# iteration enlarges 41 √10 = 130 times in its smallest direction, and the Gram matrix, of matrices
+# that are 5/3 as long as wide, by their condition again: 1e-10 if that is 300. D is at most as long
+# as W here, and there are three steps.
+POLAR_RELATED = 1e-9
+
+
+@examples
+@given(problems(), polars(), RATES)
+def test_polar_moves_the_transpose_as_the_matrix(
+    problem: Problem, config: PionConfig, lr: float
+) -> None:
+    transposed = run(problem.map(lambda x: x.T.copy()), config, lr)
+    for w, w_t in zip(run(problem, config, lr), transposed, strict=True):
+        assert spectral(w - w_t.T) <= POLAR_RELATED * spectral(w)
+
+
+@examples
+@given(problems(), polars(), RATES, SEEDS)
+def test_polar_has_no_special_basis(
+    problem: Problem, config: PionConfig, lr: float, seed: int
+) -> None:
+    """Pion(Q W P, Q G P) = Q Pion(W, G) P for orthogonal Q and P."""
+    rng = np.random.default_rng(seed)
+    q, p = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in problem.w.shape)
+    turned = run(problem.map(lambda x: q @ x @ p), config, lr)
+    for w, w_turned in zip(run(problem, config, lr), turned, strict=True):
+        assert spectral(w_turned - q @ w @ p) <= POLAR_RELATED * spectral(w)
