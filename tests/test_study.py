@@ -62,6 +62,12 @@ def test_a_key_is_of_what_options_come_to(monkeypatch: pytest.MonkeyPatch) -> No
     assert resolved([*muon, "--pion-init-scale", "2"]) != resolved(muon)
 
 
+def test_the_page_has_the_kept_trainings() -> None:
+    from study import DATA, TRAINING, kept_table
+
+    assert kept_table(Records(DATA)).markdown() in TRAINING.read_text()
+
+
 def test_records_are_sorted_and_shared(tmp_path: Path) -> None:
     names = ("corpus", "width", "layers", "iterations", "method", "lr", "rest", "seed")
     records = [dict.fromkeys(names, i) | {"key": f"{9 - i}"} for i in range(3)]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_records import reached
+from study_records import Records, reached
 from study_report import COLORS, Table, panels, points, smoothed, spread, sweep, write
 from study_runner import (
     Method,
@@ -99,7 +99,10 @@ class Size:
         return self.horizons[0]
 
 
-DATA = Path(__file__).resolve().parent.parent / "docs" / "data" / "trainings.jsonl"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+DATA = DOCS / "data" / "trainings.jsonl"
+TRAINING = DOCS / "TRAINING.md"
+KEPT_MARKS = ("<!-- python tools/study.py kept -->", "<!-- end -->")
 MAX_BYTES = 8_000_000  # of a text
 LONG = 3  # times as many iterations, of the training that `finetune` starts from
 TIMED = 30  # iterations that are timed
@@ -546,19 +549,29 @@ def king_james(prefix: Path) -> int:
 
 
 def kept(runner: Runner, size: Size) -> None:
-    """All trainings that are kept, of contenders that are gone too."""
+    """All trainings that are kept, of contenders that are gone too; into docs/TRAINING.md."""
+    table = kept_table(runner.records)
+    write("kept", [table], None, runner.out)
+    page = TRAINING.read_text()
+    before, _, rest = page.partition(KEPT_MARKS[0])
+    _, _, after = rest.partition(KEPT_MARKS[1])
+    TRAINING.write_text(f"{before}{KEPT_MARKS[0]}\n{table.markdown()}\n{KEPT_MARKS[1]}{after}")
+
+
+def kept_table(records: Records) -> Table:
+    """A line for each record."""
     table = Table(
         "Validation loss, nats per byte, of every training that is kept",
         ["width", "iterations", "tokens", "optimizer", "lr", "rest's lr", "seed", "loss", "drift"],
     )
-    for record in runner.records.all():
+    for record in records.all():
         loss = f"{record['loss']:.4f}" if "loss" in record else "diverged"
         drift = f"{record['drift']:.1e}" if "drift" in record else NOTHING
         numbers = (record[name] for name in ("width", "iterations", "tokens"))
         rates = (f"{record[name]:.2g}" for name in ("lr", "rest"))
         row = [*map(str, numbers), record["method"], *rates, str(record["seed"]), loss, drift]
         table.rows.append(row)
-    write("kept", [table], None, runner.out)
+    return table
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {
