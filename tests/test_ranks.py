@@ -16,7 +16,7 @@ from rank_checks import checks
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "rank_checks.py"
-SECONDS = 1800  # some 600 checks; 100 to 200 s on idle cores
+SECONDS = 1800  # 300 to 400 checks; 100 to 200 s on idle cores
 
 
 class Launches:
