@@ -199,8 +199,8 @@ class StepPlan:
     def collectives(self, ranks: Sequence[int], step: int) -> dict[str, Moved]:
         """What a rank hands to collectives in a step, by operation.
 
-        Not counted: whole matrices that the first step after a start measures, for a reset of
-        spectra, in ``distributed`` and ``blockwise``.
+        Not counted: whole matrices that the first step after a start measures or decomposes, for a
+        reset of spectra and for polar, in ``distributed`` and ``blockwise``.
 
         Args:
             ranks: this rank's in each group.

@@ -39,7 +39,7 @@ LEGACY = "--no-use-layer-wise-param-layout"
 HEADS = ("--pion-qkv", "head")
 # The other directions. The published algorithm's moments have other shapes and names, and more of
 # them are exchanged.
-PUBLISHED = (*PUBLISHED_FLAGS, FLAT)
+PUBLISHED = (*PUBLISHED_FLAGS, "--pion-beta1=0.9", FLAT)
 MSIGN = ("--pion-direction=msign", "--pion-momentum=transported", FLAT)
 # A clip factor differs in its last bit from layout to layout, and bf16 weights then round
 # differently here and there (AdamW's losses by 1e-4 too). Without clipping, data parallelism's
@@ -76,10 +76,11 @@ BF16_DP2 = [
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
     Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
 ]
-WATCHED = ("--pion-spectrum-interval", "5")
+# From equal singular values: drift is relative to each, and rounding to the largest.
+WATCHED = ("--pion-spectrum-interval", "5", FLAT)
 # Factors that stretch by the fourth power of the angle, so that spectra drift until they are put
 # back.
-RESET = (*MSIGN, "--lr", "0.05", "--min-lr", "0.05", *WATCHED, "--pion-spectrum-reset-interval=7")
+RESET = (*MSIGN, "--lr", "0.02", "--min-lr", "0.02", *WATCHED, "--pion-spectrum-reset-interval=7")
 W_TP2 = Run("tp2 owner, watched", 2, tp(2), options=WATCHED)
 W_DIST_OPT = Run("dp2 dist-opt, watched", 2, DIST_OPT, options=WATCHED)
 W_RESET = Run("tp2 owner, watched resets", 2, tp(2), options=RESET)
@@ -113,9 +114,9 @@ FRESH = [
 MLA_DUPLICATED = Run("mla tp2 duplicated", 2, tp(2, *DUPLICATED), "mla")
 
 ZEROS = [
-    Run("zeros tp2", 2, tp(2), "zeros"),
-    Run("zeros dp2 dist-opt", 2, DIST_OPT, "zeros"),
-    Run("zeros pp2", 2, PP2, "zeros"),
+    Run("zeros tp2", 2, tp(2), "zeros", options=(FLAT,)),
+    Run("zeros dp2 dist-opt", 2, DIST_OPT, "zeros", options=(FLAT,)),
+    Run("zeros pp2", 2, PP2, "zeros", options=(FLAT,)),
 ]
 
 FLOAT32 = [
@@ -152,8 +153,8 @@ FLOAT32 = [
     Run("moe tp2, cut experts", 2, tp(2, SP), "moe"),
     Run("mha, plain mlp, tp2 sp", 2, tp(2, SP), "plain"),
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
-    Run("mla dp2", 2, (), "mla"),
-    Run("mla pp2", 2, PP2, "mla"),
+    Run("mla dp2", 2, (), "mla", options=(FLAT,)),
+    Run("mla pp2", 2, PP2, "mla", options=(FLAT,)),
     Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
     Run("mtp pp2", 2, PP2, "mtp"),
     *ZEROS,
@@ -341,8 +342,9 @@ def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
     if resets:
         assert mine["pion/drift"][20] > 1e-7
     else:
-        kept = mine["pion/kept-min"].values()
-        assert all(0.9 < share < 1.0 for share in kept), kept
+        # Where all singular values are equal, a square loses the symmetric part of its B, about
+        # half of it.
+        assert all(0.2 < share < 1.0 for share in mine["pion/kept-min"].values())
 
 
 def compare_reports(found: Result, alone: Result) -> dict[str, dict[int, float]]:

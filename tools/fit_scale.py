@@ -25,12 +25,12 @@ from pion_dist.scale.report import table
 from pion_dist.scale.trace import kernels
 from pion_dist.update.precision import exact
 
-# Square and oblong both ways; 256 rows and 1024 columns make the default hold A_in in factors.
+# Square and oblong both ways; at 256 x 1024 the default takes Muon's step from a Gram matrix.
 SHAPES = ((256, 256), (512, 512), (768, 768), (256, 1024), (1024, 256))
 CONFIGS = {
     "pretrain": PionConfig(),
-    "pretrain, momentum": PionConfig(direction="momentum"),
-    "pretrain, cayley": PionConfig(retraction="cayley"),
+    "pretrain, bf16 average": PionConfig(state_dtype="bf16"),
+    "msign": PionConfig(direction="msign", momentum="ambient", side="alternate"),
     "paper-1.3b": RECIPES["paper-1.3b"],
     "paper-60m, adaptive": replace(RECIPES["paper-60m"], direction="adaptive"),
 }
