@@ -271,7 +271,7 @@ def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         for field, value in values.items():
             if not hasattr(namespace, field):
                 setattr(namespace, field, value)
-        vars(namespace).update({f"pion_{x}": followed(namespace, x) for x in _FOLLOWING})
+        namespace.__dict__.update({f"pion_{x}": followed(namespace, x) for x in _FOLLOWING})
         for field, argument, default in CARRIED:
             setattr(namespace, field, getattr(namespace, argument, default))
         try:
