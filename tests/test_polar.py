@@ -158,6 +158,7 @@ def test_the_scale_of_the_gradient_does_not_matter(power: int, dtype: torch.dtyp
         assert (p - q).abs().max() <= 100 * torch.finfo(dtype).eps * p.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["highest", "bf16"])
 def test_the_spectrum_stays_over_ten_thousand_steps(precision: str) -> None:
     """In float32: within 1e-6 of the largest, 1e-5 with bf16 products, and it does not grow.
