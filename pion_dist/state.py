@@ -188,6 +188,7 @@ def identity(config: PionConfig) -> dict[str, Any]:
     return {
         "momentum": "polar" if polar else config.momentum,
         "second_moment": config.direction == "adaptive",
+        "scaling": "rms or none",  # of what had others before polar: it is refused by name
         "sides": list(config.sides) if config.momentum == "lie" and not polar else [],
         "qkv": config.qkv,
         "split_gate": config.split_gate,
