@@ -223,6 +223,9 @@ def pion(
         parameters, views = [], {}
         for each in weights:
             rows, cols = each.weight.shape
+            if config.direction == "polar":
+                # Others' steps would change the weights, whose factors would be taken anew.
+                each = replace(each, weight=each.weight.clone())
             [p] = each.rows([rows])
             parameters.append(p)
             views[p] = stacked(rows, cols, name="matrix", count=each.shape.count)
