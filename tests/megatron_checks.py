@@ -107,8 +107,8 @@ def check_plan() -> None:
     # What the plan says is what the optimizers hold, and what they hold is said.
     held = {slot.name for slot in inner(optimizer)._slots.values()}
     assert held == pion and len(held) == 12
-    elements = sum(t.numel() for state in inner(optimizer).state.values() for t in state.values())
-    assert f"{elements * 4:,} bytes of state on this rank" in printed
+    size = sum(t.nbytes for state in inner(optimizer).state.values() for t in state.values())
+    assert f"{size:,} bytes of state on this rank" in printed
 
 
 def check_config_s_own_defaults() -> None:
