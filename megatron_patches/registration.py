@@ -218,7 +218,7 @@ def _mup_of_adam(original: Any) -> Any:
         if optimizer_type != "pion":
             return original(config, mup_width_mult, optimizer_type)
         overrides = original(config, mup_width_mult, "adam")
-        found = {of_adam(key): override for key, override in overrides.items()}
+        with_pion = {of_adam(key): override for key, override in overrides.items()}
         if mup_width_mult != 1.0:
             factor = mup_width_mult**-0.5
             rates = {
@@ -227,8 +227,8 @@ def _mup_of_adam(original: Any) -> Any:
                 if rate is not None
             }
             pions = ParamPredicate(name="pion_mup", fn=lambda p: not is_scalar(p))
-            found[ParamKey(predicate=pions)] = rates
-        return found
+            with_pion[ParamKey(predicate=pions)] = rates
+        return with_pion
 
     return get_mup_config_overrides
 

@@ -20,6 +20,7 @@ from .config import Axis, Side
 from .exchange import is_first
 from .state import LEFT, RIGHT, SIGMA
 from .update import polar
+from .update.arrangement import Peers
 
 logger = logging.getLogger("pion_dist")
 
@@ -32,22 +33,8 @@ _SECONDS = 10.0  # between two lines of progress
 _TOLD = 1e-4
 
 
-class Peers(Protocol):
+class RowPeers(Peers, Protocol):
     """The ranks that divide rows, and what they do together: ``exchange.GroupPeers``."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def rank(self) -> int:
-        """This one."""
-
-    def total(self, x: Tensor) -> Tensor:
-        """The ranks' sum (modified in place)."""
-
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """The ranks' tensors, joined along ``dim``."""
 
     def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
         """Of shards along the dimension ``joined``, this rank's along ``cut``."""
@@ -56,7 +43,7 @@ class Peers(Protocol):
 class Rows:
     """The rows of matrices on their larger side, which ranks divide whichever side cuts them."""
 
-    def __init__(self, peers: Peers | None, axis: Axis | None, large: Side) -> None:
+    def __init__(self, peers: RowPeers | None, axis: Axis | None, large: Side) -> None:
         """Without peers a rank has all rows."""
         self.peers, self.dim = peers, _DIM[large]
         self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]

@@ -432,7 +432,8 @@ class Pion(torch.optim.Optimizer):
         names = [self._slots[p].name for p in due]
         ok = self._guard.check(names, [p.grad for p in due if p.grad is not None])
         ok = exchange.agree(ok, self.groups)
-        self._factors.begin(due)
+        if self.config.direction == "polar":
+            self._factors.begin(due)
         for batch in self._own:
             self._step_own([i for i in batch if self._places[i][0].grad is not None], ok)
         for index in range(len(self.groups)):
@@ -440,7 +441,8 @@ class Pion(torch.optim.Optimizer):
                 self._step_shared(index, ok)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
-        self._factors.end(due)
+        if self.config.direction == "polar":
+            self._factors.end(due)
         return loss
 
     def _due(self) -> list[Tensor]:
