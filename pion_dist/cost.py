@@ -217,41 +217,25 @@ def traffic(
     """
     if config.direction == "polar":
         return _polar_traffic(batch, m, n, axis, ranks=ranks)
-    return _generators_traffic(batch, m, n, config, axis, ranks=ranks, step=step, itemsize=itemsize)
-
-
-def _generators_traffic(
-    batch: int,
-    m: int,
-    n: int,
-    config: PionConfig,
-    axis: Axis,
-    *,
-    ranks: int,
-    step: int,
-    itemsize: int,
-) -> Traffic:
-    """The collectives of a step of the other directions."""
     low = config.matmul_precision == "bf16" and itemsize == 4
-    found = Traffic()
+    moved = Traffic()
     active = order(m, n, config.active_sides(step))
     for side in config.sides if config.momentum == "lie" else active:
         d, other = (n, m) if side == "in" else (m, n)
         cut = side == SIDE_OF[axis]
         if config.tp_mode == "blockwise":
             if not cut:
-                found.add("all_reduce", batch * d * d)
+                moved.add("all_reduce", batch * d * d)
             continue
-        if cut:
-            found.add("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
-        else:
-            found.add("reduce_scatter", batch * d * d)
+        shards = ("all_gather", batch * m * n // ranks, 2)  # of W, and G or its average
+        generator = ("reduce_scatter", batch * d * d, 1)
+        moved.add(*(shards if cut else generator))
         if side in active:
             first = active[0] == side
-            _divided(found, config, batch, d, other, cut=cut, ranks=ranks, first=first, low=low)
+            _divided(moved, config, batch, d, other, cut=cut, ranks=ranks, first=first, low=low)
     if config.scaling == "rms":
-        found.add("all_reduce", batch)
-    return found
+        moved.add("all_reduce", batch)
+    return moved
 
 
 def _polar_traffic(batch: int, m: int, n: int, axis: Axis, *, ranks: int) -> Traffic:

@@ -251,6 +251,7 @@ class Pion(torch.optim.Optimizer):
         for p in set(self.state) - set(params):
             del self.state[p]
         self._started &= set(params)
+        self._factors.forget()  # it would hold parameters that have left
         old = {(x.weight, x.part): x.owner for x in self.plan.matrices}
         self._plan()
         stepped = any(group["step"] for group in self.param_groups)
