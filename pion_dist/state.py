@@ -4,9 +4,8 @@ A moment belongs to a part's matrices, not to the rank or the weight: ``m_in.<pa
 ``m_out.<part>`` [B, m, m] for Lie momentum, with the sign of descent, or [B, N, d/N, d/N] on a side
 of N blocks; ``m.<part>`` [B, m, n] for averages of the gradient; ``v`` likewise, where the
 direction is adaptive. Polar also has the factors of W = U Σ Vᵀ, r = min(m, n): ``left.<part>``
-[B, m, r], ``sigma.<part>`` [B, r] and ``right.<part>`` [B, n, r].
-``u_in.<part>`` [B, 1, n] and ``u_out.<part>`` [B, m, 1], or [B, N, 1, n/N] and [B, N, m/N, 1].
-And where spectra are reset, ``s.<part>`` [B, k], the singular values to put back, k = min(m, n).
+[B, m, r], ``sigma.<part>`` [B, r] and ``right.<part>`` [B, n, r]. And where spectra are reset,
+``s.<part>`` [B, k], the singular values to put back, k = min(m, n).
 """
 
 from __future__ import annotations
