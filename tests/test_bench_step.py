@@ -16,12 +16,14 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 from bench_step import (  # noqa: E402
     MODELS,
+    Found,
     Group,
     Weight,
     contenders,
     measure,
     peak_extra,
     stored,
+    tables,
 )
 from released import ReleasedPion, _matrix_sign  # noqa: E402
 
@@ -112,6 +114,17 @@ def test_what_does_not_fit_is_skipped_with_the_reason() -> None:
     assert all("GiB, " in why and why.endswith("are free") for why in skipped.values())
     for cell in measure("8b", Group("MLP", (Weight(1, 10**6, 10**6),)), CPU, 1):
         assert cell["skipped"].startswith("the weights: needs")
+
+
+def test_what_is_not_asked_for_is_not_timed() -> None:
+    group = MODELS["60m"].groups(1 / 32)[0]
+    chosen = {"default float32", "Muon float32"}
+    cells = measure("60m", group, CPU, 1, chosen)
+    assert {cell["contender"] for cell in cells if "seconds" in cell} == chosen
+    found = Found(cells, [c for c in contenders(CPU) if c.name in chosen])
+    made = {table.title: table for table in tables(found, {"60m": 1 / 32}, CPU)}
+    assert made["ms a step"].head == ["", "default float32", "Muon float32"]
+    assert "Time, over that of the published loop" not in made and "Not measured" not in made
 
 
 def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -405,8 +405,14 @@ Cell = dict[str, Any]
 Shape = tuple[str, str]  # model and group
 
 
-def measure(model: str, group: Group, device: torch.device, rounds: int) -> list[Cell]:
-    """Every contender's cell of a group; they step by turns, two steps a turn."""
+def measure(
+    model: str,
+    group: Group,
+    device: torch.device,
+    rounds: int,
+    names: Collection[str] | None = None,
+) -> list[Cell]:
+    """Every contender's cell of a group; those of ``names`` step by turns, two steps a turn."""
     rivals = contenders(device)
     cells = {
         contender.name: {
@@ -431,8 +437,11 @@ def measure(model: str, group: Group, device: torch.device, rounds: int) -> list
         "bf16": lambda: low @ low,
     }
     for contender in rivals:
-        print(f"  {contender.name}: memory", file=sys.stderr, flush=True)
         cell = cells[contender.name]
+        if names is not None and contender.name not in names:
+            cell["skipped"] = "not among --contenders"
+            continue
+        print(f"  {contender.name}: memory", file=sys.stderr, flush=True)
         if why := too_large(contender, group.weights, device):
             cell["skipped"] = why
             continue
@@ -479,6 +488,10 @@ class Found:
         self.shapes = list(dict.fromkeys((c["model"], c["shape"]) for c in cells))
         self._at = {(c["model"], c["shape"], c["contender"]): c for c in cells}
 
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.contenders]
+
     def at(self, shape: Shape, name: str) -> Cell:
         return self._at[*shape, name]
 
@@ -493,10 +506,10 @@ class Found:
         cell: Callable[[Shape, str], float],
         form: str = ".2f",
         *,
-        names: Sequence[str] = (),
+        names: Sequence[str] | None = None,
     ) -> Table:
         """A row for each shape, a column for each contender, or those named."""
-        columns = list(names) or [c.name for c in self.contenders]
+        columns = self.names if names is None else names
         table = Table(title, ["", *columns])
         for shape in self.shapes:
             row = [" ".join(shape)]
@@ -510,7 +523,7 @@ class Found:
         return [
             (f"{c['model']} {c['shape']}", c["contender"], c["skipped"])
             for c in self.cells
-            if "skipped" in c
+            if "skipped" in c and c["contender"] in self.names
         ]
 
 
@@ -539,18 +552,13 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
         each = {w: group.weights.count(w) for w in group.weights}
         what = ", ".join(f"{n * w.count} of {w.m} x {w.n}" for w, n in each.items())
         sizes.rows.append((f"{model} {name}", f"times {scales[model]:g}", what))
-    loops = {c.name: c.loop for c in found.contenders if c.loop}
+    loops = {c.name: c.loop for c in found.contenders if c.loop in found.names}
     products = [c.name for c in found.contenders if c.name != "AdamW"]
     made = [
         legend,
         sizes,
         found.table("ms a step", lambda s, c: at(s, c)["seconds"] * 1e3, ".1f"),
         found.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE), ".3g"),
-        found.table(
-            "Time, over that of the published loop",
-            lambda s, c: ratio(s, c, loops[c]),
-            names=list(loops),
-        ),
         found.table(
             "Counted FLOP, over Muon's", lambda s, c: ratio(s, c, BASE, "flop"), names=products
         ),
@@ -571,6 +579,13 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
         state_table(),
         targets(found, device),
     ]
+    if loops:
+        beside = found.table(
+            "Time, over that of the published loop",
+            lambda s, c: ratio(s, c, loops[c]),
+            names=list(loops),
+        )
+        made.insert(4, beside)
     if rows := found.skipped():
         made.append(Table("Not measured", ("shape", "what", "why"), rows))
     return made
@@ -638,15 +653,17 @@ def targets(found: Found, device: torch.device) -> Table:
     wholes = [shape for shape in found.shapes if shape not in heads]
     limits = ((0.2, heads), (0.7, wholes)) if device.type == "cuda" else ((1.0, found.shapes),)
     for limit, shapes in limits:
-        for c in (c for c in modes if c.loop):
+        for c in (c for c in modes if c.loop in found.names):
             _judge(table, found, limit, c.name, c.loop, shapes)
     for (name, peer), limit in LAYER_TARGETS.items():
+        if not {name, peer} <= {*found.names}:
+            continue
         ratios = {(model, "layer"): _layer(found, model, name, peer) for model in _models(found)}
         _summarize(table, limit, f"{name}, layer", peer, ratios, None)
     for (kind, shapes), column in zip(KINDS.items(), (0, 1), strict=True):
         there = [shape for shape in shapes if shape in found.shapes]
         for name, bounds in MUON_TARGETS.items():
-            for peer in (BASE, OWN):
+            for peer in {BASE, OWN} & {*found.names} if name in found.names else ():
                 _judge(table, found, bounds[column], name, peer, there, kind)
     for c in modes:
         for unit, what in (("matrix_bytes", "matrix"), ("square_bytes", "generator")):
@@ -662,7 +679,7 @@ def targets(found: Found, device: torch.device) -> Table:
 
 def layers(found: Found) -> Table:
     """Time and counted FLOP of a whole layer: attention's projections and the MLP or experts."""
-    names = [c.name for c in found.contenders]
+    names = found.names
     table = Table(f"A layer, over {BASE}: time, and counted FLOP", ["", *names])
     for model in _models(found):
         for what, title in (("seconds", "time"), ("flop", "FLOP")):
@@ -730,8 +747,8 @@ def draw(found: Found) -> Figure:
     Without AdamW, whose hundredths would leave the others no room.
     """
     kinds = [("attention",), ("QKV by heads",), ("MLP", "experts")]
-    names = [c.name for c in found.contenders if c.kind == "pion"] + [OWN]
-    loops = {c.name: c.loop for c in found.contenders}
+    names = [c.name for c in found.contenders if c.kind == "pion" or c.name == OWN]
+    loops = {c.name: c.loop for c in found.contenders if c.loop in found.names}
     figure, axes = panels(len(kinds), columns=1)
     figure.set_size_inches(11, 10)
     width = 0.8 / len(names)
@@ -742,7 +759,7 @@ def draw(found: Found) -> Figure:
             heights = [found.ratio(shape, name, BASE) for shape in shapes]
             up = [height - 1.0 for height in heights]
             ax.bar(at, up, width * 0.9, bottom=1.0, color=COLORS[i % len(COLORS)], label=name)
-            if loop := loops[name]:
+            if loop := loops.get(name):
                 marks = [found.ratio(shape, loop, BASE) for shape in shapes]
                 label = "the published loop of the same kind" if i == 0 else None
                 ax.plot(at, marks, "k_", ms=11, mew=1.8, label=label)
@@ -785,6 +802,15 @@ def main() -> None:
         help="of all lengths, 1 for the true ones (default: 1 on a GPU, each model's own on a CPU)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    names = [c.name for c in contenders(torch.device("cpu"))]
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"what is timed; {BASE} always is, since times are over its own; default: all of "
+        + ", ".join(names),
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench_out"), help="default: %(default)s")
     args = parser.parse_args()
@@ -803,12 +829,14 @@ def main() -> None:
     for name in args.model:
         default = 1.0 if device.type == "cuda" else MODELS[name].cpu
         scales[name] = default if args.scale is None else args.scale
+    chosen = None if args.contenders is None else {*args.contenders, BASE}
     todo = [(name, group) for name in args.model for group in MODELS[name].groups(scales[name])]
     cells: list[Cell] = []
     for number, (name, group) in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {name} {group.name}", file=sys.stderr, flush=True)
-        cells += measure(name, group, device, args.rounds)
-    found = Found(cells, contenders(device))
+        cells += measure(name, group, device, args.rounds, chosen)
+    shown = [c for c in contenders(device) if chosen is None or c.name in chosen]
+    found = Found(cells, shown)
     setup = {
         "machine": machine(device),
         "device": args.device,
