@@ -171,6 +171,40 @@ if __name__ == "__main__":
     )
 
 
+@pytest.mark.slow
+def test_peers_keep_what_they_are_named_after(tmp_path: Path) -> None:
+    """ISO the singular values, Muon with fixed norms the norms alone."""
+    work(
+        tmp_path,
+        PREAMBLE
+        + """
+import torch
+import torch.distributed.checkpoint as dcp
+from study import FIXED_NORM, ISO
+
+def projections(run):
+    reader = dcp.FileSystemReader(made.results / made._name(run) / f"iter_{run.iterations:07d}")
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    stored = reader.read_metadata().state_dict_metadata[name]
+    weights = {name: torch.empty(stored.size)}
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    return weights[name].double()
+
+if __name__ == "__main__":
+    made = runner()
+    runs = [Run(FIXED_NORM, model, steps, keep=True) for steps in (1, 4)]
+    iso, *fixed = made.all([Run(ISO, model, 4), *runs])
+    # Rounding of U, V and W, each some 2**-23 a step.
+    assert iso.drift < 4 * 3 * 2**-23, iso.drift
+    assert fixed[1].drift > 1e-3, fixed[1].drift
+    first, last = map(projections, runs)
+    assert (last - first).norm() > 0.01 * first.norm()
+    # Norms of float32 weights, rounded by 2**-24 of each element.
+    assert torch.allclose(first.norm(dim=(1, 2)), last.norm(dim=(1, 2)), rtol=2**-22, atol=0.0)
+""",
+    )
+
+
 def _of(process: psutil.Process, folder: str) -> bool:
     try:
         return any(folder in value for value in process.environ().values())
