@@ -333,6 +333,10 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> No
     assert "0.5 to 0.25" in text and "blockwise 2" not in text
     main([*small.split(), "--gpus", "16", "--tp", "2", "--recipe", "paper-60m"])
     assert "blockwise 2" in capsys.readouterr().out
+    for recipe, blockwise in (("pretrain", False), ("paper-60m", True)):
+        main([*small.split(), "--gpus", "16", "32", "--tp", "2", "--recipe", recipe])
+        text = capsys.readouterr().out
+        assert "Muon (blockwise)" in text and ("Pion, blockwise" in text) == blockwise
 
 
 def test_a_weight_costs_what_its_matrices_do() -> None:

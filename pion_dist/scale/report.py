@@ -218,11 +218,14 @@ def limits(found: Found, name: str, layout: Layout, cluster: Cluster) -> list[st
 
 def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
     """A row for each number of GPUs."""
-    head = ("GPUs", "DP", "samples", "forward, backward", *KINDS.values())
+    # Not every direction has blockwise.
+    names = [name for _, found in rows for name in found]
+    kinds = {k: v for k, v in KINDS.items() if k == "exact" or any(n.startswith(k) for n in names)}
+    head = ("GPUs", "DP", "samples", "forward, backward", *kinds.values())
     more = ("by", "its step alone", "dealt evenly", "idle ranks", "padding", "buffers")
     cells = []
     for layout, found in rows:
-        chosen = {kind: best(found, cluster, among=kind) for kind in KINDS}
+        chosen = {kind: best(found, cluster, among=kind) for kind in kinds}
         adamw, pion = found["AdamW"][1], chosen["exact"]
         buffers = max((p for _, p in found.values()), key=lambda p: p.padding)
         cells.append(
