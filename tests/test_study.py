@@ -63,7 +63,8 @@ def test_a_key_is_of_what_options_come_to(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_page_has_the_kept_trainings() -> None:
-    from study import DATA, TRAINING, kept_table
+    from study import DATA, TRAINING
+    from study_kept import kept_table
 
     assert kept_table(Records(DATA)).markdown() in TRAINING.read_text()
 

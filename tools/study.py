@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_records import Records, reached
+from study_kept import kept_figure, kept_table
+from study_records import reached
 from study_report import COLORS, Table, panels, points, smoothed, spread, sweep, write
 from study_runner import (
     Method,
@@ -102,6 +103,7 @@ class Size:
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DATA = DOCS / "data" / "trainings.jsonl"
 TRAINING = DOCS / "TRAINING.md"
+FIGURE = DOCS / "training.png"
 KEPT_MARKS = ("<!-- python tools/study.py kept -->", "<!-- end -->")
 MAX_BYTES = 8_000_000  # of a text
 LONG = 3  # times as many iterations, of the training that `finetune` starts from
@@ -550,28 +552,14 @@ def king_james(prefix: Path) -> int:
 
 def kept(runner: Runner, size: Size) -> None:
     """All trainings that are kept, of contenders that are gone too; into docs/TRAINING.md."""
-    table = kept_table(runner.records)
-    write("kept", [table], None, runner.out)
+    table, figure = kept_table(runner.records), kept_figure(runner.records, COLOR)
+    if figure is not None:
+        figure.savefig(FIGURE, dpi=110)
+    write("kept", [table], figure, runner.out)
     page = TRAINING.read_text()
     before, _, rest = page.partition(KEPT_MARKS[0])
     _, _, after = rest.partition(KEPT_MARKS[1])
     TRAINING.write_text(f"{before}{KEPT_MARKS[0]}\n{table.markdown()}\n{KEPT_MARKS[1]}{after}")
-
-
-def kept_table(records: Records) -> Table:
-    """A line for each record."""
-    table = Table(
-        "Validation loss, nats per byte, of every training that is kept",
-        ["width", "iterations", "tokens", "optimizer", "lr", "rest's lr", "seed", "loss", "drift"],
-    )
-    for record in records.all():
-        loss = f"{record['loss']:.4f}" if "loss" in record else "diverged"
-        drift = f"{record['drift']:.1e}" if "drift" in record else NOTHING
-        numbers = (record[name] for name in ("width", "iterations", "tokens"))
-        rates = (f"{record[name]:.2g}" for name in ("lr", "rest"))
-        row = [*map(str, numbers), record["method"], *rates, str(record["seed"]), loss, drift]
-        table.rows.append(row)
-    return table
 
 
 STUDIES: dict[str, Callable[[Runner, Size], None]] = {

@@ -80,8 +80,13 @@ def panels(count: int, *, columns: int = 3, share: bool = True) -> tuple[Figure,
 
 
 def sweep(axes: Axes, results: Sequence[Result], label: str, color: str) -> None:
-    """Validation loss over the learning rate; runs that diverged are left out."""
-    done = sorted((r.run.method.lr, r.loss) for r in results if r.loss < float("inf"))
+    """Validation loss over the learning rate of results."""
+    rates(axes, [(r.run.method.lr, r.loss) for r in results], label, color)
+
+
+def rates(axes: Axes, trained: Sequence[tuple[float, float]], label: str, color: str) -> None:
+    """Validation loss over the learning rate; trainings that diverged are left out."""
+    done = sorted((lr, loss) for lr, loss in trained if loss < float("inf"))
     axes.semilogx([lr for lr, _ in done], [y for _, y in done], "o-", color=color, label=label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
