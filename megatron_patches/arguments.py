@@ -156,9 +156,9 @@ FLAGS = (
     _choice(
         "tp-mode",
         "How matrices that tensor parallelism cuts are computed. With the same result: each by one "
-        "rank, which holds its state (owner), by every rank (duplicated), or by all together, each "
-        "its rows (distributed). blockwise is another algorithm, whose result depends on "
-        "--pion-blocks and not on the layout.",
+        "rank, which holds its state (owner), or by all together, each its rows (distributed). "
+        "blockwise is another algorithm, whose result depends on --pion-blocks and not on the "
+        "layout.",
     ),
     Flag(
         "blocks",

@@ -17,7 +17,7 @@ MatmulPrecision = Literal["highest", "high", "bf16"]
 Axis = Literal["rows", "cols"]
 StateLayout = Literal["packed", "dense"]
 StateDtype = Literal["fp32", "bf16", "int8"]
-TpMode = Literal["owner", "duplicated", "distributed", "blockwise"]
+TpMode = Literal["owner", "distributed", "blockwise"]
 
 SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
 """The side whose factor is as large as the axis is long."""
@@ -77,9 +77,8 @@ class PionConfig:
             an average over more steps the changes would be lost; ``int8``: likewise, with a scale
             for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
         tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
-            ``owner``: each by one rank, which holds its state; ``duplicated``: each by every rank;
-            ``distributed``: each rank its rows, of the larger factor or of the generators, and its
-            shard of the products.
+            ``owner``: each by one rank, which holds its state; ``distributed``: each rank its rows,
+            of the larger factor or of the generators, and its shard of the products.
             ``blockwise`` is another algorithm, on one rank too: the factor on the axis that tensor
             parallelism cuts is block-diagonal, of ``blocks`` blocks; the other is shared by all.
         blocks: of ``tp_mode="blockwise"``; 2 or more, and a multiple of the ranks.
@@ -166,7 +165,7 @@ class PionConfig:
         if self.tp_mode == "blockwise":
             raise ValueError(
                 "tp_mode='blockwise' is of other directions: with direction='polar' use "
-                "tp_mode='owner', 'duplicated' or 'distributed'"
+                "tp_mode='owner' or 'distributed'"
             )
         for name in _OF_GENERATORS:
             if getattr(self, name) != _default(name):
@@ -189,7 +188,7 @@ class PionConfig:
             )
         if self.state_dtype != "int8":
             return
-        if self.tp_mode not in ("owner", "duplicated"):
+        if self.tp_mode != "owner":
             raise ValueError(
                 "state_dtype='int8' has scales for parts of whole matrices, which "
                 f"tp_mode={self.tp_mode!r} divides: use tp_mode='owner', or state_dtype='bf16'"

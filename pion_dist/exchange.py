@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup as ProcessGroup
 
-from .config import TpMode
 from .plan import differences
 
 
@@ -28,7 +27,7 @@ class Piece:
     Attributes:
         shape: [B, m, n] of the shard.
         dim: of the shape, where the shards join.
-        owner: the rank that computes it (mode ``owner``).
+        owner: the rank that computes it.
     """
 
     shape: tuple[int, int, int]
@@ -53,31 +52,25 @@ def run(
     compute: Compute,
     finalize: Finalize,
     *,
-    mode: TpMode,
     group: ProcessGroup,
 ) -> None:
-    """Compute every matrix of the pieces whole, once or on every rank, and hand back the shards.
+    """Have every piece's matrices computed whole by its owner, and hand back the shards.
 
-    What a wave needs travels while the wave before it is computed.
+    Two all-to-alls a wave. What a wave needs travels while the wave before it is computed.
 
     Args:
         waves: pieces by number; the same, in the same order, on every rank of the group.
         prepare: shards [B, m, n] of weight and gradient of piece i.
         compute: steps piece i, given whole: weight (modified in place) and gradient.
         finalize: takes the stepped shard of piece i.
-        mode: ``owner``: each piece is computed by its owner, two all-to-alls a wave;
-            ``duplicated``: by every rank, one all-gather a wave.
         group: the ranks that share the pieces.
     """
-    kinds: dict[str, type[_Owned | _Repeated]] = {"owner": _Owned, "duplicated": _Repeated}
-    if mode not in kinds:
-        raise ValueError(f"mode={mode!r}: only {', '.join(map(repr, kinds))} join matrices")
-    computed: list[_Owned | _Repeated] = []
-    coming: _Owned | _Repeated | None = None
+    computed: list[_Wave] = []
+    coming: _Wave | None = None
     for wave in [*waves, None]:
         current, coming = coming, None
         if wave is not None:
-            coming = kinds[mode](wave, prepare, group)
+            coming = _Wave(wave, prepare, group)
         if current is not None:
             current.compute(compute)
             computed.append(current)
@@ -85,7 +78,7 @@ def run(
         each.finish(finalize)
 
 
-class _Owned:
+class _Wave:
     """A wave of pieces that each travel to their owner and back."""
 
     def __init__(self, pieces: Mapping[int, Piece], prepare: Prepare, group: ProcessGroup) -> None:
@@ -129,30 +122,6 @@ class _Owned:
         shards = torch.split(self.received, [self.pieces[i].numel for i in self.order])
         for i, shard in zip(self.order, shards, strict=True):
             finalize(i, shard.view(self.pieces[i].shape))
-
-
-class _Repeated:
-    """A wave of pieces that every rank gathers and computes."""
-
-    def __init__(self, pieces: Mapping[int, Piece], prepare: Prepare, group: ProcessGroup) -> None:
-        self.pieces, self.size, self.rank = pieces, group.size(), group.rank()
-        self.sent = _packed(shard for i in pieces for shard in prepare(i))
-        self.received = self.sent.new_empty(self.size, self.sent.numel())
-        self.work = dist.all_gather_into_tensor(
-            self.received.view(-1), self.sent, group=group, async_op=True
-        )
-        self.stepped: dict[int, Tensor] = {}
-
-    def compute(self, compute: Compute) -> None:
-        _wait(self.work)
-        for i, whole in _joined(self.received, list(self.pieces.items())):
-            weight, grad = whole
-            compute(i, weight, grad)
-            self.stepped[i] = weight.chunk(self.size, self.pieces[i].dim)[self.rank].clone()
-
-    def finish(self, finalize: Finalize) -> None:
-        for i, shard in self.stepped.items():
-            finalize(i, shard)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -295,7 +295,7 @@ class Pion(torch.optim.Optimizer):
         self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}
-        joins = self.config.tp_mode in ("owner", "duplicated")
+        joins = self.config.tp_mode == "owner"
         together = self.plan.waves if joins else self.plan.batches
         self._together = [together(index) for index in range(len(self.groups))]
         on: dict[torch.device, list[int]] = {}
@@ -503,7 +503,6 @@ class Pion(torch.optim.Optimizer):
             self._shard,
             compute,
             self._store,
-            mode=self.config.tp_mode,
             group=self.groups[index],
         )
 
@@ -632,8 +631,7 @@ class Pion(torch.optim.Optimizer):
 
     def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
         """Whole matrices of what ``_update`` has of them."""
-        together = self.config.tp_mode in ("owner", "duplicated")
-        return w if together else self._joined(x, w)
+        return w if self.config.tp_mode == "owner" else self._joined(x, w)
 
     def _reset(
         self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, ok: Tensor

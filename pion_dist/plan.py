@@ -31,7 +31,7 @@ BATCH_ELEMENTS = 1 << 26
 BATCH_BYTES = {"cpu": 4 << 20}
 BATCH_BYTES_OF_OTHERS = 256 << 20
 
-# Of `owner` and `duplicated`: 2 hide half of what travels behind the other half's computation.
+# Of `owner`: 2 hide half of what travels behind the other half's computation.
 WAVES = 2
 
 
@@ -119,8 +119,8 @@ class StepPlan:
         return [i for i, x in enumerate(self.matrices) if x.group == group and x.shared]
 
     def waves(self, group: int) -> list[list[int]]:
-        """The group's matrices in the waves of ``owner`` and ``duplicated``, of which one travels
-        while another is computed; every owner has an even part in each.
+        """The group's matrices in the waves of ``owner``, of which one travels while another is
+        computed; every owner has an even part in each.
         """
         found: list[list[int]] = [[] for _ in range(WAVES)]
         indices = self.of_group(group)
@@ -220,8 +220,6 @@ class StepPlan:
             owned = sum(x.itemsize * x.numel // size for x in shared if x.owner == rank)
             if shared and self.config.tp_mode == "owner":
                 add("all_to_all", 2 * len(self.waves(group)), 2 * shards + size * owned)
-            elif shared and self.config.tp_mode == "duplicated":
-                add("all_gather", len(self.waves(group)), 2 * shards)
             else:
                 for batch in self.batches(group):
                     x = self.matrices[batch[0]]

@@ -50,7 +50,7 @@ from pion_dist.plan import WAVES
 
 # A collective that not every rank enters is an error after so long, and so a named failure.
 TIMEOUT = timedelta(seconds=30)
-EXACT = ("owner", "duplicated", "distributed")
+EXACT = ("owner", "distributed")
 MODES = (*EXACT, "blockwise")
 DIM = {"rows": 1, "cols": 2, None: 0}  # of [B, m, n], where ranks' shares join
 
@@ -259,7 +259,7 @@ def moment_share(run: Run, weight: Weight, key: str, moment: Array, part: int) -
     Lie moments are divided by generators' rows where they are distributed, and by blocks.
     """
     axis, mode, lie = weight.whole.axis, run.config.tp_mode, run.config.momentum == "lie"
-    if not weight.shared or (axis is not None and mode in ("owner", "duplicated")):
+    if not weight.shared or (axis is not None and mode == "owner"):
         return moment
     if axis is not None and run.config.direction == "polar":
         return rows_share(run, weight, key, moment, part)
@@ -472,10 +472,10 @@ def check_work(place: Place, config: PionConfig) -> None:
 
 
 def check_exact_volume(place: Place, config: PionConfig) -> None:
-    """What "owner" and "duplicated" exchange follows from their definition.
+    """What "owner" exchanges follows from its definition.
 
-    Both send this rank's shards of W and G once, in waves; the owners then send W back, as often
-    as the ranks together have an element. Besides there is the agreement on finite gradients.
+    Ranks send their shards of W and G once, in waves; the owners then send W back, as often as the
+    ranks together have an element. Besides there is the agreement on finite gradients.
     """
     run = Run(place, config, WEIGHTS, reference=False)
     cut = [p for w, p in pairs(run) if w.shared and w.whole.axis is not None]
@@ -483,12 +483,9 @@ def check_exact_volume(place: Place, config: PionConfig) -> None:
     seen = counted_step(run)
     everyones = run.place.everyones(seen)
     assert seen.pop("all_reduce")[0] == 1
-    if config.tp_mode == "duplicated":
-        assert seen == {"all_gather": (WAVES, 2 * shards)}, seen
-    else:
-        assert set(seen) == {"all_to_all"} and seen["all_to_all"][0] == 2 * WAVES, seen
-        total = sum(each["all_to_all"][1] for each in everyones)
-        assert total == 3 * shards * place.ranks, f"{total} bytes of {3 * shards * place.ranks}"
+    assert set(seen) == {"all_to_all"} and seen["all_to_all"][0] == 2 * WAVES, seen
+    total = sum(each["all_to_all"][1] for each in everyones)
+    assert total == 3 * shards * place.ranks, f"{total} bytes of {3 * shards * place.ranks}"
 
 
 def check_nothing_shared(place: Place, config: PionConfig) -> None:
@@ -637,7 +634,7 @@ def check_other_plan(place: Place, what: str) -> None:
             case "blocks":
                 options["blocks"] = 2 * place.ranks
             case "mode":
-                options = PUBLISHED | {"tp_mode": "duplicated"}
+                options = PUBLISHED | {"tp_mode": "distributed"}
             case "side":
                 options["side"] = "alternate"
             case "shape":
@@ -753,10 +750,10 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
                 continue  # polar has no blocks
             config = PionConfig(**options, **mode_options(mode, ranks))
             add(check, named(config), config)
-    for mode, options in itertools.product(("owner", "duplicated"), FEW[:3]):
-        config = PionConfig(**options, tp_mode=mode)
+    for options in FEW[:3]:
+        config = PionConfig(**options)
         add(check_exact_volume, named(config), config)
-        coded = PionConfig(**options, tp_mode=mode, state_dtype="int8")
+        coded = PionConfig(**options, state_dtype="int8")
         for check in check_resume, check_collectives, check_nan:
             add(check, named(coded), coded)
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):

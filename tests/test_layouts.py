@@ -26,7 +26,6 @@ def tp(size: int, *more: str) -> tuple[str, ...]:
 
 
 SP = "--sequence-parallel"
-DUPLICATED = ("--pion-tp-mode", "duplicated")
 DISTRIBUTED = ("--pion-tp-mode", "distributed")
 BLOCKS = ("--pion-tp-mode", "blockwise", "--pion-blocks", "4")
 PP2 = ("--pipeline-model-parallel-size", "2")
@@ -48,7 +47,6 @@ BF16 = ("--bf16", "--clip-grad", "0")
 
 TP2 = Run("tp2 owner", 2, tp(2))
 TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
-TP2_DUPLICATED = Run("tp2 duplicated", 2, tp(2, *DUPLICATED))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
@@ -61,7 +59,6 @@ M_DISTRIBUTED = Run("tp2 distributed, msign", 2, tp(2, *DISTRIBUTED), options=MS
 M_BLOCKS = Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN, *BLOCKS))
 M_RESET = Run("tp2 owner, reset", 2, tp(2), options=(*MSIGN, "--pion-spectrum-reset-interval", "4"))
 P_TP2 = Run("tp2 owner, published", 2, tp(2), options=PUBLISHED)
-P_DUPLICATED = Run("tp2 duplicated, published", 2, tp(2, *DUPLICATED), options=PUBLISHED)
 P_DISTRIBUTED = Run("tp2 sp distributed, published", 2, tp(2, SP, *DISTRIBUTED), options=PUBLISHED)
 P_BLOCKS = Run("tp2 blockwise, published", 2, tp(2), options=(*PUBLISHED, *BLOCKS))
 P_PP2 = Run("pp2, published", 2, PP2, options=PUBLISHED)
@@ -112,7 +109,7 @@ FRESH = [
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
 # first grad norm is 4.672 instead of 4.687, AdamW's too): it keeps only its own heads' part of the
 # gradient of the positional key. So the modes are compared with each other there.
-MLA_DUPLICATED = Run("mla tp2 duplicated", 2, tp(2, *DUPLICATED), "mla")
+MLA_DISTRIBUTED = Run("mla tp2 distributed", 2, tp(2, *DISTRIBUTED), "mla")
 
 ZEROS = [
     Run("zeros tp2", 2, tp(2), "zeros", options=(FLAT,)),
@@ -122,7 +119,6 @@ ZEROS = [
 
 FLOAT32 = [
     TP2,
-    TP2_DUPLICATED,
     TP2_DISTRIBUTED,
     Run("tp2 sp", 2, tp(2, SP)),
     Run("tp2 sp, heads", 2, tp(2, SP), options=HEADS),
@@ -156,8 +152,8 @@ FLOAT32 = [
     Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
     Run("mtp pp2", 2, PP2, "mtp"),
     *ZEROS,
-    Run("mla tp2, owner to duplicated", 2, tp(2), "mla", against=MLA_DUPLICATED),
-    *(P_TP2, P_DUPLICATED, P_DISTRIBUTED, P_BLOCKS, P_PP2),
+    Run("mla tp2, owner to distributed", 2, tp(2), "mla", against=MLA_DISTRIBUTED),
+    *(P_TP2, P_DISTRIBUTED, P_BLOCKS, P_PP2),
     *(P_DIST_OPT, P_OLD_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
 ]
 BFLOAT16 = [  # against one process, or TP's ranks alone
@@ -167,11 +163,10 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2 dist-opt, published", 2, DIST_OPT, options=(*BF16, *PUBLISHED)),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
 ]
-OF_POLAR = [TP2, TP2_DUPLICATED, TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN, OLD_DIST_OPT, TP2_DIST_OPT]
+OF_POLAR = [TP2, TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN, OLD_DIST_OPT, TP2_DIST_OPT]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
 P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2, P_OLD_DIST_OPT]
-P_MODES = [P_TP2, P_DUPLICATED, P_DISTRIBUTED]
 MOVES = [
     # What one process has saved loads everywhere, and so does what TP 2 has; every place saves.
     *(saved.moved_to(loaded) for saved in PLACES[:2] for loaded in PLACES),
@@ -180,8 +175,7 @@ MOVES = [
     *(saved.moved_to(loaded) for saved in MOE_PLACES for loaded in MOE_PLACES),
     *(OLD_DIST_OPT.moved_to(loaded) for loaded in (DIST_OPT_RUN, PP2_RUN)),
     *(saved.moved_to(OLD_DIST_OPT) for saved in (DIST_OPT_RUN, TP2_DIST_OPT)),
-    *(TP2.moved_to(loaded) for loaded in (TP2_DUPLICATED, TP2_DISTRIBUTED)),
-    *(saved.moved_to(TP2.one_process) for saved in (TP2_DUPLICATED, TP2_DISTRIBUTED)),
+    *(TP2.moved_to(TP2_DISTRIBUTED), TP2_DISTRIBUTED.moved_to(TP2.one_process)),
     TP2_FLAT.moved_to(TP2_FLAT.one_process),
     *FRESH,
     *(M_TP2.moved_to(M_DISTRIBUTED), M_DISTRIBUTED.moved_to(M_TP2.one_process)),
@@ -189,7 +183,7 @@ MOVES = [
     M_TP2.moved_to(M_RESET),  # without spectra at start
     # Every place of Lie moments saves once and loads once.
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_PLACES, P_PLACES[0]])),
-    *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_MODES, P_MODES[0]])),
+    *(P_TP2.moved_to(P_DISTRIBUTED), P_DISTRIBUTED.moved_to(P_TP2)),
     *(P_MOE_EP2.one_process.moved_to(P_MOE_EP2), P_MOE_EP2.moved_to(P_MOE_EP2.one_process)),
     *(P_BLOCKS.one_process.moved_to(P_BLOCKS), P_BLOCKS.moved_to(P_BLOCKS.one_process)),
 ]

@@ -46,12 +46,6 @@ def test_owners_share_the_work_and_the_state(ranks: int, options: dict[str, obje
     assert sum(state) - ranks * kept == alone.state_bytes([0]) - kept
 
 
-def test_duplicated_work_is_counted_on_every_rank() -> None:
-    alone, plan = plan_of(1), plan_of(2, tp_mode="duplicated")
-    assert plan.flop([0]) == plan.flop([1]) == alone.flop([0])
-    assert plan.state_bytes([0]) == alone.state_bytes([0])
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, MSIGN, PUBLISHED | {"state_layout": "dense"}],  # as rows of a triangle would be
@@ -77,16 +71,15 @@ def test_blocks_shrink_one_side() -> None:
 
 @pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
 def test_the_collectives_do_not_grow_with_the_matrices(options: dict[str, object]) -> None:
-    for mode in ("owner", "duplicated"):
-        counts = []
-        for layers in (8, 80):
-            matrices = [
-                MatrixPlan(weight=f"w{i}", part="p", batch=1, m=8, n=8, axis="rows", group=0)
-                for i in range(layers)
-            ]
-            plan = build_plan(matrices, [4], PionConfig(**options, tp_mode=mode))
-            counts.append({op: x.calls for op, x in plan.collectives([1], 1).items()})
-        assert counts[0] == counts[1] and sum(counts[0].values()) <= 1 + 2 * WAVES
+    counts = []
+    for layers in (8, 80):
+        matrices = [
+            MatrixPlan(weight=f"w{i}", part="p", batch=1, m=8, n=8, axis="rows", group=0)
+            for i in range(layers)
+        ]
+        plan = build_plan(matrices, [4], PionConfig(**options))
+        counts.append({op: x.calls for op, x in plan.collectives([1], 1).items()})
+    assert counts[0] == counts[1] and sum(counts[0].values()) <= 1 + 2 * WAVES
 
 
 @pytest.mark.parametrize("ranks", [1024])

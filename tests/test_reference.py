@@ -633,7 +633,7 @@ def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: 
         ({"tp_mode": "blockwise", "blocks": 0}, "blocks"),
         ({"tp_mode": "blockwise", "blocks": 2.0}, "blocks"),
         ({"blocks": 2}, "blockwise"),
-        ({"blocks": 2, "tp_mode": "duplicated"}, "blockwise"),
+        ({"blocks": 2, "tp_mode": "distributed"}, "blockwise"),
     ],
     ids=str,
 )

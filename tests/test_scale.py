@@ -328,7 +328,7 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> No
     main([*small.split(), "--gpus", "16", "--tp", "2", "--pp", "2", "--matmul", "0.5"])
     text = capsys.readouterr().out
     assert "16 GPUs as TP 2, PP 2" in text and "--pion-tp-mode" in text
-    for mode in ("owner", "duplicated", "distributed", "AdamW", "Muon"):
+    for mode in ("owner", "distributed", "AdamW", "Muon"):
         assert mode in text
     assert "0.5 to 0.25" in text and "blockwise 2" not in text
     main([*small.split(), "--gpus", "16", "--tp", "2", "--recipe", "paper-60m"])

@@ -367,17 +367,13 @@ def _exchange(plan: StepPlan, step: int, cluster: Cluster, compute: float) -> fl
         shared = [plan.matrices[i] for i in plan.of_group(number)]
         if not shared:
             continue
-        if plan.config.tp_mode in ("owner", "duplicated"):
+        if plan.config.tp_mode == "owner":
             waves = len(plan.waves(number))
-            if plan.config.tp_mode == "owner":
-                # The busiest owner takes in W and G of its matrices and sends W.
-                owned: Counter[int | None] = Counter()
-                for x in shared:
-                    owned[x.owner] += x.itemsize * x.numel
-                moving = group.seconds("all_to_all", 3 * max(owned.values()), 2 * waves)
-            else:
-                shards = sum(x.itemsize * x.numel / size for x in shared)
-                moving = group.seconds("all_gather", 2 * shards, waves)
+            # The busiest owner takes in W and G of its matrices and sends W.
+            owned: Counter[int | None] = Counter()
+            for x in shared:
+                owned[x.owner] += x.itemsize * x.numel
+            moving = group.seconds("all_to_all", 3 * max(owned.values()), 2 * waves)
             hidden = min(moving, compute) * (waves - 1) / waves
             total += moving - hidden
             continue

@@ -25,7 +25,7 @@ def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method
     """The methods that a layout lets choose from, by name; the same result in ``exact`` ones."""
     found = {"AdamW": Method(optimizer="adamw")}
     dealings: tuple[tuple[Dealing, str], ...] = (("layout", "buffers"), ("whole", "lists"))
-    modes: tuple[TpMode, ...] = ("owner", "duplicated", "distributed")
+    modes: tuple[TpMode, ...] = ("owner", "distributed")
     if layout.tp == 1:
         modes = ("owner",)
     for dealing, label in dealings:
