@@ -23,7 +23,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A stamp is named after what it stands for: a changed requirement, or a moved checkout, has none.
-KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d ' ' -f 1)
+KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := $(VENV)/demo-$(KEY)
 DEV_STAMP := $(VENV)/dev-$(KEY)
 # The older Megatron that is supported, for the tests.

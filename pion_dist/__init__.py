@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from .optimizer import Pion
     from .parameters import split_parameters
 
-__all__ = ["RECIPES", "Pion", "PionConfig", "split_parameters"]
+__all__ = ["RECIPES", "Pion", "PionConfig", "__version__", "split_parameters"]
+
+__version__ = "0.1.0"
 
 # Not imported above: the doctor has to start where torch does not.
 _WITH_TORCH = {"Pion": ".optimizer", "split_parameters": ".parameters"}
