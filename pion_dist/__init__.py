@@ -7,15 +7,27 @@ from .config import PionConfig
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
+    from .combined import PionWithAdamW
     from .optimizer import Pion
     from .parameters import split_parameters
 
-__all__ = ["RECIPES", "Pion", "PionConfig", "__version__", "split_parameters"]
+__all__ = [
+    "RECIPES",
+    "Pion",
+    "PionConfig",
+    "PionWithAdamW",
+    "__version__",
+    "split_parameters",
+]
 
 __version__ = "0.1.0"
 
 # Not imported above: the doctor has to start where torch does not.
-_WITH_TORCH = {"Pion": ".optimizer", "split_parameters": ".parameters"}
+_WITH_TORCH = {
+    "Pion": ".optimizer",
+    "PionWithAdamW": ".combined",
+    "split_parameters": ".parameters",
+}
 
 
 def __getattr__(name: str) -> Any:
