@@ -1,9 +1,8 @@
-"""What sft.py and rl.py share: two optimizers, their schedules, checkpoints, a tiny model."""
+"""What sft.py and rl.py share: the optimizer and its schedule, checkpoints, a tiny model."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pion_dist import RECIPES, Pion, split_parameters
+from pion_dist import RECIPES, PionWithAdamW
 
 CLIP = 1.0  # norm of the gradient
+STATES = ("model", "optimizer", "schedule")  # of a checkpoint
 
 
-class Optimizers:
-    """Pion for the matrices, AdamW for the rest, on one schedule: warm-up, then a cosine to 10%.
+class Scheduled:
+    """PionWithAdamW on a schedule: warm-up, then a cosine to 10%.
 
     Args:
         model: not wrapped.
@@ -31,11 +31,14 @@ class Optimizers:
     def __init__(
         self, model: torch.nn.Module, *, recipe: str, lr: float, adam_lr: float, steps: int
     ) -> None:
-        matrices, others = split_parameters(model)
-        self.all: list[torch.optim.Optimizer] = [
-            Pion(matrices, lr=lr, config=RECIPES[recipe]),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
+        self.model = model
+        self.optimizer = PionWithAdamW(
+            model,
+            adam_lr,
+            pion_lr_mult=lr / adam_lr,
+            config=RECIPES[recipe],
+            adamw={"betas": (0.9, 0.95), "weight_decay": 0.0},
+        )
         warmup = max(1, steps // 20)
 
         def scale(step: int) -> float:
@@ -44,41 +47,32 @@ class Optimizers:
             share = (step - warmup) / max(1, steps - warmup)
             return 0.55 + 0.45 * math.cos(math.pi * min(1.0, share))
 
-        self.schedules = [LambdaLR(optimizer, scale) for optimizer in self.all]
-        self.parameters = [p for _, p in matrices + others]
+        self.schedule = LambdaLR(self.optimizer, scale)
 
     def step(self) -> None:
-        """Clip, step both, clear the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        for each in (*self.all, *self.schedules):
-            each.step()
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[Any]:
-        return [each.state_dict() for each in (*self.all, *self.schedules)]
-
-    def load_state_dict(self, states: Sequence[Any]) -> None:
-        for each, state in zip((*self.all, *self.schedules), states, strict=True):
-            each.load_state_dict(state)
+        """Clip, step, clear the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
-def save(path: Path, model: torch.nn.Module, optimizers: Optimizers, step: int) -> None:
+def save(path: Path, scheduled: Scheduled, step: int) -> None:
     """Write a checkpoint, which is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    states = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "step": step}
-    torch.save(states, part)
+    states = {name: getattr(scheduled, name).state_dict() for name in STATES}
+    torch.save(states | {"step": step}, part)
     os.replace(part, path)
 
 
-def resume(path: Path, model: torch.nn.Module, optimizers: Optimizers) -> int:
+def resume(path: Path, scheduled: Scheduled) -> int:
     """Load a checkpoint if there is one; the number of steps taken."""
     if not path.exists():
         return 0
     states = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(states["model"])
-    optimizers.load_state_dict(states["optimizers"])
+    for name in STATES:
+        getattr(scheduled, name).load_state_dict(states[name])
     return int(states["step"])
 
 

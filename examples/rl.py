@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf import Optimizers, prompt_text, read_pairs
+from hf import Scheduled, prompt_text, read_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pion_dist import RECIPES
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     model.eval()  # no dropout: the probabilities are those that the answers were drawn with
     pairs = read_pairs(args.data)
-    optimizers = Optimizers(
+    scheduled = Scheduled(
         model, recipe=args.recipe, lr=args.lr, adam_lr=args.adam_lr, steps=args.steps
     )
 
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace) -> None:
                     model, tokens[part], mask[part], advantages[part], tokenizer.pad_token_id
                 )
             (loss / mask.sum()).backward()
-        optimizers.step()
+        scheduled.step()
         if step % args.log_every == 0 or step == args.steps - 1:
             print(f"step {step + 1}/{args.steps}  reward {reward.mean():.3f}", flush=True)
     print(f"right after: {accuracy():.3f}", flush=True)

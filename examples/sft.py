@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hf import Optimizers, prompt_text, read_pairs, resume, save, tiny_model, tiny_sums
+from hf import Scheduled, prompt_text, read_pairs, resume, save, tiny_model, tiny_sums
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,11 +84,9 @@ def train(args: argparse.Namespace) -> None:
     if not examples:
         raise SystemExit(f"{args.data}: no response within --max-length {args.max_length}")
     steps = args.steps or max(1, args.epochs * len(examples) // (args.batch * ranks))
-    optimizers = Optimizers(
-        model, recipe=args.recipe, lr=args.lr, adam_lr=args.adam_lr, steps=steps
-    )
+    scheduled = Scheduled(model, recipe=args.recipe, lr=args.lr, adam_lr=args.adam_lr, steps=steps)
     checkpoint = args.out / "checkpoint.pt"
-    start = resume(checkpoint, model, optimizers)
+    start = resume(checkpoint, scheduled)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     model.train()
     for step in range(start, steps):
@@ -98,13 +96,13 @@ def train(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
             loss = wrapped(**batch).loss
         loss.backward()
-        optimizers.step()
+        scheduled.step()
         if rank == 0 and (step % args.log_every == 0 or step == steps - 1):
             print(f"step {step + 1}/{steps}  loss {loss.item():.6f}", flush=True)
         if rank == 0 and (step + 1) % args.save_every == 0:
-            save(checkpoint, model, optimizers, step + 1)
+            save(checkpoint, scheduled, step + 1)
     if rank == 0:
-        save(checkpoint, model, optimizers, steps)
+        save(checkpoint, scheduled, steps)
         model.save_pretrained(args.out / "model")
         tokenizer.save_pretrained(args.out / "model")
 

@@ -1,7 +1,9 @@
 """The examples run: Megatron launches, data preparation, fine-tuning and reinforcement."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +293,27 @@ def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     first = min(resumed)
     assert first in (31, 41, 51)
     assert resumed == {step: loss for step, loss in straight.items() if step >= first}
+
+
+@slow
+@pytest.mark.usefixtures("transformers")
+def test_fine_tuning_in_the_trainer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    command = example("trainer.py", "--smoke", "--steps", "60", "--save-every", "30")
+    last = tmp_path / "trainer" / "checkpoint-60"
+
+    def history() -> dict[int, float]:
+        """Losses by step, of this run and those that it goes on from."""
+        run([*command, "--out", str(tmp_path)])
+        logged = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
+
+    straight = history()
+    assert list(straight) == [10, 20, 30, 40, 50, 60] and straight[60] < 0.1 * straight[10]
+    shutil.rmtree(last)
+    before = spectra(tmp_path / "tiny")
+    for name, now in spectra(tmp_path / "model").items():
+        assert (now - before[name]).abs().max() < 60 * 1e-7 * before[name].max(), name
+    assert history() == straight
 
 
 @slow
