@@ -151,16 +151,16 @@ def _joined(
         yield i, (weight, grad)
 
 
-def agree(ok: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
-    """Whether ``ok`` holds on every rank of every group; one small collective a group.
+def agree(grads_finite: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """Whether ``grads_finite`` holds on every rank of every group; one small collective a group.
 
     Args:
-        ok: boolean scalar.
+        grads_finite: boolean scalar.
         groups: of this rank.
     """
     if not groups:
-        return ok
-    flag = ok.to(torch.int32)
+        return grads_finite
+    flag = grads_finite.to(torch.int32)
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return flag.bool()

@@ -127,8 +127,8 @@ def test_elementwise_bytes_are_read_and_written() -> None:
     )  # fmt: skip
     m, n = 24, 16
     found = kernels(1, m, n, config, None)
-    # where(ok, g, m) and lerp(m, it); D times half the angle, plus W, and A's product with it times
-    # the angle; plus W; where into W.
+    # where(grads_finite, g, m) and lerp(m, it); D times half the angle, plus W, and A's product
+    # with it times the angle; plus W; where into W.
     of_weights = (3 + 3) + (2 + 3 + 2) + 3 + 3
     of_generators = 3  # X - X^T
     moved = sum(k.read + k.written for k in found if k.kind == "other")

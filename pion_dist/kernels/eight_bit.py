@@ -22,14 +22,14 @@ _END = 127  # the largest code
 _SMALLEST, _SMALLEST_ROOT = 2.0**-126, 2.0**-63
 
 
-def to_eight_bit(x: Tensor, held: Tensor, *, root: bool, ok: Tensor) -> None:
+def to_eight_bit(x: Tensor, held: Tensor, *, root: bool, grads_finite: Tensor) -> None:
     """Round matrices to codes.
 
     Args:
         x: [B, ...], float32; not below zero with ``root``.
         held: [B, blocks, 130], int8. (modified in place)
         root: of second moments.
-        ok: boolean scalar; where it is False ``held`` stays.
+        grads_finite: boolean scalar; where it is False ``held`` stays.
     """
     flat = x.flatten(1).sqrt() if root else x.flatten(1)
     padding = held.shape[1] * BLOCK - flat.shape[1]
@@ -40,7 +40,7 @@ def to_eight_bit(x: Tensor, held: Tensor, *, root: bool, ok: Tensor) -> None:
     if root:
         codes = torch.maximum(codes, (blocks > 0).float())
     new = torch.cat((codes.to(torch.int8), scale.view(torch.int8)), dim=-1)
-    torch.where(ok, new, held, out=held)
+    torch.where(grads_finite, new, held, out=held)
 
 
 def from_eight_bit(held: Tensor, shape: Sequence[int], *, root: bool) -> Tensor:

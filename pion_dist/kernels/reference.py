@@ -41,7 +41,7 @@ def lie_moments(
     beta2: float,
     eps: float,
     nesterov: bool,
-    ok: Tensor,
+    grads_finite: Tensor,
     wanted: bool,
 ) -> Tensor | None:
     """Average the generators K = X − Xᵀ, and K∘K, and make the direction.
@@ -56,7 +56,8 @@ def lie_moments(
         beta2: of v.
         eps: of the direction's denominator, > 0.
         nesterov: take beta1 m + (1 − beta1) K, with the new m, in m's place.
-        ok: boolean scalar; where it is False the moments stay bit for bit and K may be anything.
+        grads_finite: boolean scalar; where it is False the moments stay bit for bit and K may be
+            anything.
         wanted: whether the direction is.
 
     Returns:
@@ -73,17 +74,19 @@ def lie_moments(
         k = x_Bdd if folded else fold.unfold(x_Bdd, d, skew=True)
     else:
         k = fold.fold_skew(x_Bdd) if folded else skew(x_Bdd)
-    second = None if v is None else _averaged(v, k.square(), beta=beta2, ok=ok)
-    first = _averaged(m, k, beta=beta1, ok=ok)
+    second = None if v is None else _averaged(v, k.square(), beta=beta2, grads_finite=grads_finite)
+    first = _averaged(m, k, beta=beta1, grads_finite=grads_finite)
     if not wanted:
         return None
-    a = _look_ahead(first, k, beta=beta1, ok=ok) if nesterov else first
+    a = _look_ahead(first, k, beta=beta1, grads_finite=grads_finite) if nesterov else first
     if second is not None:
         a = a / second.sqrt().add_(eps)
     return fold.unfold(a, d, skew=True) if folded else a
 
 
-def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:
+def average(
+    m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, grads_finite: Tensor
+) -> Tensor:
     """m <- beta m + (1 − beta) g.
 
     Args:
@@ -91,13 +94,13 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
         g_Bmn: [B, m, n].
         beta: decay.
         nesterov: return beta m + (1 − beta) g, with the new m, in m's place.
-        ok: boolean scalar; where it is False m stays bit for bit and g may be anything.
+        grads_finite: boolean scalar; where it is False m stays bit for bit and g may be anything.
 
     Returns:
         m in g's dtype, m itself where it is of that dtype; or the look-ahead, [B, m, n].
     """
-    m = _averaged(m_Bmn, g_Bmn, beta=beta, ok=ok)
-    return _look_ahead(m, g_Bmn, beta=beta, ok=ok) if nesterov else m
+    m = _averaged(m_Bmn, g_Bmn, beta=beta, grads_finite=grads_finite)
+    return _look_ahead(m, g_Bmn, beta=beta, grads_finite=grads_finite) if nesterov else m
 
 
 def angles(
@@ -143,23 +146,24 @@ def _panels(r: int) -> list[slice]:
     return [slice(first, first + height) for first in range(0, r, height)]
 
 
-def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
+def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, grads_finite: Tensor) -> None:
     """w <- w + change.
 
     Args:
         w_Bmn: [B, m, n]. (modified in place)
         change_Bmn: [B, m, n]. (its values are lost)
-        ok: boolean scalar; where it is False w stays bit for bit and the change may be anything.
+        grads_finite: boolean scalar; where it is False w stays bit for bit and the change may be
+            anything.
     """
-    if ok.device.type == "cpu":
-        if ok:
+    if grads_finite.device.type == "cpu":
+        if grads_finite:
             w_Bmn.add_(change_Bmn)
         return
     new = change_Bmn.add_(w_Bmn)
     if new.dtype == w_Bmn.dtype:
-        torch.where(ok, new, w_Bmn, out=w_Bmn)
+        torch.where(grads_finite, new, w_Bmn, out=w_Bmn)
     else:
-        w_Bmn.copy_(torch.where(ok, new, w_Bmn))
+        w_Bmn.copy_(torch.where(grads_finite, new, w_Bmn))
 
 
 def frobenius(x_Bmn: Tensor, y_Bmn: Tensor | None = None) -> Tensor:
@@ -170,21 +174,21 @@ def frobenius(x_Bmn: Tensor, y_Bmn: Tensor | None = None) -> Tensor:
     return norm
 
 
-def _averaged(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> Tensor:
+def _averaged(moment: Tensor, new: Tensor, *, beta: float, grads_finite: Tensor) -> Tensor:
     """moment <- beta moment + (1 − beta) new; what has been stored, in new's dtype."""
     if moment.dtype == new.dtype:
-        return moment.lerp_(_where(ok, new, moment), 1.0 - beta)
+        return moment.lerp_(_where(grads_finite, new, moment), 1.0 - beta)
     old = moment.to(new.dtype)
-    moment.copy_(old.lerp_(_where(ok, new, old), 1.0 - beta))
+    moment.copy_(old.lerp_(_where(grads_finite, new, old), 1.0 - beta))
     return moment.to(new.dtype)
 
 
-def _look_ahead(moment: Tensor, new: Tensor, *, beta: float, ok: Tensor) -> Tensor:
-    return moment.lerp(_where(ok, new, moment), 1.0 - beta)
+def _look_ahead(moment: Tensor, new: Tensor, *, beta: float, grads_finite: Tensor) -> Tensor:
+    return moment.lerp(_where(grads_finite, new, moment), 1.0 - beta)
 
 
-def _where(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def _where(grads_finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """torch.where; on the CPU, whose flags are at hand, without a pass over the elements."""
-    if ok.device.type == "cpu":
-        return new if ok else old
-    return torch.where(ok, new, old)
+    if grads_finite.device.type == "cpu":
+        return new if grads_finite else old
+    return torch.where(grads_finite, new, old)

@@ -110,7 +110,7 @@ def _lie_moments(
     m_ptr,
     v_ptr,
     a_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     x_batch,
     m_batch,
     v_batch,
@@ -137,25 +137,25 @@ def _lie_moments(
     else:
         held, within_held = here, within
         flip = 1.0
-    ok = tl.load(ok_ptr) != 0
-    live, live_t = inside & ok, inside_t & ok
+    grads_finite = tl.load(grads_finite_ptr) != 0
+    live, live_t = inside & grads_finite, inside_t & grads_finite
     x = tl.load(x_ptr + matrix * x_batch + here + within, mask=inside, other=0.0)
     mirror = tl.load(x_ptr + matrix * x_batch + there + within, mask=inside_t, other=0.0)
     k = x - tl.trans(mirror)
 
     m_ptr += matrix * m_batch
     m = flip * tl.load(m_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
-    m = _rounded(_lerp(m, tl.where(ok, k, m), weight1), m_ptr)
+    m = _rounded(_lerp(m, tl.where(grads_finite, k, m), weight1), m_ptr)
     _store(m_ptr + held, flip * m, within_held, live, own & off, diagonal)
     if not FOLDED:
         _store(m_ptr + there, tl.trans(-m), within, live_t, own_t & off, diagonal)
     a = m
     if NESTEROV:
-        a = _lerp(m, tl.where(ok, k, m), weight1)
+        a = _lerp(m, tl.where(grads_finite, k, m), weight1)
     if v_ptr is not None:
         v_ptr += matrix * v_batch
         v = tl.load(v_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
-        v = _rounded(_lerp(v, tl.where(ok, k * k, v), weight2), v_ptr)
+        v = _rounded(_lerp(v, tl.where(grads_finite, k * k, v), weight2), v_ptr)
         _store(v_ptr + held, v, within_held, live, own & off, diagonal)
         if not FOLDED:
             _store(v_ptr + there, tl.trans(v), within, live_t, own_t & off, diagonal)
@@ -180,7 +180,7 @@ def _average(
     m_ptr,
     g_ptr,
     s_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     m_batch,
     g_batch,
     size,
@@ -190,16 +190,16 @@ def _average(
 ):
     """s_ptr is None where m itself is the result."""
     matrix, at = _block(size, BLOCK)
-    ok = tl.load(ok_ptr) != 0
+    grads_finite = tl.load(grads_finite_ptr) != 0
     m_ptrs = m_ptr + matrix * m_batch + at
     m = tl.load(m_ptrs, mask=at < size, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + matrix * g_batch + at, mask=at < size, other=0.0)
-    m = _rounded(_lerp(m, tl.where(ok, g, m), weight), m_ptr)
-    tl.store(m_ptrs, m, mask=(at < size) & ok)
+    m = _rounded(_lerp(m, tl.where(grads_finite, g, m), weight), m_ptr)
+    tl.store(m_ptrs, m, mask=(at < size) & grads_finite)
     if s_ptr is not None:
         s = m
         if NESTEROV:
-            s = _lerp(m, tl.where(ok, g, m), weight)
+            s = _lerp(m, tl.where(grads_finite, g, m), weight)
         tl.store(s_ptr + matrix * size + at, s, mask=at < size)
 
 
@@ -207,14 +207,14 @@ def _average(
 def _moved(
     w_ptr,
     change_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     w_batch,
     change_batch,
     size,
     BLOCK: tl.constexpr,
 ):
     matrix, at = _block(size, BLOCK)
-    live = (at < size) & (tl.load(ok_ptr) != 0)
+    live = (at < size) & (tl.load(grads_finite_ptr) != 0)
     w_ptrs = w_ptr + matrix * w_batch + at
     change = tl.load(change_ptr + matrix * change_batch + at, mask=live, other=0.0)
     tl.store(w_ptrs, tl.load(w_ptrs, mask=live, other=0.0) + change, mask=live)
@@ -335,7 +335,7 @@ def lie_moments(
     beta2: float,
     eps: float,
     nesterov: bool,
-    ok: Tensor,
+    grads_finite: Tensor,
     wanted: bool,
 ) -> Tensor | None:
     """As ``reference.lie_moments``."""
@@ -349,7 +349,7 @@ def lie_moments(
             m,
             v,
             a,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             x_Bdd.stride(0),
             m.stride(0),
             0 if v is None else v.stride(0),
@@ -365,7 +365,9 @@ def lie_moments(
     return m if wanted and itself else a
 
 
-def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:
+def average(
+    m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, grads_finite: Tensor
+) -> Tensor:
     """As ``reference.average``."""
     itself = m_Bmn.dtype == torch.float32 and not nesterov
     s = None if itself else g_Bmn.new_empty(g_Bmn.shape)
@@ -375,7 +377,7 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
             m_Bmn,
             g_Bmn,
             s,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             m_Bmn.stride(0),
             g_Bmn.stride(0),
             size,
@@ -386,14 +388,14 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
     return m_Bmn if s is None else s
 
 
-def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
+def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, grads_finite: Tensor) -> None:
     """As ``reference.moved``."""
     batch, size = len(w_Bmn), w_Bmn[0].numel()
     with torch.cuda.device_of(w_Bmn):
         _moved[(batch * triton.cdiv(size, BLOCK),)](
             w_Bmn,
             change_Bmn,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             w_Bmn.stride(0),
             change_Bmn.stride(0),
             size,

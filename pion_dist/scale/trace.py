@@ -76,7 +76,7 @@ def kernels(
         arrangement = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
     elif axis is not None and ranks > 1:
         arrangement = Divided(SIDE_OF[axis], Peers(ranks))
-    ok = torch.empty((), dtype=torch.bool, device="meta")
+    grads_finite = torch.empty((), dtype=torch.bool, device="meta")
     held = {
         name: torch.empty(
             moment.used(ranks),
@@ -87,7 +87,7 @@ def kernels(
     }
     with _Recorder() as recorder:
         if config.direction == "polar":
-            _polar(w, g, held, m, n, config, axis, ranks=ranks, ok=ok)
+            _polar(w, g, held, m, n, config, axis, ranks=ranks, grads_finite=grads_finite)
             return tuple(recorder.kernels)
         update(
             w,
@@ -97,7 +97,7 @@ def kernels(
             lr=0.1,
             active=cost.order(m, n, config.active_sides(step)),
             forms=cost.forms(m, n, config),
-            ok=ok,
+            grads_finite=grads_finite,
             arrangement=arrangement,
         )
     return tuple(recorder.kernels)
@@ -113,7 +113,7 @@ def _polar(
     axis: Axis | None,
     *,
     ranks: int,
-    ok: Tensor,
+    grads_finite: Tensor,
 ) -> None:
     """A polar step, as ``optimizer`` takes it."""
     large = state.large_side(m, n, axis)
@@ -125,7 +125,7 @@ def _polar(
         lr=0.1,
         large=large,
         rows=max(m, n),
-        ok=ok,
+        grads_finite=grads_finite,
         total=rows.total,
     )
     torch.where(go, rows.back(stepped), w, out=w)

@@ -57,14 +57,14 @@ class Lie:
         m: the average of generators. (modified in place)
         v: of their squares, with an adaptive direction. (modified in place)
         config: the run's options.
-        ok: boolean scalar; where it is False the moments stay.
+        grads_finite: boolean scalar; where it is False the moments stay.
         wanted: whether the direction is.
     """
 
     m: Tensor
     v: Tensor | None
     config: PionConfig
-    ok: Tensor
+    grads_finite: Tensor
     wanted: bool
 
     def flat(self) -> Lie:
@@ -83,16 +83,20 @@ class Lie:
             beta2=config.betas[1],
             eps=config.eps,
             nesterov=config.nesterov,
-            ok=self.ok,
+            grads_finite=self.grads_finite,
             wanted=self.wanted,
         )
 
     def averaged_rows(self, k: Tensor) -> Tensor | None:
         """Average rows [B, ., d] of generators, which are of no triangle: moments are dense."""
         (beta1, beta2), nesterov = self.config.betas, self.config.nesterov and self.wanted
-        a = kernels.average(self.m, k, beta=beta1, nesterov=nesterov, ok=self.ok)
+        a = kernels.average(
+            self.m, k, beta=beta1, nesterov=nesterov, grads_finite=self.grads_finite
+        )
         if self.v is not None:
-            v = kernels.average(self.v, k.square(), beta=beta2, nesterov=False, ok=self.ok)
+            v = kernels.average(
+                self.v, k.square(), beta=beta2, nesterov=False, grads_finite=self.grads_finite
+            )
             a = adapted(a, v, eps=self.config.eps) if self.wanted else a
         return a if self.wanted else None
 

@@ -87,7 +87,7 @@ def step(
     lr: float | Tensor,
     large: Side,
     rows: int,
-    ok: Tensor,
+    grads_finite: Tensor,
     total: Sum = lambda x: x,
     watched: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -102,7 +102,7 @@ def step(
         lr: η.
         large: the side of the larger dimension.
         rows: of that side, on all ranks: L.
-        ok: boolean scalar on the gradients' device; where it is False nothing moves.
+        grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
         total: sums over the ranks that divide the rows.
         watched: whether to measure what the step does.
 
@@ -118,9 +118,11 @@ def step(
     r = v.shape[-1]
     scale = lr * (RMS * math.sqrt(rows))
     beta, nesterov = config.betas[0], config.nesterov
-    s = kernels.average(moments["m"], g_Bmn, beta=beta, nesterov=nesterov, ok=ok)
+    s = kernels.average(
+        moments["m"], g_Bmn, beta=beta, nesterov=nesterov, grads_finite=grads_finite
+    )
     norm = total(kernels.frobenius(s).square_()).sqrt_()
-    go = ok & (norm > 0) & (scale > 0)
+    go = grads_finite & (norm > 0) & (scale > 0)
     unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
     frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
@@ -158,7 +160,7 @@ def step(
     d, squares, old_v, old_us = before
     change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
     found = read_polar(change, d, (u, v), squares, numel=rows * r, total=total)
-    return w, go, torch.where(ok, found, torch.zeros_like(found))
+    return w, go, torch.where(grads_finite, found, torch.zeros_like(found))
 
 
 def _over(s: Tensor, norm: Tensor, *, own: bool, fast: Products) -> Tensor:

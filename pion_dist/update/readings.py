@@ -43,7 +43,7 @@ def read(
     lies: Arrangement,
     *,
     active: Sequence[Side],
-    ok: Tensor,
+    grads_finite: Tensor,
 ) -> Tensor:
     """What a step does to each matrix.
 
@@ -54,7 +54,7 @@ def read(
         turnings: each side's factor alone.
         lies: how the matrices lie.
         active: the sides.
-        ok: boolean scalar; where it is False nothing moved, and all is 0.
+        grads_finite: boolean scalar; where it is False nothing moved, and all is 0.
 
     Returns:
         [B, 5] in float64, the larger of two sides: |‖E x‖² − 1|, largest of the two vectors;
@@ -76,7 +76,7 @@ def read(
     nothing = torch.full_like(rms, torch.nan).flatten()
     columns = [_largest(errors), _largest(angles), _largest(alphas), nothing, rms.flatten()]
     found = torch.stack([column.double() for column in columns], -1)
-    return torch.where(ok, found, torch.zeros_like(found))
+    return torch.where(grads_finite, found, torch.zeros_like(found))
 
 
 def read_polar(

@@ -29,7 +29,7 @@ def step(
     lr: float | Tensor,
     active: Sequence[Side],
     forms: Mapping[Side, str],
-    ok: Tensor,
+    grads_finite: Tensor,
     arrangement: Arrangement | None = None,
     watched: bool = False,
 ) -> Tensor | None:
@@ -45,7 +45,7 @@ def step(
         lr: η.
         active: the sides this step applies, in order of application.
         forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
-        ok: boolean scalar on the weights' device; where it is False nothing moves.
+        grads_finite: boolean scalar on the weights' device; where it is False nothing moves.
         arrangement: how the matrices lie; whole by default.
         watched: whether to measure what the step does.
 
@@ -57,7 +57,14 @@ def step(
     lies = arrangement if arrangement is not None else Whole()
     if config.momentum == "lie":
         generators = _from_lie(
-            w_Bmn, g_Bmn, moments, lies, config=config, active=active, ok=ok, matmul=fast
+            w_Bmn,
+            g_Bmn,
+            moments,
+            lies,
+            config=config,
+            active=active,
+            grads_finite=grads_finite,
+            matmul=fast,
         )
     else:
         generators = _from_average(
@@ -68,7 +75,7 @@ def step(
             config=config,
             active=active,
             forms=forms,
-            ok=ok,
+            grads_finite=grads_finite,
             matmul=fast,
         )
     rms = config.scaling == "rms"
@@ -84,20 +91,22 @@ def step(
     if watched:
         each = zip(generators, angles, strict=True)
         turnings = [_turning([a], [angle], how) for a, angle in each]
-        found = read(change, generators, alphas, turnings, lies, active=active, ok=ok)
+        found = read(
+            change, generators, alphas, turnings, lies, active=active, grads_finite=grads_finite
+        )
     if config.momentum != "transported":
-        kernels.moved(w_Bmn, change, ok=ok)
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
         return found
     m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
         turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
-        kernels.moved(w_Bmn, change, ok=ok)
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
     else:
-        kernels.moved(w_Bmn, change, ok=ok)
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
         del change
         turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
-    kernels.moved(m, turn, ok=ok)
+    kernels.moved(m, turn, grads_finite=grads_finite)
     return found
 
 
@@ -109,14 +118,14 @@ def _from_lie(
     *,
     config: PionConfig,
     active: Sequence[Side],
-    ok: Tensor,
+    grads_finite: Tensor,
     matmul: Products,
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
     found: dict[Side, Generator] = {}
     for side in config.sides:
         m, v = moments[f"m_{side}"], moments.get(f"v_{side}")
-        lie = Lie(m, v, config, ok, wanted=side in active)
+        lie = Lie(m, v, config, grads_finite, wanted=side in active)
         a = lies.averaged(w, g, lie, side=side, matmul=matmul)
         if a is None:
             continue
@@ -136,16 +145,18 @@ def _from_average(
     config: PionConfig,
     active: Sequence[Side],
     forms: Mapping[Side, str],
-    ok: Tensor,
+    grads_finite: Tensor,
     matmul: Products,
 ) -> list[Generator]:
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
     m = moments["m"]
-    s = kernels.average(m, g, beta=beta1, nesterov=config.nesterov, ok=ok)
+    s = kernels.average(m, g, beta=beta1, nesterov=config.nesterov, grads_finite=grads_finite)
     if config.direction == "adaptive":
         square = m.to(g.dtype).square()
-        v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
+        v = kernels.average(
+            moments["v"], square, beta=beta2, nesterov=False, grads_finite=grads_finite
+        )
         s = adapted(s, v, eps=config.eps)
     sign = config.direction == "msign"
     made: dict[Side, Tensor] = {}
