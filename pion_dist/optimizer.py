@@ -566,10 +566,16 @@ class Pion(torch.optim.Optimizer):
         if coded:
             described = state.moments(len(w), x.m, x.n, self.config, x.axis)
             used = storage.used(moments, described)
-        lr, watched = group["lr"], self.readings is not None
+        lr, collect_metrics = group["lr"], self.readings is not None
         if self.config.direction == "polar":
             found = self._step_polar(
-                members, w, g, used, lr=lr, grads_finite=grads_finite, watched=watched
+                members,
+                w,
+                g,
+                used,
+                lr=lr,
+                grads_finite=grads_finite,
+                collect_metrics=collect_metrics,
             )
         else:
             found = update(
@@ -582,7 +588,7 @@ class Pion(torch.optim.Optimizer):
                 forms=cost.forms(x.m, x.n, self.config),
                 grads_finite=grads_finite,
                 arrangement=self._arrangement(x),
-                watched=watched,
+                collect_metrics=collect_metrics,
             )
         if coded:
             storage.put_back(used, moments, grads_finite=grads_finite)
@@ -600,7 +606,7 @@ class Pion(torch.optim.Optimizer):
         *,
         lr: float | Tensor,
         grads_finite: Tensor,
-        watched: bool,
+        collect_metrics: bool,
     ) -> Tensor | None:
         """``_update`` of the polar direction."""
         x = self.plan.matrices[members[0][0]]
@@ -627,7 +633,7 @@ class Pion(torch.optim.Optimizer):
             rows=max(x.m, x.n),
             grads_finite=grads_finite,
             total=rows.total,
-            watched=watched,
+            collect_metrics=collect_metrics,
         )
         torch.where(go, rows.back(stepped), w, out=w)
         return found

@@ -67,7 +67,7 @@ class _Frames:
 
     Attributes:
         b: B = Uᵀ D V, [B, r, r].
-        y: [B, L, r], with D V = Y H; None for a square W, unless the step is watched.
+        y: [B, L, r], with D V = Y H; None for a square W, unless metrics are collected.
         h: [B, r, r]; None for the identity.
         out: ZᵀZ = (D V)ᵀ D V − BᵀB, [B, r, r]; None for a square W, whose Z is zero.
     """
@@ -89,7 +89,7 @@ def step(
     rows: int,
     grads_finite: Tensor,
     total: Sum = lambda x: x,
-    watched: bool = False,
+    collect_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Move the average and the factors by one step.
 
@@ -104,12 +104,12 @@ def step(
         rows: of that side, on all ranks: L.
         grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
         total: sums over the ranks that divide the rows.
-        watched: whether to measure what the step does.
+        collect_metrics: whether to measure what the step does.
 
     Returns:
         The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
-        does whose average is zero, or at a rate of zero; and ``readings.read_polar``'s, if it is
-        watched.
+        does whose average is zero, or at a rate of zero; and the result of
+        ``readings.read_polar``, or None without ``collect_metrics``.
     """
     fast = PRODUCTS[config.matmul_precision]
     moves = moving(config.matmul_precision, g_Bmn.device)
@@ -125,10 +125,12 @@ def step(
     go = grads_finite & (norm > 0) & (scale > 0)
     unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
-    frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
+    frames = _frames(
+        unit, u, v, scale, rows=rows, fast=fast, total=total, collect_metrics=collect_metrics
+    )
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
     before = None
-    if watched and frames.y is not None:
+    if collect_metrics and frames.y is not None:
         d = frames.y if frames.h is None else fast(frames.y, frames.h)
         squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
         before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
@@ -178,7 +180,7 @@ def _frames(
     rows: int,
     fast: Products,
     total: Sum,
-    watched: bool,
+    collect_metrics: bool,
 ) -> _Frames:
     """Muon's step in the frames; the cheaper way.
 
@@ -190,13 +192,13 @@ def _frames(
         rows: L.
         fast: the products to use.
         total: sums over the ranks that divide the rows.
-        watched: whether Y is read by all means.
+        collect_metrics: whether Y is read by all means.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
         return _through_gram(unit, u, v, scale, fast=fast, total=total)
     found = _directly(unit, u, v, scale, square=rows == r, fast=fast, total=total)
-    return found if found.out is not None or watched else replace(found, y=None)
+    return found if found.out is not None or collect_metrics else replace(found, y=None)
 
 
 def _through_gram(

@@ -31,7 +31,7 @@ def step(
     forms: Mapping[Side, str],
     grads_finite: Tensor,
     arrangement: Arrangement | None = None,
-    watched: bool = False,
+    collect_metrics: bool = False,
 ) -> Tensor | None:
     """Move the moments and the weights by one step (modified in place).
 
@@ -47,10 +47,10 @@ def step(
         forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
         grads_finite: boolean scalar on the weights' device; where it is False nothing moves.
         arrangement: how the matrices lie; whole by default.
-        watched: whether to measure what the step does.
+        collect_metrics: whether to measure what the step does.
 
     Returns:
-        ``readings.read``'s, if it is watched.
+        The result of ``readings.read``, or None without ``collect_metrics``.
     """
     fast = PRODUCTS[config.matmul_precision]
     moves = moving(config.matmul_precision, w_Bmn.device)
@@ -88,7 +88,7 @@ def step(
     change = turned(w_Bmn, known, matmul=moves)
     del known
     found = None
-    if watched:
+    if collect_metrics:
         each = zip(generators, angles, strict=True)
         turnings = [_turning([a], [angle], how) for a, angle in each]
         found = read(
