@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import kernels
 from ..config import PionConfig, Side
 from ..iterations import NEWTON_SCHULZ
-from .direction import adapted, msign, tight
+from .direction import adapted, msign, spectral_bound_scale
 from .generators import Dense, Generator, Matmul, factors, generator
 from .precision import Products
 
@@ -294,7 +294,9 @@ class Divided:
             whole_x = self.peers.gathered(x, 1)
             p = matmul(x, whole_x)
             q = matmul(p, self.peers.gathered(p, 1))
-            r: Tensor | float = tight(_norm(q, None, self.peers)) if step == 0 else 1.0
+            r: Tensor | float = (
+                spectral_bound_scale(_norm(q, None, self.peers)) if step == 0 else 1.0
+            )
             poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
             x = matmul(poly, whole_x).add_(x.mul_(a * r))
         mirror = self.peers.gathered(x, 1).chunk(self.shares, -1)[self.peers.rank].mT

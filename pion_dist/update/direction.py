@@ -22,8 +22,8 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
     products, each symmetric or skew. K is first divided by a bound of its largest singular value
-    that the first step's products give: see ``tight``. The result is made exactly skew again, since
-    the spectrum depends on it.
+    that the first step's products give: see ``spectral_bound_scale``.
+    The result is made exactly skew again, since the spectrum depends on it.
 
     Args:
         k: skew [B, d, d]. (its values are lost)
@@ -40,7 +40,7 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
         matmul.mirrored(p, x, x, sign=1)
         if step == 0:
             matmul.mirrored(q, p, p, sign=1)
-            r = tight(kernels.frobenius(q))
+            r = spectral_bound_scale(kernels.frobenius(q))
             # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
             x.mul_(r.to(x.dtype))
             q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
@@ -74,7 +74,7 @@ def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Ten
         gram = matmul.rounded(total(gram.to(wide(dtype))))
         if step == 0:
             matmul.mirrored(poly, gram, gram, sign=1)
-            r = tight(kernels.frobenius(poly), pairs=False)
+            r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)
             x.mul_(r.to(x.dtype))
             poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
         else:
@@ -101,7 +101,7 @@ def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
         poly, square = torch.empty_like(gram), torch.empty_like(gram)
         matmul.mirrored(square, gram, gram, sign=1)
         if h is None:
-            r = tight(kernels.frobenius(square), pairs=False)
+            r = spectral_bound_scale(kernels.frobenius(square), pairs=False)
             gram = gram * (r**2).to(gram.dtype)
             poly = square.mul_((c * r**4).to(gram.dtype)).add_(gram, alpha=b)
         else:
@@ -122,7 +122,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def tight(norm: Tensor, *, pairs: bool = True) -> Tensor:
+def spectral_bound_scale(norm: Tensor, *, pairs: bool = True) -> Tensor:
     """What X is multiplied by, so that its largest singular value is at most 1, just below it.
 
     A skew X has its singular values in equal pairs, so that ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸; it is
