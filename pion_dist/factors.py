@@ -36,8 +36,8 @@ _TOLD = 1e-4
 class RowPeers(Peers, Protocol):
     """The ranks that divide rows, and what they do together: ``exchange.GroupPeers``."""
 
-    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
-        """Of shards along the dimension ``joined``, this rank's along ``cut``."""
+    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
+        """Join shards along ``join_dim``, of which each rank gets its share along ``cut_dim``."""
 
 
 class Rows:
@@ -52,17 +52,17 @@ class Rows:
         """This rank's rows of matrices of which it has a shard; the shard itself if it is them."""
         if self.peers is None or self.cut == self.dim:
             return shard
-        return self.peers.exchanged(shard, self.cut, self.dim)
+        return self.peers.all_to_all(shard, self.cut, self.dim)
 
     def back(self, rows: Tensor) -> Tensor:
         """The inverse of ``of``."""
         if self.peers is None or self.cut == self.dim:
             return rows
-        return self.peers.exchanged(rows, self.dim, self.cut)
+        return self.peers.all_to_all(rows, self.dim, self.cut)
 
     def whole(self, rows: Tensor) -> Tensor:
         """All ranks' rows."""
-        return rows if self.peers is None else self.peers.gathered(rows, self.dim)
+        return rows if self.peers is None else self.peers.all_gather(rows, self.dim)
 
     def mine(self, whole: Tensor, dim: int) -> Tensor:
         """This rank's part of a factor, if it is divided along ``dim``."""
@@ -70,9 +70,9 @@ class Rows:
             return whole
         return whole.chunk(self.peers.size, 1)[self.peers.rank]
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks that divide the rows (modified in place)."""
-        return x if self.peers is None else self.peers.total(x)
+        return x if self.peers is None else self.peers.all_reduce_sum(x)
 
 
 class Factors:
@@ -132,7 +132,7 @@ class Factors:
         Raises:
             ValueError: a weight is not finite.
         """
-        errors = polar.mismatch(w, moments, total=rows.total).tolist()
+        errors = polar.mismatch(w, moments, all_reduce_sum=rows.all_reduce_sum).tolist()
         known = moments[SIGMA].any(-1).tolist()
         wrong = []
         for index, (p, error) in enumerate(zip(params, errors, strict=True)):
@@ -158,7 +158,7 @@ class Factors:
             else:
                 shapes = ((batch, m, r), (batch, r), (batch, n, r))
                 u, sigma, v = (whole.new_zeros(shape) for shape in shapes)
-            u, sigma, v = (rows.total(x) for x in (u, sigma, v))
+            u, sigma, v = (rows.all_reduce_sum(x) for x in (u, sigma, v))
             moments[LEFT][some] = rows.mine(u, 1)
             moments[SIGMA][some] = sigma
             moments[RIGHT][some] = rows.mine(v, 2)

@@ -183,7 +183,7 @@ class Pion(torch.optim.Optimizer):
             cut = [i for i in cut if self.plan.matrices[i].shared]
             if cut:
                 flags = torch.cat([nonzero[i] for i in cut]).int()
-                flags = GroupPeers(group).largest(flags).bool()
+                flags = GroupPeers(group).all_reduce_max(flags).bool()
                 sizes = [len(nonzero[i]) for i in cut]
                 nonzero |= dict(zip(cut, torch.split(flags, sizes), strict=True))
         names = [self.plan.matrices[i].weight for i, flags in nonzero.items() if not flags.all()]
@@ -392,7 +392,7 @@ class Pion(torch.optim.Optimizer):
         """Whole matrices of this rank's shards of them."""
         if not x.shared or x.group is None:
             return shards
-        return GroupPeers(self.groups[x.group]).gathered(shards, 1 if x.axis == "rows" else 2)
+        return GroupPeers(self.groups[x.group]).all_gather(shards, 1 if x.axis == "rows" else 2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -632,7 +632,7 @@ class Pion(torch.optim.Optimizer):
             large=large,
             rows=max(x.m, x.n),
             grads_finite=grads_finite,
-            total=rows.total,
+            all_reduce_sum=rows.all_reduce_sum,
             collect_metrics=collect_metrics,
         )
         torch.where(go, rows.back(stepped), w, out=w)

@@ -25,7 +25,7 @@ def drawn(m: int, n: int, *, values: Tensor | None = None) -> Tensor:
 
 
 def polar_of(x: Tensor, matmul: Products = exact) -> Tensor:
-    return polar([x.clone()], matmul=matmul, total=lambda x: x)
+    return polar([x.clone()], matmul=matmul, all_reduce_sum=lambda x: x)
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (12, 9), (9, 8), (8, 8), (6, 1)])

@@ -126,32 +126,32 @@ def _polar(
         large=large,
         rows=max(m, n),
         grads_finite=grads_finite,
-        total=rows.total,
+        all_reduce_sum=rows.all_reduce_sum,
     )
     torch.where(go, rows.back(stepped), w, out=w)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """So many ranks, as ``update.arrangement.Peers``, of which none is there: shapes alone."""
+    """Stand in for ``size`` ranks, as ``update.arrangement.Peers``: shapes, no communication."""
 
     size: int
     rank: int = 0
 
-    def total(self, x: Tensor) -> Tensor:
-        """As it is."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Return X: no rank adds anything."""
         return x
 
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """So many of it, joined: the copy that ``exchange.GroupPeers`` makes."""
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Join ``size`` times X: the copy that ``exchange.GroupPeers`` makes."""
         return torch.cat([x] * self.size, dim=dim)
 
-    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
-        """Its shares, joined: the copies that ``exchange.GroupPeers`` makes."""
-        return torch.cat(list(torch.stack(x.chunk(self.size, cut))), dim=joined)
+    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
+        """Join the shares of X: the copies that ``exchange.GroupPeers`` makes."""
+        return torch.cat(list(torch.stack(x.chunk(self.size, cut_dim))), dim=join_dim)
 
-    def scattered(self, x: Tensor, dim: int) -> Tensor:
-        """A share."""
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """Return a share of X."""
         return torch.stack(x.chunk(self.size, dim))[0]
 
 

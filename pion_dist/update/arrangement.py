@@ -39,14 +39,14 @@ class Peers(Protocol):
     def rank(self) -> int:
         """This one."""
 
-    def total(self, x: Tensor) -> Tensor:
-        """The ranks' sum (modified in place)."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum the ranks' tensors (modified in place)."""
 
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """The ranks' tensors, joined along ``dim``."""
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Join the ranks' tensors along ``dim``."""
 
-    def scattered(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's share, along ``dim``, of the ranks' sum."""
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """Sum the ranks' tensors, and return this rank's share along ``dim``."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Blocks:
         """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
         if side != self.side:
             k = generator(w, s, side=side, matmul=matmul)
-            return self.peers.total(k) if self.peers is not None else k
+            return self.peers.all_reduce_sum(k) if self.peers is not None else k
         blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
         k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
         return torch.unflatten(k, 0, (-1, self.count))
@@ -222,7 +222,7 @@ class Blocks:
         a, b = factors(w, g, side=side)
         x = matmul(a, b.mT)
         if side != self.side and self.peers is not None:
-            x = self.peers.total(x)
+            x = self.peers.all_reduce_sum(x)
         found = lie.averaged(x)
         if found is None or side != self.side:
             return found
@@ -269,14 +269,14 @@ class Divided:
     def whole(self, x: Tensor) -> Tensor:
         """The shards of X joined; kept until another is joined, since W is needed twice."""
         if self._last is None or self._last[0] is not x:
-            self._last = (x, self.peers.gathered(x, _DIM[self.side]))
+            self._last = (x, self.peers.all_gather(x, _DIM[self.side]))
         return self._last[1]
 
     def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
         """This rank's rows, [B, d / ranks, d]."""
         u, v = factors(w, s, side=side)
         if side != self.side:
-            return self.peers.scattered(kernels.skew(matmul(u, v.mT)), 1)
+            return self.peers.reduce_scatter(kernels.skew(matmul(u, v.mT)), 1)
         whole_s, whole_w = self.whole(s), self.whole(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
@@ -291,21 +291,21 @@ class Divided:
         """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
         x = matmul.rounded(k / (_norm(k, None, self.peers) + eps))
         for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-            whole_x = self.peers.gathered(x, 1)
+            whole_x = self.peers.all_gather(x, 1)
             p = matmul(x, whole_x)
-            q = matmul(p, self.peers.gathered(p, 1))
+            q = matmul(p, self.peers.all_gather(p, 1))
             r: Tensor | float = (
                 spectral_bound_scale(_norm(q, None, self.peers)) if step == 0 else 1.0
             )
             poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
             x = matmul(poly, whole_x).add_(x.mul_(a * r))
-        mirror = self.peers.gathered(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
+        mirror = self.peers.all_gather(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
         return (x - mirror).to(k.dtype).mul_(0.5)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
         """This rank's share of the cut side's matrix, the other's whole."""
         if side != self.side:
-            return Dense(side, self.peers.gathered(k, 1))
+            return Dense(side, self.peers.all_gather(k, 1))
         # Where X A needs columns: A is skew.
         return Shard(side, k if side == "out" else -k.mT, self)
 
@@ -352,7 +352,7 @@ class Shard:
     def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Shard:
         """``function(A, a)`` in A's place, of the whole A, a [B, 1, 1]."""
         peers, dim = self.arrangement.peers, _DIM[self.side]
-        each = function(peers.gathered(self.matrix, dim), angle)
+        each = function(peers.all_gather(self.matrix, dim), angle)
         return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.arrangement)
 
 
@@ -368,4 +368,4 @@ def _share(x: Tensor, side: Side, peers: Peers) -> Tensor:
 
 
 def _norm(x: Tensor, y: Tensor | None, peers: Peers) -> Tensor:
-    return peers.total(kernels.frobenius(x, y).square_()).sqrt_()
+    return peers.all_reduce_sum(kernels.frobenius(x, y).square_()).sqrt_()

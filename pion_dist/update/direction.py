@@ -51,7 +51,9 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
+def polar(
+    unit: list[Tensor], *, matmul: Products, all_reduce_sum: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
 
     Args:
@@ -59,7 +61,7 @@ def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Ten
             norm 1, or zero. It is taken out of the list, and its values are lost: nobody holds it
             while there is another iterate.
         matmul: the products to use.
-        total: sums what ranks with other rows have (in place).
+        all_reduce_sum: sums what ranks with other rows have (in place).
 
     Returns:
         [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
@@ -71,7 +73,7 @@ def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Ten
     gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
         matmul.mirrored(gram, x.mT, x, sign=1)
-        gram = matmul.rounded(total(gram.to(wide(dtype))))
+        gram = matmul.rounded(all_reduce_sum(gram.to(wide(dtype))))
         if step == 0:
             matmul.mirrored(poly, gram, gram, sign=1)
             r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)

@@ -48,16 +48,16 @@ def factorize(w_Bmn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma.to(w_Bmn.dtype), v
 
 
-def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, total: Sum) -> Tensor:
+def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, all_reduce_sum: Sum) -> Tensor:
     """‖W − U Σ Vᵀ‖_F / ‖W‖_F of each matrix, [B]: NaN where something is not finite.
 
     Args:
         w_Bmn: weights, or the rows or columns of them that this rank has.
         moments: U, Σ and V.
-        total: of the ranks that divide W.
+        all_reduce_sum: of the ranks that divide W.
     """
     product = torch.bmm(moments[LEFT], (moments[RIGHT] * moments[SIGMA].unsqueeze(-2)).mT)
-    norms = [total(x.square().sum((-2, -1))) for x in (w_Bmn - product, w_Bmn)]
+    norms = [all_reduce_sum(x.square().sum((-2, -1))) for x in (w_Bmn - product, w_Bmn)]
     return (norms[0] / norms[1].clamp_min(torch.finfo(w_Bmn.dtype).tiny)).sqrt()
 
 
@@ -88,7 +88,7 @@ def step(
     large: Side,
     rows: int,
     grads_finite: Tensor,
-    total: Sum = lambda x: x,
+    all_reduce_sum: Sum = lambda x: x,
     collect_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Move the average and the factors by one step.
@@ -103,7 +103,7 @@ def step(
         large: the side of the larger dimension.
         rows: of that side, on all ranks: L.
         grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
-        total: sums over the ranks that divide the rows.
+        all_reduce_sum: sums over the ranks that divide the rows.
         collect_metrics: whether to measure what the step does.
 
     Returns:
@@ -121,12 +121,19 @@ def step(
     s = kernels.average(
         moments["m"], g_Bmn, beta=beta, nesterov=nesterov, grads_finite=grads_finite
     )
-    norm = total(kernels.frobenius(s).square_()).sqrt_()
+    norm = all_reduce_sum(kernels.frobenius(s).square_()).sqrt_()
     go = grads_finite & (norm > 0) & (scale > 0)
     unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
     del s
     frames = _frames(
-        unit, u, v, scale, rows=rows, fast=fast, total=total, collect_metrics=collect_metrics
+        unit,
+        u,
+        v,
+        scale,
+        rows=rows,
+        fast=fast,
+        all_reduce_sum=all_reduce_sum,
+        collect_metrics=collect_metrics,
     )
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
     before = None
@@ -147,13 +154,13 @@ def step(
         fast.added(new_u, beside, inner, alpha=-1.0)
     new_u.add_(u)
     del coefficients, beside, inner
-    _polish(new_u, fast=fast, moves=moves, total=total)
+    _polish(new_u, fast=fast, moves=moves, all_reduce_sum=all_reduce_sum)
     torch.where(go, new_u, u, out=u)
     del new_u
     y = _cubic(y, fast=fast)
     new_v = fast(v, y).add_(v)
     del y
-    _polish(new_v, fast=fast, moves=moves, total=lambda x: x)
+    _polish(new_v, fast=fast, moves=moves, all_reduce_sum=lambda x: x)
     torch.where(go, new_v, v, out=v)
     del new_v
     w = moves(left, (right * sigma.unsqueeze(-2)).mT)
@@ -161,7 +168,7 @@ def step(
         return w, go, None
     d, squares, old_v, old_us = before
     change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
-    found = read_polar(change, d, (u, v), squares, numel=rows * r, total=total)
+    found = read_polar(change, d, (u, v), squares, numel=rows * r, all_reduce_sum=all_reduce_sum)
     return w, go, torch.where(grads_finite, found, torch.zeros_like(found))
 
 
@@ -179,7 +186,7 @@ def _frames(
     *,
     rows: int,
     fast: Products,
-    total: Sum,
+    all_reduce_sum: Sum,
     collect_metrics: bool,
 ) -> _Frames:
     """Muon's step in the frames; the cheaper way.
@@ -191,13 +198,13 @@ def _frames(
         scale: η'.
         rows: L.
         fast: the products to use.
-        total: sums over the ranks that divide the rows.
+        all_reduce_sum: sums over the ranks that divide the rows.
         collect_metrics: whether Y is read by all means.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
-        return _through_gram(unit, u, v, scale, fast=fast, total=total)
-    found = _directly(unit, u, v, scale, square=rows == r, fast=fast, total=total)
+        return _through_gram(unit, u, v, scale, fast=fast, all_reduce_sum=all_reduce_sum)
+    found = _directly(unit, u, v, scale, square=rows == r, fast=fast, all_reduce_sum=all_reduce_sum)
     return found if found.out is not None or collect_metrics else replace(found, y=None)
 
 
@@ -208,11 +215,13 @@ def _through_gram(
     scale: float | Tensor,
     *,
     fast: Products,
-    total: Sum,
+    all_reduce_sum: Sum,
 ) -> _Frames:
     """From Y = M V and the inverse root of YᵀY."""
     y = fast(unit.pop(), fast.rounded(v))
-    gram, inner = _sums([fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, total)
+    gram, inner = _sums(
+        [fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, all_reduce_sum
+    )
     h, root = inverse_root(gram, matmul=fast)
     b = fast(inner, h).mul_(scale)
     out = root.mul_(scale**2).sub_(fast.symmetric(b.mT, b))
@@ -227,20 +236,20 @@ def _directly(
     *,
     square: bool,
     fast: Products,
-    total: Sum,
+    all_reduce_sum: Sum,
 ) -> _Frames:
     """From D = η' polar(M) itself."""
-    y = fast(polar(unit, matmul=fast, total=total), fast.rounded(v)).mul_(scale)
+    y = fast(polar(unit, matmul=fast, all_reduce_sum=all_reduce_sum), fast.rounded(v)).mul_(scale)
     inner = fast(fast.rounded(u).mT, y)
     if square:
-        return _Frames(total(inner.to(v.dtype)), y, None, None)
-    b, gram = _sums([inner, fast.symmetric(y.mT, y)], v.dtype, total)
+        return _Frames(all_reduce_sum(inner.to(v.dtype)), y, None, None)
+    b, gram = _sums([inner, fast.symmetric(y.mT, y)], v.dtype, all_reduce_sum)
     return _Frames(b, y, None, gram.sub_(fast.symmetric(b.mT, b)))
 
 
-def _sums(parts: list[Tensor], dtype: torch.dtype, total: Sum) -> list[Tensor]:
+def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[Tensor]:
     """The ranks' sums of r x r matrices, in one collective."""
-    return list(total(torch.stack([x.to(dtype) for x in parts])).unbind())
+    return list(all_reduce_sum(torch.stack([x.to(dtype) for x in parts])).unbind())
 
 
 def _coefficients(
@@ -282,12 +291,12 @@ def _cubic(a: Tensor, *, fast: Products) -> Tensor:
     return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
 
 
-def _polish(u: Tensor, *, fast: Products, moves: Products, total: Sum) -> None:
+def _polish(u: Tensor, *, fast: Products, moves: Products, all_reduce_sum: Sum) -> None:
     """U (I + (I − UᵀU)/2): squares U's distance from orthonormal columns. (modified in place)
 
     The Gram matrix decides how far W's spectrum is from Σ; the product with it is a correction of
     1e-3 at most, which bf16 rounds to 4e-6.
     """
-    gram = total(moves.symmetric(u.mT, u)).mul_(-0.5)
+    gram = all_reduce_sum(moves.symmetric(u.mT, u)).mul_(-0.5)
     gram.diagonal(dim1=-2, dim2=-1).add_(0.5)
     u.add_(fast(u, gram))

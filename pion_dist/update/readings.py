@@ -86,7 +86,7 @@ def read_polar(
     squares: Sequence[Tensor],
     *,
     numel: int,
-    total: Callable[[Tensor], Tensor],
+    all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """What a polar step does to each matrix.
 
@@ -96,7 +96,7 @@ def read_polar(
         factors: U, or this rank's rows of it, and V, after the step.
         squares: −A², A restricted to U, and −Y², [B, r, r]: the squares of the angles.
         numel: elements of a whole matrix.
-        total: sums over the ranks that divide the rows.
+        all_reduce_sum: sums over the ranks that divide the rows.
 
     Returns:
         [B, 5] in float64: the larger of ‖UᵀU − I‖₂ and ‖VᵀV − I‖₂; the largest angle by which U
@@ -104,14 +104,14 @@ def read_polar(
         square of the change.
     """
     grams = [x.double().mT @ x.double() for x in factors]
-    grams[0] = total(grams[0])
+    grams[0] = all_reduce_sum(grams[0])
     for gram in grams:
         gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     errors = torch.stack([_symmetric_norm(gram) for gram in grams]).amax(0)
     angles = torch.stack([_symmetric_norm(x.double()) for x in squares]).amax(0).sqrt()
     change, step = change_BLr.double(), step_BLr.double()
     products = ((change, step), (step, step), (change, change))
-    inner, length, moved = total(torch.stack([(a * b).sum((-2, -1)) for a, b in products]))
+    inner, length, moved = all_reduce_sum(torch.stack([(a * b).sum((-2, -1)) for a, b in products]))
     nothing = torch.full_like(inner, torch.nan)
     tiny = torch.finfo(length.dtype).tiny
     kept = -inner / length.clamp_min(tiny)
