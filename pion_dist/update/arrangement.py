@@ -118,15 +118,15 @@ class Arrangement(Protocol):
     def share(self, x: Tensor, *, side: Side) -> Tensor:
         """This rank's share of vectors of a side, [B, 1, n] or [B, m, 1]."""
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
         """The skew generator that S gives at W."""
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
         """Average the generator of G and its square; the direction, if it is wanted."""
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
         """The matrix sign of what ``product`` has made."""
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
@@ -150,19 +150,19 @@ class Whole:
         """All of it."""
         return x
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
         """[B, d, d]."""
-        return generator(w, s, side=side, matmul=matmul)
+        return generator(w, s, side=side, matmul=direction_products)
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
         """[B, d, d]."""
-        return lie.averaged(kernels.outer(*factors(w, g, side=side), matmul=matmul))
+        return lie.averaged(kernels.outer(*factors(w, g, side=side), matmul=direction_products))
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
         """[B, d, d]."""
-        return msign(k, eps=eps, matmul=matmul)
+        return msign(k, eps=eps, direction_products=direction_products)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
         """Its matrix."""
@@ -203,24 +203,24 @@ class Blocks:
             return x
         return _share(x, side, self.peers)
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
         """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
         if side != self.side:
-            k = generator(w, s, side=side, matmul=matmul)
+            k = generator(w, s, side=side, matmul=direction_products)
             return self.peers.all_reduce_sum(k) if self.peers is not None else k
         blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
-        k = generator(blocks[0], blocks[1], side=side, matmul=matmul)
+        k = generator(blocks[0], blocks[1], side=side, matmul=direction_products)
         return torch.unflatten(k, 0, (-1, self.count))
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
         """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
         if side == self.side:
             w, g = (_blocks(x, side=side, count=self.count) for x in (w, g))
             lie = lie.flat()
         a, b = factors(w, g, side=side)
-        x = matmul(a, b.mT)
+        x = direction_products(a, b.mT)
         if side != self.side and self.peers is not None:
             x = self.peers.all_reduce_sum(x)
         found = lie.averaged(x)
@@ -228,11 +228,11 @@ class Blocks:
             return found
         return torch.unflatten(found, 0, (-1, self.count))
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
         """Each block's by itself."""
         if side != self.side:
-            return msign(k, eps=eps, matmul=matmul)
-        return msign(k.flatten(0, 1), eps=eps, matmul=matmul).view_as(k)
+            return msign(k, eps=eps, direction_products=direction_products)
+        return msign(k.flatten(0, 1), eps=eps, direction_products=direction_products).view_as(k)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
         """The blocks of a block-diagonal matrix, or its matrix."""
@@ -272,33 +272,35 @@ class Divided:
             self._last = (x, self.peers.all_gather(x, _DIM[self.side]))
         return self._last[1]
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, matmul: Matmul) -> Tensor:
+    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
         """This rank's rows, [B, d / ranks, d]."""
         u, v = factors(w, s, side=side)
         if side != self.side:
-            return self.peers.reduce_scatter(kernels.skew(matmul(u, v.mT)), 1)
+            return self.peers.reduce_scatter(kernels.skew(direction_products(u, v.mT)), 1)
         whole_s, whole_w = self.whole(s), self.whole(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
-        return matmul(u, whole_v.mT).sub_(matmul(v, whole_u.mT))
+        return direction_products(u, whole_v.mT).sub_(direction_products(v, whole_u.mT))
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, matmul: Matmul
+        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
         """This rank's rows, [B, d / ranks, d]: of no triangle, so that moments are dense."""
-        return lie.averaged_rows(self.product(w, g, side=side, matmul=matmul))
+        return lie.averaged_rows(
+            self.product(w, g, side=side, direction_products=direction_products)
+        )
 
-    def sign(self, k: Tensor, *, side: Side, eps: float, matmul: Products) -> Tensor:
+    def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
         """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
-        x = matmul.rounded(k / (_norm(k, None, self.peers) + eps))
+        x = direction_products.rounded(k / (_norm(k, None, self.peers) + eps))
         for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
             whole_x = self.peers.all_gather(x, 1)
-            p = matmul(x, whole_x)
-            q = matmul(p, self.peers.all_gather(p, 1))
+            p = direction_products(x, whole_x)
+            q = direction_products(p, self.peers.all_gather(p, 1))
             r: Tensor | float = (
                 spectral_bound_scale(_norm(q, None, self.peers)) if step == 0 else 1.0
             )
             poly = q.mul_(c * r**5).sub_(p.mul_(b * r**3))
-            x = matmul(poly, whole_x).add_(x.mul_(a * r))
+            x = direction_products(poly, whole_x).add_(x.mul_(a * r))
         mirror = self.peers.all_gather(x, 1).chunk(self.shares, -1)[self.peers.rank].mT
         return (x - mirror).to(k.dtype).mul_(0.5)
 

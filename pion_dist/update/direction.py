@@ -17,7 +17,7 @@ def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
     return first / second.sqrt().add_(eps)
 
 
-def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
+def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
     """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz, with two more in memory.
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
@@ -28,31 +28,31 @@ def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
     Args:
         k: skew [B, d, d]. (its values are lost)
         eps: added to the Frobenius norm that K is divided by before all else.
-        matmul: the products to use.
+        direction_products: the products to use.
 
     Returns:
         Skew [B, d, d], singular values in [0.68, 1.21] where K's are above 0.02 of that bound;
         zero where they are zero.
     """
-    x = matmul.rounded(k.div_(kernels.frobenius(k) + eps))
+    x = direction_products.rounded(k.div_(kernels.frobenius(k) + eps))
     p, q = torch.empty_like(x), torch.empty_like(x)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        matmul.mirrored(p, x, x, sign=1)
+        direction_products.mirrored(p, x, x, sign=1)
         if step == 0:
-            matmul.mirrored(q, p, p, sign=1)
+            direction_products.mirrored(q, p, p, sign=1)
             r = spectral_bound_scale(kernels.frobenius(q))
             # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
             x.mul_(r.to(x.dtype))
             q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
         else:
-            matmul.mirrored(q, p, p, sign=1, add=p, beta=-b, alpha=c)
-        x, p = matmul.mirrored(p, x, q, sign=-1, add=x, beta=a), x
+            direction_products.mirrored(q, p, p, sign=1, add=p, beta=-b, alpha=c)
+        x, p = direction_products.mirrored(p, x, q, sign=-1, add=x, beta=a), x
     del p, q
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
 def polar(
-    unit: list[Tensor], *, matmul: Products, all_reduce_sum: Callable[[Tensor], Tensor]
+    unit: list[Tensor], *, direction_products: Products, all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
 
@@ -60,7 +60,7 @@ def polar(
         unit: of one X [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius
             norm 1, or zero. It is taken out of the list, and its values are lost: nobody holds it
             while there is another iterate.
-        matmul: the products to use.
+        direction_products: the products to use.
         all_reduce_sum: sums what ranks with other rows have (in place).
 
     Returns:
@@ -69,39 +69,39 @@ def polar(
     x = unit.pop()
     batch, _, n = x.shape
     dtype = x.dtype
-    x = matmul.rounded(x)
+    x = direction_products.rounded(x)
     gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        matmul.mirrored(gram, x.mT, x, sign=1)
-        gram = matmul.rounded(all_reduce_sum(gram.to(wide(dtype))))
+        direction_products.mirrored(gram, x.mT, x, sign=1)
+        gram = direction_products.rounded(all_reduce_sum(gram.to(wide(dtype))))
         if step == 0:
-            matmul.mirrored(poly, gram, gram, sign=1)
+            direction_products.mirrored(poly, gram, gram, sign=1)
             r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)
             x.mul_(r.to(x.dtype))
             poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
         else:
-            matmul.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
-        x = matmul.into(torch.empty_like(x), x, poly, add=x, beta=a)
+            direction_products.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
+        x = direction_products.into(torch.empty_like(x), x, poly, add=x, beta=a)
     return x.to(dtype)
 
 
-def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
+def inverse_root(gram: Tensor, *, direction_products: Products) -> tuple[Tensor, Tensor]:
     """The polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
 
     Args:
         gram: G [B, n, n], float32 or float64; of trace 1, or zero.
-        matmul: the products to use.
+        direction_products: the products to use.
 
     Returns:
         H and H G H, [B, n, n] in G's dtype. Directions in which G is below its rounding have
         another H than ``polar`` gives them, of the same bound.
     """
     dtype = gram.dtype
-    gram = matmul.rounded(gram)
+    gram = direction_products.rounded(gram)
     h: Tensor | None = None
     for a, b, c in NEWTON_SCHULZ:
         poly, square = torch.empty_like(gram), torch.empty_like(gram)
-        matmul.mirrored(square, gram, gram, sign=1)
+        direction_products.mirrored(square, gram, gram, sign=1)
         if h is None:
             r = spectral_bound_scale(kernels.frobenius(square), pairs=False)
             gram = gram * (r**2).to(gram.dtype)
@@ -112,9 +112,9 @@ def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
         if h is None:
             h = poly * r.to(poly.dtype)
         else:
-            h = matmul.mirrored(torch.empty_like(h), h, poly, sign=1)
-        square = matmul.mirrored(torch.empty_like(gram), poly, poly, sign=1)
-        gram = matmul.mirrored(torch.empty_like(gram), gram, square, sign=1)
+            h = direction_products.mirrored(torch.empty_like(h), h, poly, sign=1)
+        square = direction_products.mirrored(torch.empty_like(gram), poly, poly, sign=1)
+        gram = direction_products.mirrored(torch.empty_like(gram), gram, square, sign=1)
     assert h is not None, "there is a step"
     return h.to(dtype), gram.to(dtype)
 

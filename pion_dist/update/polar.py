@@ -29,7 +29,13 @@ from ..config import PionConfig, Side
 from ..cost import uses_gram
 from ..state import LEFT, RIGHT, SIGMA
 from .direction import inverse_root, polar
-from .precision import PRODUCTS, Products, exact, float32_precision, moving
+from .precision import (
+    DIRECTION_PRODUCTS,
+    Products,
+    choose_weight_products,
+    exact,
+    float32_precision,
+)
 from .readings import read_polar
 
 # Muon's steps of this root mean square train at AdamW's learning rates (Moonlight, 2025,
@@ -111,8 +117,8 @@ def step(
         does whose average is zero, or at a rate of zero; and the result of
         ``readings.read_polar``, or None without ``collect_metrics``.
     """
-    fast = PRODUCTS[config.matmul_precision]
-    moves = moving(config.matmul_precision, g_Bmn.device)
+    direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
+    weight_products = choose_weight_products(config.matmul_precision, g_Bmn.device)
     left, right, sigma = moments[LEFT], moments[RIGHT], moments[SIGMA]
     u, v = (left, right) if large == "out" else (right, left)
     r = v.shape[-1]
@@ -123,7 +129,14 @@ def step(
     )
     norm = all_reduce_sum(kernels.frobenius(s).square_()).sqrt_()
     go = grads_finite & (norm > 0) & (scale > 0)
-    unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
+    unit = [
+        _over(
+            s if large == "out" else s.mT,
+            norm,
+            own=s is not moments["m"],
+            direction_products=direction_products,
+        )
+    ]
     del s
     frames = _frames(
         unit,
@@ -131,39 +144,49 @@ def step(
         v,
         scale,
         rows=rows,
-        fast=fast,
+        direction_products=direction_products,
         all_reduce_sum=all_reduce_sum,
         collect_metrics=collect_metrics,
     )
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
     before = None
     if collect_metrics and frames.y is not None:
-        d = frames.y if frames.h is None else fast(frames.y, frames.h)
+        d = frames.y if frames.h is None else direction_products(frames.y, frames.h)
         squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
         before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
     beside, inner = frames.y, None
     if frames.out is None:
         del frames  # a square's are as large as its factors
-        coefficients = _cubic(x, fast=fast)
+        coefficients = _cubic(x, direction_products=direction_products)
     else:
-        coefficients, inner = _coefficients(x, c, frames, fast=fast)
+        coefficients, inner = _coefficients(x, c, frames, direction_products=direction_products)
         del frames
     del x
-    new_u = fast(u, coefficients)
+    new_u = direction_products(u, coefficients)
     if beside is not None and inner is not None:
-        fast.added(new_u, beside, inner, alpha=-1.0)
+        direction_products.added(new_u, beside, inner, alpha=-1.0)
     new_u.add_(u)
     del coefficients, beside, inner
-    _polish(new_u, fast=fast, moves=moves, all_reduce_sum=all_reduce_sum)
+    _polish(
+        new_u,
+        direction_products=direction_products,
+        weight_products=weight_products,
+        all_reduce_sum=all_reduce_sum,
+    )
     torch.where(go, new_u, u, out=u)
     del new_u
-    y = _cubic(y, fast=fast)
-    new_v = fast(v, y).add_(v)
+    y = _cubic(y, direction_products=direction_products)
+    new_v = direction_products(v, y).add_(v)
     del y
-    _polish(new_v, fast=fast, moves=moves, all_reduce_sum=lambda x: x)
+    _polish(
+        new_v,
+        direction_products=direction_products,
+        weight_products=weight_products,
+        all_reduce_sum=lambda x: x,
+    )
     torch.where(go, new_v, v, out=v)
     del new_v
-    w = moves(left, (right * sigma.unsqueeze(-2)).mT)
+    w = weight_products(left, (right * sigma.unsqueeze(-2)).mT)
     if before is None:
         return w, go, None
     d, squares, old_v, old_us = before
@@ -172,10 +195,10 @@ def step(
     return w, go, torch.where(grads_finite, found, torch.zeros_like(found))
 
 
-def _over(s: Tensor, norm: Tensor, *, own: bool, fast: Products) -> Tensor:
+def _over(s: Tensor, norm: Tensor, *, own: bool, direction_products: Products) -> Tensor:
     """S of norm 1, or zero, as it is multiplied; in its place if that is the step's own."""
     norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return fast.rounded(s.div_(norm) if own else s / norm)
+    return direction_products.rounded(s.div_(norm) if own else s / norm)
 
 
 def _frames(
@@ -185,7 +208,7 @@ def _frames(
     scale: float | Tensor,
     *,
     rows: int,
-    fast: Products,
+    direction_products: Products,
     all_reduce_sum: Sum,
     collect_metrics: bool,
 ) -> _Frames:
@@ -197,14 +220,24 @@ def _frames(
         v: V.
         scale: η'.
         rows: L.
-        fast: the products to use.
+        direction_products: the products to use.
         all_reduce_sum: sums over the ranks that divide the rows.
         collect_metrics: whether Y is read by all means.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
-        return _through_gram(unit, u, v, scale, fast=fast, all_reduce_sum=all_reduce_sum)
-    found = _directly(unit, u, v, scale, square=rows == r, fast=fast, all_reduce_sum=all_reduce_sum)
+        return _through_gram(
+            unit, u, v, scale, direction_products=direction_products, all_reduce_sum=all_reduce_sum
+        )
+    found = _directly(
+        unit,
+        u,
+        v,
+        scale,
+        square=rows == r,
+        direction_products=direction_products,
+        all_reduce_sum=all_reduce_sum,
+    )
     return found if found.out is not None or collect_metrics else replace(found, y=None)
 
 
@@ -214,17 +247,22 @@ def _through_gram(
     v: Tensor,
     scale: float | Tensor,
     *,
-    fast: Products,
+    direction_products: Products,
     all_reduce_sum: Sum,
 ) -> _Frames:
     """From Y = M V and the inverse root of YᵀY."""
-    y = fast(unit.pop(), fast.rounded(v))
+    y = direction_products(unit.pop(), direction_products.rounded(v))
     gram, inner = _sums(
-        [fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, all_reduce_sum
+        [
+            direction_products.symmetric(y.mT, y),
+            direction_products(direction_products.rounded(u).mT, y),
+        ],
+        v.dtype,
+        all_reduce_sum,
     )
-    h, root = inverse_root(gram, matmul=fast)
-    b = fast(inner, h).mul_(scale)
-    out = root.mul_(scale**2).sub_(fast.symmetric(b.mT, b))
+    h, root = inverse_root(gram, direction_products=direction_products)
+    b = direction_products(inner, h).mul_(scale)
+    out = root.mul_(scale**2).sub_(direction_products.symmetric(b.mT, b))
     return _Frames(b, y, h.mul_(scale), out)
 
 
@@ -235,16 +273,19 @@ def _directly(
     scale: float | Tensor,
     *,
     square: bool,
-    fast: Products,
+    direction_products: Products,
     all_reduce_sum: Sum,
 ) -> _Frames:
     """From D = η' polar(M) itself."""
-    y = fast(polar(unit, matmul=fast, all_reduce_sum=all_reduce_sum), fast.rounded(v)).mul_(scale)
-    inner = fast(fast.rounded(u).mT, y)
+    y = direction_products(
+        polar(unit, direction_products=direction_products, all_reduce_sum=all_reduce_sum),
+        direction_products.rounded(v),
+    ).mul_(scale)
+    inner = direction_products(direction_products.rounded(u).mT, y)
     if square:
         return _Frames(all_reduce_sum(inner.to(v.dtype)), y, None, None)
-    b, gram = _sums([inner, fast.symmetric(y.mT, y)], v.dtype, all_reduce_sum)
-    return _Frames(b, y, None, gram.sub_(fast.symmetric(b.mT, b)))
+    b, gram = _sums([inner, direction_products.symmetric(y.mT, y)], v.dtype, all_reduce_sum)
+    return _Frames(b, y, None, gram.sub_(direction_products.symmetric(b.mT, b)))
 
 
 def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[Tensor]:
@@ -253,7 +294,7 @@ def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[
 
 
 def _coefficients(
-    x: Tensor, c: Tensor, frames: _Frames, *, fast: Products
+    x: Tensor, c: Tensor, frames: _Frames, *, direction_products: Products
 ) -> tuple[Tensor, Tensor]:
     """K and L of E(A) U = U (I + K) − Y L, where W is not square. (X and ZᵀZ are lost)
 
@@ -262,8 +303,8 @@ def _coefficients(
     """
     assert frames.out is not None, "a square's Z is zero"
     n = frames.out.mul_(c.unsqueeze(-1)).mul_(c.unsqueeze(-2))
-    square = fast.symmetric(x, x)
-    third = fast(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
+    square = direction_products.symmetric(x, x)
+    third = direction_products(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
     third = kernels.skew(third, scale=1.0 / 16.0)
     square.sub_(n)
     t = x.mul(0.5).add_(square, alpha=0.125)
@@ -271,9 +312,9 @@ def _coefficients(
     t.mul_(c.unsqueeze(-1))
     s = square.mul_(0.5).add_(third).add_(x)
     del third
-    fast.added(s, frames.b, t)
-    t = t if frames.h is None else fast(frames.h, t)
-    return s, fast.rounded(t)
+    direction_products.added(s, frames.b, t)
+    t = t if frames.h is None else direction_products(frames.h, t)
+    return s, direction_products.rounded(t)
 
 
 def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
@@ -284,19 +325,21 @@ def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
     return square + frames.out * (c.unsqueeze(-1) * c.unsqueeze(-2))
 
 
-def _cubic(a: Tensor, *, fast: Products) -> Tensor:
+def _cubic(a: Tensor, *, direction_products: Products) -> Tensor:
     """E(A) − I of skew matrices [B, r, r]."""
-    square = fast.symmetric(a, a)
-    third = fast.symmetric(square, a, sign=-1)
+    square = direction_products.symmetric(a, a)
+    third = direction_products.symmetric(square, a, sign=-1)
     return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
 
 
-def _polish(u: Tensor, *, fast: Products, moves: Products, all_reduce_sum: Sum) -> None:
+def _polish(
+    u: Tensor, *, direction_products: Products, weight_products: Products, all_reduce_sum: Sum
+) -> None:
     """U (I + (I − UᵀU)/2): squares U's distance from orthonormal columns. (modified in place)
 
     The Gram matrix decides how far W's spectrum is from Σ; the product with it is a correction of
     1e-3 at most, which bf16 rounds to 4e-6.
     """
-    gram = all_reduce_sum(moves.symmetric(u.mT, u)).mul_(-0.5)
+    gram = all_reduce_sum(weight_products.symmetric(u.mT, u)).mul_(-0.5)
     gram.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    u.add_(fast(u, gram))
+    u.add_(direction_products(u, gram))

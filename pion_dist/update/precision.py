@@ -230,7 +230,7 @@ def _pieces(x: Tensor, dim: int, order: tuple[int, ...]) -> Tensor:
 exact = Products()
 """IEEE arithmetic."""
 
-PRODUCTS = {
+DIRECTION_PRODUCTS = {
     "highest": exact,
     "high": Products(setting=_TF32),
     "bf16": Products(stored=torch.bfloat16),
@@ -239,7 +239,7 @@ PRODUCTS = {
 and the turning of moments."""
 
 
-def moving(precision: str, device: torch.device) -> Products:
+def choose_weight_products(precision: str, device: torch.device) -> Products:
     """The products of what moves a weight, on which its spectrum depends.
 
     Args:

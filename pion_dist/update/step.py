@@ -14,7 +14,7 @@ from ..config import PionConfig, Side
 from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted
 from .generators import Dense, Generator, Outer, factors
-from .precision import PRODUCTS, Products, float32_precision, moving
+from .precision import DIRECTION_PRODUCTS, Products, choose_weight_products, float32_precision
 from .readings import Turning, read
 from .retraction import Known, Polynomial, coefficients, factor, rotate
 
@@ -52,8 +52,8 @@ def step(
     Returns:
         The result of ``readings.read``, or None without ``collect_metrics``.
     """
-    fast = PRODUCTS[config.matmul_precision]
-    moves = moving(config.matmul_precision, w_Bmn.device)
+    direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
+    weight_products = choose_weight_products(config.matmul_precision, w_Bmn.device)
     lies = arrangement if arrangement is not None else Whole()
     if config.momentum == "lie":
         generators = _from_lie(
@@ -64,7 +64,7 @@ def step(
             config=config,
             active=active,
             grads_finite=grads_finite,
-            matmul=fast,
+            direction_products=direction_products,
         )
     else:
         generators = _from_average(
@@ -76,16 +76,16 @@ def step(
             active=active,
             forms=forms,
             grads_finite=grads_finite,
-            matmul=fast,
+            direction_products=direction_products,
         )
     rms = config.scaling == "rms"
-    known = [a.apply(w_Bmn, matmul=moves) if rms else None for a in generators]
+    known = [a.apply(w_Bmn, matmul=weight_products) if rms else None for a in generators]
     alphas = _alphas(w_Bmn, [term for term in known if term is not None], lies, config=config)
     alphas = alphas * len(generators)
     angles = [alpha * lr for alpha in alphas]
     how = _retraction(config)
     turned = _turning(generators, angles, how)
-    change = turned(w_Bmn, known, matmul=moves)
+    change = turned(w_Bmn, known, matmul=weight_products)
     del known
     found = None
     if collect_metrics:
@@ -100,12 +100,12 @@ def step(
     m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
         # They have views of W and m: both changes before either is made.
-        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
+        turn = turned(m.to(w_Bmn.dtype), None, matmul=direction_products)
         kernels.moved(w_Bmn, change, grads_finite=grads_finite)
     else:
         kernels.moved(w_Bmn, change, grads_finite=grads_finite)
         del change
-        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
+        turn = turned(m.to(w_Bmn.dtype), None, matmul=direction_products)
     kernels.moved(m, turn, grads_finite=grads_finite)
     return found
 
@@ -119,19 +119,19 @@ def _from_lie(
     config: PionConfig,
     active: Sequence[Side],
     grads_finite: Tensor,
-    matmul: Products,
+    direction_products: Products,
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
     found: dict[Side, Generator] = {}
     for side in config.sides:
         m, v = moments[f"m_{side}"], moments.get(f"v_{side}")
         lie = Lie(m, v, config, grads_finite, wanted=side in active)
-        a = lies.averaged(w, g, lie, side=side, matmul=matmul)
+        a = lies.averaged(w, g, lie, side=side, direction_products=direction_products)
         if a is None:
             continue
         if config.direction == "msign":
             a = a if config.nesterov else a.clone()  # it may be the moment
-            a = lies.sign(a, side=side, eps=config.eps, matmul=matmul)
+            a = lies.sign(a, side=side, eps=config.eps, direction_products=direction_products)
         found[side] = lies.generator(a, side=side)
     return [found[side] for side in active]
 
@@ -146,7 +146,7 @@ def _from_average(
     active: Sequence[Side],
     forms: Mapping[Side, str],
     grads_finite: Tensor,
-    matmul: Products,
+    direction_products: Products,
 ) -> list[Generator]:
     """Average the gradient, and project the average to the active sides' generators."""
     beta1, beta2 = config.betas
@@ -165,11 +165,12 @@ def _from_average(
         if lies.low_rank and forms[side] == "factors":
             found[side] = Outer(side, *factors(w, s, side=side))
         else:
-            made[side] = lies.product(w, s, side=side, matmul=matmul)
+            made[side] = lies.product(w, s, side=side, direction_products=direction_products)
     del s  # the sign needs its room, and below that of what it is made from
     for side in list(made):
         k = made.pop(side)
-        k = lies.sign(k, side=side, eps=config.eps, matmul=matmul) if sign else k
+        if sign:
+            k = lies.sign(k, side=side, eps=config.eps, direction_products=direction_products)
         found[side] = lies.generator(k, side=side)
     return [found[side] for side in active]
 
