@@ -199,7 +199,7 @@ def _loaded(name: str) -> Any:
 
 
 class GroupPeers:
-    """The ranks of a process group, as ``update.arrangement.Peers``."""
+    """The ranks of a process group, as ``update.layout.Peers``."""
 
     def __init__(self, group: ProcessGroup) -> None:
         """The ranks that share matrices."""

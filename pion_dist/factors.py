@@ -20,7 +20,7 @@ from .config import Axis, Side
 from .exchange import is_first
 from .state import LEFT, RIGHT, SIGMA
 from .update import polar
-from .update.arrangement import Peers
+from .update.layout import Peers
 
 logger = logging.getLogger("pion_dist")
 

@@ -22,7 +22,7 @@ from .matrices import MatrixView, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
 from .storage import compute_dtype
 from .update import polar
-from .update.arrangement import Arrangement, Blocks, Divided
+from .update.layout import Blocks, Divided, Layout
 from .update.step import step as update
 
 logger = logging.getLogger("pion_dist")
@@ -587,7 +587,7 @@ class Pion(torch.optim.Optimizer):
                 active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
                 forms=cost.forms(x.m, x.n, self.config),
                 grads_finite=grads_finite,
-                arrangement=self._arrangement(x),
+                layout=self._layout(x),
                 collect_metrics=collect_metrics,
             )
         if coded:
@@ -660,7 +660,7 @@ class Pion(torch.optim.Optimizer):
             found = found.chunk(peers.size, 1 if x.axis == "rows" else 2)[peers.rank]
         w[turns] = torch.where(grads_finite, found, mine)
 
-    def _arrangement(self, x: MatrixPlan) -> Arrangement | None:
+    def _layout(self, x: MatrixPlan) -> Layout | None:
         """How ``_update``'s matrices lie; None for whole."""
         peers = GroupPeers(self.groups[x.group]) if x.shared and x.group is not None else None
         if x.axis is None:

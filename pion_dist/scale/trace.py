@@ -20,7 +20,7 @@ from .. import cost, state
 from ..config import SIDE_OF, Axis, PionConfig
 from ..factors import Rows
 from ..update import polar
-from ..update.arrangement import Blocks, Divided
+from ..update.layout import Blocks, Divided
 from ..update.step import step as update
 
 Kind = Literal["float32", "tf32", "bf16", "solver", "other"]
@@ -70,12 +70,12 @@ def kernels(
     if axis is not None:
         shape[1 if axis == "rows" else 2] //= ranks
     w, g = torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
-    arrangement: Blocks | Divided | None = None
+    layout: Blocks | Divided | None = None
     if axis is not None and config.tp_mode == "blockwise":
         peers = Peers(ranks) if ranks > 1 else None
-        arrangement = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
+        layout = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
     elif axis is not None and ranks > 1:
-        arrangement = Divided(SIDE_OF[axis], Peers(ranks))
+        layout = Divided(SIDE_OF[axis], Peers(ranks))
     grads_finite = torch.empty((), dtype=torch.bool, device="meta")
     held = {
         name: torch.empty(
@@ -98,7 +98,7 @@ def kernels(
             active=cost.order(m, n, config.active_sides(step)),
             forms=cost.forms(m, n, config),
             grads_finite=grads_finite,
-            arrangement=arrangement,
+            layout=layout,
         )
     return tuple(recorder.kernels)
 
@@ -133,7 +133,7 @@ def _polar(
 
 @dataclass(frozen=True)
 class Peers:
-    """Stand in for ``size`` ranks, as ``update.arrangement.Peers``: shapes, no communication."""
+    """Stand in for ``size`` ranks, as ``update.layout.Peers``: shapes, no communication."""
 
     size: int
     rank: int = 0

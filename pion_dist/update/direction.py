@@ -13,26 +13,29 @@ from .precision import Products
 
 
 def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
-    """first / (sqrt(second) + eps), elementwise; skew where first is skew and second symmetric."""
+    """Divide elementwise: first / (sqrt(second) + eps).
+
+    The result is skew where ``first`` is skew and ``second`` symmetric.
+    """
     return first / second.sqrt().add_(eps)
 
 
 def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
-    """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz, with two more in memory.
+    """Compute the matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz.
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
-    products, each symmetric or skew. K is first divided by a bound of its largest singular value
-    that the first step's products give: see ``spectral_bound_scale``.
+    products, each symmetric or skew, and two more matrices in memory. K is first divided by a bound
+    of its largest singular value, which the first step's products give: ``spectral_bound_scale``.
     The result is made exactly skew again, since the spectrum depends on it.
 
     Args:
         k: skew [B, d, d]. (its values are lost)
-        eps: added to the Frobenius norm that K is divided by before all else.
+        eps: added to the Frobenius norm, by which K is divided first.
         direction_products: the products to use.
 
     Returns:
-        Skew [B, d, d], singular values in [0.68, 1.21] where K's are above 0.02 of that bound;
-        zero where they are zero.
+        Skew [B, d, d]. Its singular values are in [0.68, 1.21] where K's are above 0.02 of that
+        bound, and zero where K's are zero.
     """
     x = direction_products.rounded(k.div_(kernels.frobenius(k) + eps))
     p, q = torch.empty_like(x), torch.empty_like(x)
@@ -41,7 +44,7 @@ def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
         if step == 0:
             direction_products.mirrored(q, p, p, sign=1)
             r = spectral_bound_scale(kernels.frobenius(q))
-            # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
+            # In x's dtype: the CPU would copy a bf16 matrix to float32 to multiply it by a float32.
             x.mul_(r.to(x.dtype))
             q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
         else:
@@ -54,14 +57,14 @@ def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
 def polar(
     unit: list[Tensor], *, direction_products: Products, all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
+    """Compute the polar factor X (XᵀX)^(−1/2) of tall matrices by the iteration of ``msign``.
 
     Args:
-        unit: of one X [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius
-            norm 1, or zero. It is taken out of the list, and its values are lost: nobody holds it
-            while there is another iterate.
+        unit: a list of one tensor: X [B, m, n], or this rank's rows of it, of Frobenius norm 1 or
+            zero. X is taken out of the list, so that its memory is free while the next iterate is
+            made. (its values are lost)
         direction_products: the products to use.
-        all_reduce_sum: sums what ranks with other rows have (in place).
+        all_reduce_sum: sums over the ranks that divide the rows (in place).
 
     Returns:
         [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
@@ -86,15 +89,15 @@ def polar(
 
 
 def inverse_root(gram: Tensor, *, direction_products: Products) -> tuple[Tensor, Tensor]:
-    """The polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
+    """Compute the polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
 
     Args:
         gram: G [B, n, n], float32 or float64; of trace 1, or zero.
         direction_products: the products to use.
 
     Returns:
-        H and H G H, [B, n, n] in G's dtype. Directions in which G is below its rounding have
-        another H than ``polar`` gives them, of the same bound.
+        H and H G H, [B, n, n] in G's dtype. H differs from ``polar``'s in directions in which G is
+        below its rounding; the bound of H is the same there.
     """
     dtype = gram.dtype
     gram = direction_products.rounded(gram)
@@ -120,20 +123,20 @@ def inverse_root(gram: Tensor, *, direction_products: Products) -> tuple[Tensor,
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ranks' sums of a dtype's products are added."""
+    """Return the dtype in which ranks add up products of ``dtype``."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def spectral_bound_scale(norm: Tensor, *, pairs: bool = True) -> Tensor:
-    """What X is multiplied by, so that its largest singular value is at most 1, just below it.
+    """Compute the scale that brings X's largest singular value to just below 1, never above.
 
-    A skew X has its singular values in equal pairs, so that ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸; it is
-    at most d σ₁⁸, so that σ₁ ends in [(2/d)^(1/8), 1]: above 0.38 for d = 4096, where ‖X‖_F of
-    equal values is 64 σ₁.
+    The singular values of a skew X come in equal pairs, so ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸. It is
+    at most d σ₁⁸, so σ₁ ends in [(2/d)^(1/8), 1]: above 0.38 for d = 4096, where ‖X‖_F of equal
+    values is 64 σ₁.
 
     Args:
-        norm: ‖X⁴‖_F, or ‖(XᵀX)²‖_F, where ‖X‖_F is 1 or 0.
+        norm: ‖X⁴‖_F, or ‖(XᵀX)²‖_F, of an X with ‖X‖_F = 1 or 0.
         pairs: whether X is skew.
     """
-    # ‖X⁴‖_F^(1/4) is d^(−3/8) at least.
+    # ‖X⁴‖_F^(1/4) is at least d^(−3/8), so the floor changes only a zero X.
     return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125 if pairs else 1.0)

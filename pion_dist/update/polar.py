@@ -1,18 +1,18 @@
 """The polar step: Muon's step, kept on the matrices of one spectrum (docs/algorithm.md).
 
 W = U Σ Vᵀ with U [m, r], V [n, r] and r = min(m, n). Σ never changes; U and V are state. Muon's
-step D = η' M (MᵀM)^(−1/2) is taken apart in the two singular frames. What would change singular
-values to first order, the diagonal of B = Uᵀ D V, is dropped. The rest turns U and V:
+step D = η' M (MᵀM)^(−1/2) is expressed in the two singular frames. The diagonal of B = Uᵀ D V would
+change singular values to first order, so it is dropped. The rest turns U and V:
 
     U ← E(A) U,  A U = U X − Z diag(c),  Z = D V − U B;   V ← V E(Y);   W ← U Σ Vᵀ
 
-``kernels.angles`` has the skew X and Y, and c. E(A) = I + A + A²/2 + A³/8 leaves
-E(A)ᵀE(A) = I − A⁶/64, and I + (I − UᵀU)/2 takes away that and the rounding.
+``kernels.angles`` computes the skew X and Y, and c. E(A) = I + A + A²/2 + A³/8 leaves
+E(A)ᵀE(A) = I − A⁶/64; a product with I + (I − UᵀU)/2 removes that and the rounding.
 
-A wide W is stepped as its transpose: L is the larger of m and n, and U has L rows. D is not formed
-where L is much larger than r: D V = (M V) H with the polynomial H of (M V)ᵀ M V that is close to
-its inverse root, so that only products of L rows with M V, U and V are left. Rows divide over
-ranks with sums of r x r matrices and nothing else.
+A wide W is stepped as its transpose: L is the larger of m and n, and U has L rows. Where L is much
+larger than r, D is not formed: D V = (M V) H, with a polynomial H of (M V)ᵀ M V that is close to
+its inverse root. So only M V, U and V are multiplied with L rows. Ranks that divide the rows
+exchange sums of r x r matrices and nothing else.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from .precision import (
 )
 from .readings import read_polar
 
-# Muon's steps of this root mean square train at AdamW's learning rates (Moonlight, 2025,
+# Muon's steps with this root mean square train at AdamW's learning rates (Moonlight, 2025,
 # https://arxiv.org/abs/2502.16982, section 2.2).
 RMS = 0.2
 
 Sum = Callable[[Tensor], Tensor]
-"""Sums what ranks with other rows have (in place)."""
+"""Sums a tensor over the ranks that divide the rows (in place)."""
 
 
 def factorize(w_Bmn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [B, m, r], σ [B, r] in descending order and V [B, n, r] of W, computed in float64."""
+    """Compute U [B, m, r], σ [B, r] in descending order and V [B, n, r] of W, in float64."""
     u, sigma, vt = torch.linalg.svd(w_Bmn.double(), full_matrices=False)
-    # Contiguous, as collectives need them.
+    # Collectives need contiguous tensors.
     u, v = (x.to(w_Bmn.dtype).contiguous() for x in (u, vt.mT))
     return u, sigma.to(w_Bmn.dtype), v
 
 
 def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, all_reduce_sum: Sum) -> Tensor:
-    """‖W − U Σ Vᵀ‖_F / ‖W‖_F of each matrix, [B]: NaN where something is not finite.
+    """Compute ‖W − U Σ Vᵀ‖_F / ‖W‖_F of each matrix, [B]; NaN where something is not finite.
 
     Args:
-        w_Bmn: weights, or the rows or columns of them that this rank has.
+        w_Bmn: weights, or this rank's rows or columns of them.
         moments: U, Σ and V.
-        all_reduce_sum: of the ranks that divide W.
+        all_reduce_sum: sums over the ranks that divide W.
     """
     product = torch.bmm(moments[LEFT], (moments[RIGHT] * moments[SIGMA].unsqueeze(-2)).mT)
     norms = [all_reduce_sum(x.square().sum((-2, -1))) for x in (w_Bmn - product, w_Bmn)]
@@ -69,12 +69,12 @@ def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, all_reduce_sum: Su
 
 @dataclass(frozen=True)
 class _Frames:
-    """Muon's step in the singular frames, as the step of U needs it.
+    """Muon's step in the singular frames, in the form that U's step needs.
 
     Attributes:
         b: B = Uᵀ D V, [B, r, r].
-        y: [B, L, r], with D V = Y H; None for a square W, unless metrics are collected.
-        h: [B, r, r]; None for the identity.
+        y: Y [B, L, r] of D V = Y H; None for a square W, unless metrics are collected.
+        h: H [B, r, r]; None for the identity.
         out: ZᵀZ = (D V)ᵀ D V − BᵀB, [B, r, r]; None for a square W, whose Z is zero.
     """
 
@@ -100,22 +100,23 @@ def step(
     """Move the average and the factors by one step.
 
     Args:
-        g_Bmn: gradients [B, m, n], float32 or float64; the rows (of the large side) that this rank
-            has, where ranks divide them.
-        moments: ``m`` as the gradients, ``left`` U [B, m, r], ``right`` V [B, n, r], of which one
-            is divided likewise, and ``sigma`` [B, r]. (modified in place)
+        g_Bmn: gradients [B, m, n], float32 or float64, or this rank's rows of them (of the large
+            side).
+        moments: ``m`` of the gradients' shape, ``left`` U [B, m, r], ``right`` V [B, n, r] and
+            ``sigma`` [B, r]. Ranks that divide the rows also divide those of the large side's
+            factor. (modified in place)
         config: the run's options.
         lr: η.
         large: the side of the larger dimension.
-        rows: of that side, on all ranks: L.
+        rows: L, the number of rows on all ranks.
         grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
         all_reduce_sum: sums over the ranks that divide the rows.
         collect_metrics: whether to measure what the step does.
 
     Returns:
-        The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
-        does whose average is zero, or at a rate of zero; and the result of
-        ``readings.read_polar``, or None without ``collect_metrics``.
+        The weights U Σ Vᵀ, of the gradients' shape; whether each matrix has moved, [B, 1, 1]; and
+        the result of ``readings.read_polar``, or None without ``collect_metrics``. A matrix whose
+        average is zero does not move, nor does any at a rate of zero.
     """
     direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
     weight_products = choose_weight_products(config.matmul_precision, g_Bmn.device)
@@ -130,7 +131,7 @@ def step(
     norm = all_reduce_sum(kernels.frobenius(s).square_()).sqrt_()
     go = grads_finite & (norm > 0) & (scale > 0)
     unit = [
-        _over(
+        _normalized(
             s if large == "out" else s.mT,
             norm,
             own=s is not moments["m"],
@@ -156,7 +157,7 @@ def step(
         before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
     beside, inner = frames.y, None
     if frames.out is None:
-        del frames  # a square's are as large as its factors
+        del frames  # those of a square W are as large as its factors
         coefficients = _cubic(x, direction_products=direction_products)
     else:
         coefficients, inner = _coefficients(x, c, frames, direction_products=direction_products)
@@ -191,12 +192,12 @@ def step(
         return w, go, None
     d, squares, old_v, old_us = before
     change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
-    found = read_polar(change, d, (u, v), squares, numel=rows * r, all_reduce_sum=all_reduce_sum)
-    return w, go, torch.where(grads_finite, found, torch.zeros_like(found))
+    metrics = read_polar(change, d, (u, v), squares, numel=rows * r, all_reduce_sum=all_reduce_sum)
+    return w, go, torch.where(grads_finite, metrics, torch.zeros_like(metrics))
 
 
-def _over(s: Tensor, norm: Tensor, *, own: bool, direction_products: Products) -> Tensor:
-    """S of norm 1, or zero, as it is multiplied; in its place if that is the step's own."""
+def _normalized(s: Tensor, norm: Tensor, *, own: bool, direction_products: Products) -> Tensor:
+    """Divide S by its norm and round it for products; in place if the step owns S (``own``)."""
     norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return direction_products.rounded(s.div_(norm) if own else s / norm)
 
@@ -212,24 +213,24 @@ def _frames(
     all_reduce_sum: Sum,
     collect_metrics: bool,
 ) -> _Frames:
-    """Muon's step in the frames; the cheaper way.
+    """Compute Muon's step in the frames by the cheaper of two ways.
 
     Args:
-        unit: the average S, of norm 1, which is taken out of the list when it is done with.
+        unit: a list of the average S, of norm 1, which is taken out of it after its last use.
         u: U.
         v: V.
         scale: η'.
         rows: L.
         direction_products: the products to use.
         all_reduce_sum: sums over the ranks that divide the rows.
-        collect_metrics: whether Y is read by all means.
+        collect_metrics: whether the metrics need Y.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
         return _through_gram(
             unit, u, v, scale, direction_products=direction_products, all_reduce_sum=all_reduce_sum
         )
-    found = _directly(
+    frames = _directly(
         unit,
         u,
         v,
@@ -238,7 +239,7 @@ def _frames(
         direction_products=direction_products,
         all_reduce_sum=all_reduce_sum,
     )
-    return found if found.out is not None or collect_metrics else replace(found, y=None)
+    return frames if frames.out is not None or collect_metrics else replace(frames, y=None)
 
 
 def _through_gram(
@@ -250,7 +251,7 @@ def _through_gram(
     direction_products: Products,
     all_reduce_sum: Sum,
 ) -> _Frames:
-    """From Y = M V and the inverse root of YᵀY."""
+    """Compute the frames from Y = M V and the inverse root of YᵀY."""
     y = direction_products(unit.pop(), direction_products.rounded(v))
     gram, inner = _sums(
         [
@@ -276,7 +277,7 @@ def _directly(
     direction_products: Products,
     all_reduce_sum: Sum,
 ) -> _Frames:
-    """From D = η' polar(M) itself."""
+    """Compute the frames from D = η' polar(M) itself."""
     y = direction_products(
         polar(unit, direction_products=direction_products, all_reduce_sum=all_reduce_sum),
         direction_products.rounded(v),
@@ -289,14 +290,14 @@ def _directly(
 
 
 def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[Tensor]:
-    """The ranks' sums of r x r matrices, in one collective."""
+    """Sum r x r matrices over ranks, in one collective."""
     return list(all_reduce_sum(torch.stack([x.to(dtype) for x in parts])).unbind())
 
 
 def _coefficients(
     x: Tensor, c: Tensor, frames: _Frames, *, direction_products: Products
 ) -> tuple[Tensor, Tensor]:
-    """K and L of E(A) U = U (I + K) − Y L, where W is not square. (X and ZᵀZ are lost)
+    """Compute K and L of E(A) U = U (I + K) − Y L, for a W that is not square. (X, ZᵀZ are lost)
 
     A² U = U (X² − N) − Z C X and A³ U = U (X³ − X N − N X) − Z C (X² − N), where C = diag(c) and
     N = C ZᵀZ C. So E(A) U = U S − Z T, which with Z = Y H − U B is U (S + B T) − Y (H T).
@@ -318,7 +319,7 @@ def _coefficients(
 
 
 def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
-    """−A² restricted to U: N − X²."""
+    """Compute −A² restricted to U: N − X²."""
     square = exact.symmetric(x, -x)
     if frames.out is None:
         return square
@@ -326,7 +327,7 @@ def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
 
 
 def _cubic(a: Tensor, *, direction_products: Products) -> Tensor:
-    """E(A) − I of skew matrices [B, r, r]."""
+    """Compute E(A) − I of skew matrices [B, r, r]."""
     square = direction_products.symmetric(a, a)
     third = direction_products.symmetric(square, a, sign=-1)
     return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
@@ -335,9 +336,9 @@ def _cubic(a: Tensor, *, direction_products: Products) -> Tensor:
 def _polish(
     u: Tensor, *, direction_products: Products, weight_products: Products, all_reduce_sum: Sum
 ) -> None:
-    """U (I + (I − UᵀU)/2): squares U's distance from orthonormal columns. (modified in place)
+    """Multiply U by I + (I − UᵀU)/2, which squares its orthogonality error. (modified in place)
 
-    The Gram matrix decides how far W's spectrum is from Σ; the product with it is a correction of
+    The Gram matrix decides how far W's spectrum is from Σ. The product with it is a correction of
     1e-3 at most, which bf16 rounds to 4e-6.
     """
     gram = all_reduce_sum(weight_products.symmetric(u.mT, u)).mul_(-0.5)

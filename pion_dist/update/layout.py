@@ -1,12 +1,12 @@
-"""How the matrices of a step lie: whole, in blocks, or divided over ranks.
+"""The layouts of a step's matrices: whole, in blocks, or divided over ranks.
 
-An arrangement makes a side's generator and holds it as its moments are held; the rest of a step is
-the same for all. With W cut along its rows (the columns are the mirror image), W = [W_1; ...; W_N]:
+A layout makes a side's generator, in the layout of its moments; the rest of a step is the same for
+all layouts. Let W be cut along its rows, W = [W_1; ...; W_N] (columns are the mirror image):
 
-- in blocks, the out side has a generator for each, W_i S_iᵀ − S_i W_iᵀ, and the in side one for
-  all, Σ S_iᵀ W_i − W_iᵀ S_i: the factors blkdiag(R_1, ..., R_N) and P keep the whole spectrum;
-- divided, rank r has the rows W_r Sᵀ − S_r Wᵀ of the one out generator, and after a reduce-scatter
-  rows of the in generator.
+- Blocks: each block has an out generator, W_i S_iᵀ − S_i W_iᵀ, and all share one in generator,
+  Σ S_iᵀ W_i − W_iᵀ S_i. The factors blkdiag(R_1, ..., R_N) and P keep W's spectrum.
+- Divided: rank r has the rows W_r Sᵀ − S_r Wᵀ of a single out generator and, after a
+  reduce-scatter, its rows of the in generator.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .direction import adapted, msign, spectral_bound_scale
 from .generators import Dense, Generator, Matmul, factors, generator
 from .precision import Products
 
-_DIM: dict[Side, int] = {"out": 1, "in": 2}  # of X [B, m, n], as long as the side's generator
+_DIM: dict[Side, int] = {"out": 1, "in": 2}  # the dimension of X [B, m, n] that a side multiplies
 
 
 class Peers(Protocol):
-    """The ranks that share the matrices, and what they do together."""
+    """The ranks that share the matrices, and their collectives."""
 
     @property
     def size(self) -> int:
@@ -37,7 +37,7 @@ class Peers(Protocol):
 
     @property
     def rank(self) -> int:
-        """This one."""
+        """Index of this rank."""
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum the ranks' tensors (modified in place)."""
@@ -50,15 +50,15 @@ class Peers(Protocol):
 
 
 @dataclass(frozen=True)
-class Lie:
-    """A side's Lie moments in a step, and what ``kernels.lie_moments`` does with them.
+class LieMoments:
+    """A side's Lie moments, with the arguments that average them.
 
     Attributes:
-        m: the average of generators. (modified in place)
-        v: of their squares, with an adaptive direction. (modified in place)
+        m: average of the generators. (modified in place)
+        v: average of their squares; None unless the direction is adaptive. (modified in place)
         config: the run's options.
         grads_finite: boolean scalar; where it is False the moments stay.
-        wanted: whether the direction is.
+        wanted: whether to return the direction.
     """
 
     m: Tensor
@@ -67,13 +67,13 @@ class Lie:
     grads_finite: Tensor
     wanted: bool
 
-    def flat(self) -> Lie:
-        """Of the blocks of all matrices, one after the other."""
+    def flat(self) -> LieMoments:
+        """Merge matrices and blocks, [B, N, ...], into one batch, [B N, ...]."""
         v = self.v.flatten(0, 1) if self.v is not None else None
         return replace(self, m=self.m.flatten(0, 1), v=v)
 
     def averaged(self, x: Tensor) -> Tensor | None:
-        """Average X − Xᵀ, or K, of ``kernels.outer``; the direction, if it is wanted."""
+        """Average the generators of ``kernels.outer``'s result; return the direction if wanted."""
         config = self.config
         return kernels.lie_moments(
             x,
@@ -88,7 +88,7 @@ class Lie:
         )
 
     def averaged_rows(self, k: Tensor) -> Tensor | None:
-        """Average rows [B, ., d] of generators, which are of no triangle: moments are dense."""
+        """Average rows [B, ., d] of generators; rows have no triangle, so moments are dense."""
         (beta1, beta2), nesterov = self.config.betas, self.config.nesterov and self.wanted
         a = kernels.average(
             self.m, k, beta=beta1, nesterov=nesterov, grads_finite=self.grads_finite
@@ -101,39 +101,41 @@ class Lie:
         return a if self.wanted else None
 
 
-class Arrangement(Protocol):
-    """What a step needs to know of how its matrices lie."""
+class Layout(Protocol):
+    """The operations of a step that depend on how its matrices lie over ranks."""
 
     @property
     def low_rank(self) -> bool:
-        """Whether generators may be held in factors."""
+        """Whether a generator may be kept as its factors U, V."""
 
     @property
     def shares(self) -> int:
-        """Ranks that have a share of each matrix."""
+        """Number of ranks that have a share of each matrix."""
 
     def cuts(self, side: Side) -> bool:
-        """Whether a rank's share of X is one of the dimension of this side."""
+        """Tell whether ranks divide the dimension that a side's generator multiplies."""
 
     def share(self, x: Tensor, *, side: Side) -> Tensor:
-        """This rank's share of vectors of a side, [B, 1, n] or [B, m, 1]."""
+        """Return this rank's share of a side's vectors, [B, 1, n] or [B, m, 1]."""
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
-        """The skew generator that S gives at W."""
+    def generator_matrix(
+        self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul
+    ) -> Tensor:
+        """Compute the skew generator of S at W, in this layout."""
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
+        self, w: Tensor, g: Tensor, lie: LieMoments, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
-        """Average the generator of G and its square; the direction, if it is wanted."""
+        """Average the generator of G, and its square; return the direction if wanted."""
 
     def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
-        """The matrix sign of what ``product`` has made."""
+        """Compute the matrix sign of a ``generator_matrix``."""
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
-        """What multiplies, of what ``product`` or ``sign`` has made."""
+        """Wrap a ``generator_matrix``, or its ``sign``, as the generator that multiplies."""
 
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Frobenius norm of each whole matrix X, or X + Y, [B, 1, 1]."""
+        """Compute the Frobenius norm of each whole matrix X, or X + Y: [B, 1, 1]."""
 
 
 class Whole:
@@ -143,33 +145,35 @@ class Whole:
     shares = 1
 
     def cuts(self, side: Side) -> bool:
-        """No."""
+        """Tell that no side is divided."""
         return False
 
     def share(self, x: Tensor, *, side: Side) -> Tensor:
-        """All of it."""
+        """Return X."""
         return x
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
-        """[B, d, d]."""
+    def generator_matrix(
+        self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul
+    ) -> Tensor:
+        """Compute the generator, [B, d, d]."""
         return generator(w, s, side=side, matmul=direction_products)
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
+        self, w: Tensor, g: Tensor, lie: LieMoments, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
-        """[B, d, d]."""
+        """Average the generators; return the direction [B, d, d] if wanted."""
         return lie.averaged(kernels.outer(*factors(w, g, side=side), matmul=direction_products))
 
     def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
-        """[B, d, d]."""
+        """Compute the matrix sign, [B, d, d]."""
         return msign(k, eps=eps, direction_products=direction_products)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
-        """Its matrix."""
+        """Wrap the matrix [B, d, d]."""
         return Dense(side, k)
 
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Of [B, m, n]."""
+        """Compute the norm of each matrix of X [B, m, n], or X + Y."""
         return kernels.frobenius(x, y)
 
 
@@ -178,9 +182,9 @@ class Blocks:
     """A block-diagonal factor on one side, one factor for all blocks on the other.
 
     Attributes:
-        side: of the blocks.
+        side: the side with a factor for each block.
         count: blocks of each matrix on this rank.
-        peers: that have the others, if any.
+        peers: the ranks that share each matrix's blocks; None where this rank has all.
     """
 
     side: Side
@@ -190,21 +194,23 @@ class Blocks:
 
     @property
     def shares(self) -> int:
-        """Ranks that have blocks of each matrix."""
+        """Number of ranks that have blocks of each matrix."""
         return self.peers.size if self.peers is not None else 1
 
     def cuts(self, side: Side) -> bool:
-        """Of the side of the blocks."""
+        """Tell whether ranks divide this side's blocks."""
         return self.peers is not None and side == self.side
 
     def share(self, x: Tensor, *, side: Side) -> Tensor:
-        """Of its blocks."""
+        """Return the part of X that belongs to this rank's blocks."""
         if self.peers is None or side != self.side:
             return x
         return _share(x, side, self.peers)
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
-        """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
+    def generator_matrix(
+        self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul
+    ) -> Tensor:
+        """Compute the generators of this rank's blocks, [B, count, d, d], or [B, d, d] for all."""
         if side != self.side:
             k = generator(w, s, side=side, matmul=direction_products)
             return self.peers.all_reduce_sum(k) if self.peers is not None else k
@@ -213,9 +219,9 @@ class Blocks:
         return torch.unflatten(k, 0, (-1, self.count))
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
+        self, w: Tensor, g: Tensor, lie: LieMoments, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
-        """[B, count, d, d] of this rank's blocks, or [B, d, d]."""
+        """Average generators; return directions [B, count, d, d], or [B, d, d], if wanted."""
         if side == self.side:
             w, g = (_blocks(x, side=side, count=self.count) for x in (w, g))
             lie = lie.flat()
@@ -223,23 +229,23 @@ class Blocks:
         x = direction_products(a, b.mT)
         if side != self.side and self.peers is not None:
             x = self.peers.all_reduce_sum(x)
-        found = lie.averaged(x)
-        if found is None or side != self.side:
-            return found
-        return torch.unflatten(found, 0, (-1, self.count))
+        direction = lie.averaged(x)
+        if direction is None or side != self.side:
+            return direction
+        return torch.unflatten(direction, 0, (-1, self.count))
 
     def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
-        """Each block's by itself."""
+        """Compute the matrix sign of each block by itself."""
         if side != self.side:
             return msign(k, eps=eps, direction_products=direction_products)
         return msign(k.flatten(0, 1), eps=eps, direction_products=direction_products).view_as(k)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
-        """The blocks of a block-diagonal matrix, or its matrix."""
+        """Wrap the blocks of a block-diagonal matrix, or the matrix [B, d, d]."""
         return Blocked(side, k) if side == self.side else Dense(side, k)
 
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Over all blocks, other ranks' too."""
+        """Compute the norm over all blocks, those of other ranks too."""
         return kernels.frobenius(x, y) if self.peers is None else _norm(x, y, self.peers)
 
 
@@ -249,48 +255,53 @@ class Divided:
     low_rank = False
 
     def __init__(self, side: Side, peers: Peers) -> None:
-        """With W cut along the dimension of ``side``."""
+        """Take the side whose dimension of W the ranks divide, and those ranks."""
         self.side, self.peers = side, peers
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # a shard, and the matrices it is of
 
     @property
     def shares(self) -> int:
-        """Ranks that have a shard of each matrix."""
+        """Number of ranks that have a shard of each matrix."""
         return self.peers.size
 
     def cuts(self, side: Side) -> bool:
-        """Of the side that is cut."""
+        """Tell whether this is the divided side."""
         return side == self.side
 
     def share(self, x: Tensor, *, side: Side) -> Tensor:
-        """Of its rows or columns."""
+        """Return the part of X that belongs to this rank's shard."""
         return _share(x, side, self.peers) if self.cuts(side) else x
 
-    def whole(self, x: Tensor) -> Tensor:
-        """The shards of X joined; kept until another is joined, since W is needed twice."""
+    def gather(self, x: Tensor) -> Tensor:
+        """Join the shards of X; the result is kept until the next one, since W is needed twice."""
         if self._last is None or self._last[0] is not x:
             self._last = (x, self.peers.all_gather(x, _DIM[self.side]))
         return self._last[1]
 
-    def product(self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul) -> Tensor:
-        """This rank's rows, [B, d / ranks, d]."""
+    def generator_matrix(
+        self, w: Tensor, s: Tensor, *, side: Side, direction_products: Matmul
+    ) -> Tensor:
+        """Compute this rank's rows of the generator, [B, d / ranks, d]."""
         u, v = factors(w, s, side=side)
         if side != self.side:
             return self.peers.reduce_scatter(kernels.skew(direction_products(u, v.mT)), 1)
-        whole_s, whole_w = self.whole(s), self.whole(w)
+        whole_s, whole_w = self.gather(s), self.gather(w)
         whole_u, whole_v = factors(whole_w, whole_s, side=side)
         return direction_products(u, whole_v.mT).sub_(direction_products(v, whole_u.mT))
 
     def averaged(
-        self, w: Tensor, g: Tensor, lie: Lie, *, side: Side, direction_products: Matmul
+        self, w: Tensor, g: Tensor, lie: LieMoments, *, side: Side, direction_products: Matmul
     ) -> Tensor | None:
-        """This rank's rows, [B, d / ranks, d]: of no triangle, so that moments are dense."""
+        """Average this rank's rows, [B, d / ranks, d]; return the direction's if wanted."""
         return lie.averaged_rows(
-            self.product(w, g, side=side, direction_products=direction_products)
+            self.generator_matrix(w, g, side=side, direction_products=direction_products)
         )
 
     def sign(self, k: Tensor, *, side: Side, eps: float, direction_products: Products) -> Tensor:
-        """The rows of ``direction.msign``: polynomials in X commute, so X poly = poly X."""
+        """Compute this rank's rows of ``direction.msign``.
+
+        Polynomials in X commute: X poly = poly X.
+        """
         x = direction_products.rounded(k / (_norm(k, None, self.peers) + eps))
         for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
             whole_x = self.peers.all_gather(x, 1)
@@ -305,26 +316,26 @@ class Divided:
         return (x - mirror).to(k.dtype).mul_(0.5)
 
     def generator(self, k: Tensor, *, side: Side) -> Generator:
-        """This rank's share of the cut side's matrix, the other's whole."""
+        """Wrap this rank's share of the divided side's matrix, or the other side's matrix."""
         if side != self.side:
             return Dense(side, self.peers.all_gather(k, 1))
-        # Where X A needs columns: A is skew.
+        # X A needs columns of A, which are its negated rows: A is skew.
         return Shard(side, k if side == "out" else -k.mT, self)
 
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Over all shards."""
+        """Compute the norm over all ranks' shards."""
         return _norm(x, y, self.peers)
 
 
 @dataclass(frozen=True)
 class Blocked:
-    """A generator as the blocks [B, N, d, d] of a block-diagonal matrix."""
+    """A generator stored as the blocks [B, N, d, d] of a block-diagonal matrix."""
 
     side: Side
     matrix: Tensor
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """X A for the in side, A X for the out side."""
+        """Multiply: X A for the in side, A X for the out side."""
         count, blocks = self.matrix.shape[1], self.matrix.flatten(0, 1)
         x = _blocks(x_Bmn, side=self.side, count=count)
         y = matmul(x, blocks) if self.side == "in" else matmul(blocks, x)
@@ -332,7 +343,7 @@ class Blocked:
         return y.flatten(1, 2) if self.side == "out" else y.transpose(1, 2).flatten(2, 3)
 
     def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Blocked:
-        """``function(A, a)`` in A's place, block by block, a [B, 1, 1]."""
+        """Replace each block A by ``function(A, a)``, with a [B, 1, 1]."""
         count = self.matrix.shape[1]
         each = function(self.matrix.flatten(0, 1), angle.repeat_interleave(count, 0))
         return Blocked(self.side, each.view_as(self.matrix))
@@ -340,26 +351,26 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Shard:
-    """A generator as the rows (out) or columns (in) that make this rank's shard of a product."""
+    """A generator stored as the rows (out) or columns (in) that give this rank's shard."""
 
     side: Side
     matrix: Tensor
-    arrangement: Divided
+    layout: Divided
 
     def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """This rank's shard of X A for the in side, of A X for the out side."""
-        x = self.arrangement.whole(x_Bmn)
+        """Compute this rank's shard of X A for the in side, of A X for the out side."""
+        x = self.layout.gather(x_Bmn)
         return matmul(x, self.matrix) if self.side == "in" else matmul(self.matrix, x)
 
     def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Shard:
-        """``function(A, a)`` in A's place, of the whole A, a [B, 1, 1]."""
-        peers, dim = self.arrangement.peers, _DIM[self.side]
+        """Replace A by ``function(A, a)``, computed from all rows of A, with a [B, 1, 1]."""
+        peers, dim = self.layout.peers, _DIM[self.side]
         each = function(peers.all_gather(self.matrix, dim), angle)
-        return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.arrangement)
+        return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.layout)
 
 
 def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
-    """The blocks of X along the dimension of a side: [B count, m/count, n] for out."""
+    """Cut X into blocks along the dimension of a side: [B count, m/count, n] for out."""
     if side == "out":
         return x_Bmn.reshape(-1, x_Bmn.shape[1] // count, x_Bmn.shape[2])
     return torch.unflatten(x_Bmn, 2, (count, -1)).transpose(1, 2).flatten(0, 1)
