@@ -125,7 +125,7 @@ def table(
 
 
 def _matrices(decision: Rotated) -> str:
-    shapes = decision.view.joined(decision.ranks).items()
+    shapes = decision.view.whole_shapes(decision.ranks).items()
     return "Pion: " + ", ".join(f"{part} {b} of {m}x{n}" for part, (b, m, n) in shapes)
 
 

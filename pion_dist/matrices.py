@@ -89,7 +89,7 @@ class MatrixView:
         """Batch shape (B, m, n) of every part, by name."""
         return {part.name: self.shape_of(part) for part in self.parts}
 
-    def joined(self, ranks: int) -> dict[str, tuple[int, int, int]]:
+    def whole_shapes(self, ranks: int) -> dict[str, tuple[int, int, int]]:
         """Return ``shapes`` of the matrices of which each of ``ranks`` ranks has such a shard."""
         rows = ranks if self.axis == "rows" else 1
         cols = ranks if self.axis == "cols" else 1

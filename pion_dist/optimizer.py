@@ -55,7 +55,7 @@ class _Slot:
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """[B, m, n] of every part's matrices, whole."""
-        return self.view.joined(self.ranks)
+        return self.view.whole_shapes(self.ranks)
 
 
 class Pion(torch.optim.Optimizer):
