@@ -125,7 +125,7 @@ def weight_flop(param: torch.Tensor, config: PionConfig) -> float:
     _, decision = decided(param)
     assert isinstance(decision, Rotated)
     view, ranks = decision.view, decision.ranks
-    return cost.weight_flop(view.joined(ranks).values(), config, view.axis, ranks=ranks)
+    return cost.weight_flop(view.whole_shapes(ranks).values(), config, view.axis, ranks=ranks)
 
 
 def _shards_by_cost(original: Any) -> Any:

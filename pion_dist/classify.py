@@ -1,4 +1,4 @@
-"""The one rule that says what each parameter is: Pion's matrices, or another optimizer's."""
+"""The one rule that assigns each parameter to Pion, as matrices, or to another optimizer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from .matrices import MatrixView, interleaved, stacked, whole
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInfo:
-    """What has to be known of a parameter to classify it.
+    """The facts about a parameter that decide its class.
 
     Attributes:
-        name: its name in the whole model, with global layer and expert numbers.
-        shape: of the parameter on this rank.
-        embedding_or_output: it belongs to an embedding or the output layer.
-        qkv: for a fused QKV weight, name and rows of what one query group stores, in order.
+        name: name in the whole model, with global layer and expert numbers.
+        shape: shape of the parameter on this rank.
+        embedding_or_output: whether it belongs to an embedding or the output layer.
+        qkv: for a fused QKV weight, name and rows of each projection of a query group, in order.
         head_dim: rows of one head of a fused QKV weight.
-        gated: it is the first linear layer of a gated MLP: gate over up.
-        gate_interleave: gate and up alternate in blocks of so many rows; 0 where gate is above up.
-        tp_axis: what tensor parallelism cuts, also where it has one rank; None where each rank has
-            the whole weight.
-        tp_size: ranks that it is cut to; ``shape`` is one's.
-        initialized: it has initial values; else zeros in its memory mean nothing.
-        unsupported: why Pion cannot rotate it and what to do; empty where it can.
+        gated: whether it is the first linear layer of a gated MLP: gate over up.
+        gate_interleave: rows of the blocks in which gate and up alternate; 0 where gate is above
+            up.
+        tp_axis: axis that tensor parallelism cuts, also where it has one rank; None where each
+            rank has the whole weight.
+        tp_size: number of ranks that share the weight; ``shape`` is that of one rank's shard.
+        initialized: whether it has initial values; if not, zeros in its memory mean nothing.
+        unsupported: why Pion cannot rotate it, and the fix; empty where it can.
     """
 
     name: str
@@ -43,12 +44,12 @@ class ParamInfo:
 
 
 def query_group(head_dim: int, *, heads: int, gated: bool) -> tuple[tuple[str, int], ...]:
-    """What a query group of Megatron's fused QKV weight stores, as ``ParamInfo.qkv`` has it.
+    """List the projections of a query group in Megatron's fused QKV weight, for ``ParamInfo.qkv``.
 
     Args:
         head_dim: rows of a head.
         heads: query heads of a group.
-        gated: it has the attention output's gate too.
+        gated: whether the attention output's gate is stored too.
     """
     gate = (("gate", heads * head_dim),) if gated else ()
     return (("q", heads * head_dim), *gate, ("k", head_dim), ("v", head_dim))
@@ -56,11 +57,11 @@ def query_group(head_dim: int, *, heads: int, gated: bool) -> tuple[tuple[str, i
 
 @dataclass(frozen=True)
 class Rotated:
-    """Pion's: the weight is updated as the matrices of its view.
+    """Pion's decision: the weight is updated as the matrices of its view.
 
     Attributes:
-        view: of this rank's shard.
-        ranks: that share the weight.
+        view: view of this rank's shard.
+        ranks: number of ranks that share the weight.
     """
 
     view: MatrixView
@@ -69,29 +70,29 @@ class Rotated:
 
 @dataclass(frozen=True)
 class Scalar:
-    """Not Pion's: left to an elementwise optimizer, for a reason that a plan can print."""
+    """The decision to leave a parameter to an elementwise optimizer, with the reason to print."""
 
     reason: str
 
 
-# Rotations of zeros are zeros: Pion would never train such a weight. ``classify`` sees no values.
+# Rotations keep zeros, so Pion would never train such a weight. ``classify`` sees no values.
 ZEROS = Scalar("starts with a matrix of zeros, which rotations keep")
-# The word in a parameter's own name: bias, down_proj_bias, bias0, pos_bias_u.
+# Matches "bias" as a word in a parameter's own name: bias, down_proj_bias, bias0, pos_bias_u.
 _BIAS = re.compile(r"(?<![a-z])bias(?![a-z])[^.]*$")
 
 
 def classify(
     info: ParamInfo, config: PionConfig, *, exclude: Sequence[str] = ()
 ) -> Rotated | Scalar:
-    """What a parameter is to Pion.
+    """Assign a parameter to Pion or to an elementwise optimizer.
 
-    2-D weights are Pion's, but for embeddings, the output layer, biases (which fused experts have
-    as a row each) and what ``exclude`` names. Weights that start with a matrix of zeros are to be
-    found by the caller: see ``ZEROS``.
+    2-D weights are Pion's, but for embeddings, the output layer, biases (fused experts store a row
+    each) and names that ``exclude`` matches. The caller has to find weights that start with a
+    matrix of zeros: see ``ZEROS``.
 
     Args:
         info: the parameter.
-        config: decides how fused weights are cut into matrices.
+        config: the options that decide how fused weights are cut into matrices.
         exclude: regular expressions, searched in the name.
 
     Raises:
@@ -114,7 +115,7 @@ def classify(
 def table(
     decisions: Sequence[tuple[str, tuple[int, ...], Rotated | Scalar]],
 ) -> list[str]:
-    """A line for every parameter, given its name, its shape and what it is."""
+    """Format a line for every parameter from its name, shape and decision."""
     width = max((len(name) for name, _, _ in decisions), default=0)
     lines = []
     for name, shape, decision in decisions:
@@ -124,7 +125,7 @@ def table(
 
 
 def _matrices(decision: Rotated) -> str:
-    shapes = decision.view.joined(decision.ranks).items()
+    shapes = decision.view.whole_shapes(decision.ranks).items()
     return "Pion: " + ", ".join(f"{part} {b} of {m}x{n}" for part, (b, m, n) in shapes)
 
 
@@ -153,8 +154,8 @@ def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
 
 def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:
     rows, cols = info.shape
-    # A rank has whole query groups, so matrices that are heads or a group's projections are whole:
-    # where the rows are cut, those are dealt.
+    # A rank has whole query groups. So where the rows are cut, no head and no projection of a group
+    # is: the ranks divide the batch of these matrices.
     dealt = None if info.tp_axis == "rows" else info.tp_axis
     match config.qkv:
         case "qkv":

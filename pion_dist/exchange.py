@@ -151,16 +151,16 @@ def _joined(
         yield i, (weight, grad)
 
 
-def agree(ok: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
-    """Whether ``ok`` holds on every rank of every group; one small collective a group.
+def agree(grads_finite: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """Whether ``grads_finite`` holds on every rank of every group; one small collective a group.
 
     Args:
-        ok: boolean scalar.
+        grads_finite: boolean scalar.
         groups: of this rank.
     """
     if not groups:
-        return ok
-    flag = ok.to(torch.int32)
+        return grads_finite
+    flag = grads_finite.to(torch.int32)
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return flag.bool()
@@ -199,37 +199,37 @@ def _loaded(name: str) -> Any:
 
 
 class GroupPeers:
-    """The ranks of a process group, as ``update.arrangement.Peers``."""
+    """The ranks of a process group, as ``update.layout.Peers``."""
 
     def __init__(self, group: ProcessGroup) -> None:
         """The ranks that share matrices."""
         self.group, self.size, self.rank = group, group.size(), group.rank()
 
-    def total(self, x: Tensor) -> Tensor:
-        """The ranks' sum (modified in place)."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum the ranks' tensors (modified in place)."""
         dist.all_reduce(x, group=self.group)
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
-        """The ranks' largest, element by element (modified in place)."""
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """Take the ranks' maximum of each element (modified in place)."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """The ranks' tensors, joined along ``dim``."""
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Join the ranks' tensors along ``dim``."""
         parts = x.new_empty(self.size, *x.shape)
         dist.all_gather_into_tensor(parts.view(-1), x.contiguous().view(-1), group=self.group)
         return torch.cat(list(parts), dim=dim)
 
-    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
-        """Of shards along the dimension ``joined``, this rank's along ``cut``."""
-        parts = torch.stack(x.chunk(self.size, cut))
+    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
+        """Join shards along ``join_dim``, of which each rank gets its share along ``cut_dim``."""
+        parts = torch.stack(x.chunk(self.size, cut_dim))
         received = torch.empty_like(parts)
         dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group)
-        return torch.cat(list(received), dim=joined)
+        return torch.cat(list(received), dim=join_dim)
 
-    def scattered(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's share, along ``dim``, of the ranks' sum."""
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """Sum the ranks' tensors, and return this rank's share along ``dim``."""
         parts = torch.stack(x.chunk(self.size, dim))
         mine = torch.empty_like(parts[0])
         dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)

@@ -1,9 +1,9 @@
-"""Keeps the factors W = U Σ Vᵀ of the polar direction in step with the weights they belong to.
+"""Keep the polar direction's factors W = U Σ Vᵀ in step with their weights.
 
-The weight decides: where it is not the product of its factors, as before the first step, after
-weights were loaded without state, or after a script wrote into them, its factors are taken anew by
-a singular value decomposition. A weight is looked at when torch has counted a change that is not
-Pion's, which costs nothing in other steps.
+The weight decides. Where it is not the product of its factors, a singular value decomposition
+computes them anew: before the first step, after weights were loaded without state, or after a
+script wrote into them. A weight is checked only if torch has counted a change that is not Pion's,
+so other steps pay nothing.
 """
 
 from __future__ import annotations
@@ -20,70 +20,70 @@ from .config import Axis, Side
 from .exchange import is_first
 from .state import LEFT, RIGHT, SIGMA
 from .update import polar
-from .update.arrangement import Peers
+from .update.layout import Peers
 
 logger = logging.getLogger("pion_dist")
 
 _DIM: dict[Side, int] = {"out": 1, "in": 2}
 # Elements of matrices that are decomposed together; each takes several copies in float64.
-_TOGETHER = 1 << 22
+_BATCH_NUMEL = 1 << 22
 _SECONDS = 10.0  # between two lines of progress
-# Weights that are further from the product of their factors are told: a model that was converted
-# to float64 has factors of float32.
-_TOLD = 1e-4
+# The log names weights that are further than this from the product of their factors. A model that
+# was converted to float64 is nearer: its factors are of float32.
+_WARN_ABOVE = 1e-4
 
 
 class RowPeers(Peers, Protocol):
-    """The ranks that divide rows, and what they do together: ``exchange.GroupPeers``."""
+    """The ranks that divide rows, and their collectives: ``exchange.GroupPeers``."""
 
-    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
-        """Of shards along the dimension ``joined``, this rank's along ``cut``."""
+    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
+        """Join shards along ``join_dim``, of which each rank gets its share along ``cut_dim``."""
 
 
 class Rows:
-    """The rows of matrices on their larger side, which ranks divide whichever side cuts them."""
+    """The division of matrices' rows on the larger side, whichever side their shards are cut on."""
 
     def __init__(self, peers: RowPeers | None, axis: Axis | None, large: Side) -> None:
-        """Without peers a rank has all rows."""
+        """Take the ranks that divide the rows; without any this rank has them all."""
         self.peers, self.dim = peers, _DIM[large]
         self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]
 
     def of(self, shard: Tensor) -> Tensor:
-        """This rank's rows of matrices of which it has a shard; the shard itself if it is them."""
+        """Turn this rank's shard into its rows; return the shard itself if it is cut by rows."""
         if self.peers is None or self.cut == self.dim:
             return shard
-        return self.peers.exchanged(shard, self.cut, self.dim)
+        return self.peers.all_to_all(shard, self.cut, self.dim)
 
     def back(self, rows: Tensor) -> Tensor:
-        """The inverse of ``of``."""
+        """Turn this rank's rows back into its shard: the inverse of ``of``."""
         if self.peers is None or self.cut == self.dim:
             return rows
-        return self.peers.exchanged(rows, self.dim, self.cut)
+        return self.peers.all_to_all(rows, self.dim, self.cut)
 
     def whole(self, rows: Tensor) -> Tensor:
-        """All ranks' rows."""
-        return rows if self.peers is None else self.peers.gathered(rows, self.dim)
+        """Join all ranks' rows."""
+        return rows if self.peers is None else self.peers.all_gather(rows, self.dim)
 
     def mine(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's part of a factor, if it is divided along ``dim``."""
+        """Return this rank's rows of a factor if ``dim`` is the divided one, else the factor."""
         if self.peers is None or dim != self.dim:
             return whole
         return whole.chunk(self.peers.size, 1)[self.peers.rank]
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the ranks that divide the rows (modified in place)."""
-        return x if self.peers is None else self.peers.total(x)
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that divide the rows (modified in place)."""
+        return x if self.peers is None else self.peers.all_reduce_sum(x)
 
 
 class Factors:
-    """Knows which weights may have changed since Pion's last step, and factorizes those that have.
+    """A record of which weights may have changed since Pion's last step; it factorizes those.
 
     Attributes:
-        matrices: that this rank computes, for progress.
+        matrices: number of matrices that this rank computes, for the lines of progress.
     """
 
     def __init__(self) -> None:
-        """All weights may have changed."""
+        """Start with all weights in doubt."""
         self.matrices = 0
         self._versions: dict[Tensor, int] = {}
         self._unsure: set[Tensor] = set()
@@ -91,7 +91,7 @@ class Factors:
         self._began = self._told = 0.0
 
     def forget(self) -> None:
-        """Look at every weight in the next step, since weights or state were loaded."""
+        """Have every weight checked in the next step, since weights or state were loaded."""
         self._versions.clear()
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -100,7 +100,7 @@ class Factors:
         self._done = 0
 
     def end(self, params: Iterable[Tensor]) -> None:
-        """End a step: parameters are as it has left them."""
+        """End a step: note the parameters as it has left them."""
         self._versions.update((p, p._version) for p in params)
 
     def unsure(self, p: Tensor) -> bool:
@@ -117,37 +117,37 @@ class Factors:
         *,
         computed_by: int,
     ) -> None:
-        """Take the factors of weights that are not the product of theirs (modified in place).
+        """Factorize the weights that are not the product of their factors.
 
-        A collective of the ranks that divide the rows. It waits for the device.
+        This is a collective of the ranks that divide the rows. It waits for the device.
 
         Args:
-            names: of each matrix.
-            params: that each is of.
-            w: [B, m, n], or this rank's rows.
-            moments: U, Σ and V.
-            rows: how ranks divide them.
-            computed_by: the rank of them that decomposes.
+            names: name of each matrix.
+            params: the parameter that each matrix is part of.
+            w: weights [B, m, n], or this rank's rows of them.
+            moments: U, Σ and V. (modified in place)
+            rows: how ranks divide the rows.
+            computed_by: the rank that decomposes, among those that divide the rows.
 
         Raises:
             ValueError: a weight is not finite.
         """
-        errors = polar.mismatch(w, moments, total=rows.total).tolist()
+        errors = polar.mismatch(w, moments, all_reduce_sum=rows.all_reduce_sum).tolist()
         known = moments[SIGMA].any(-1).tolist()
-        wrong = []
+        stale = []
         for index, (p, error) in enumerate(zip(params, errors, strict=True)):
             if error <= _rounding(p.dtype):
                 continue
-            wrong.append(index)
-            if known[index] and error > _TOLD:
+            stale.append(index)
+            if known[index] and error > _WARN_ABOVE:
                 logger.warning(
                     "%s is not the product of its factors: it was changed since Pion's last step, "
                     "or is not of the state that was loaded. Its singular values are taken anew",
                     names[index],
                 )
-        stride = max(1, _TOGETHER // (w.shape[1] * w.shape[2]))
-        for first in range(0, len(wrong), stride):
-            some = wrong[first : first + stride]
+        stride = max(1, _BATCH_NUMEL // (w.shape[1] * w.shape[2]))
+        for first in range(0, len(stale), stride):
+            some = stale[first : first + stride]
             whole = rows.whole(w[some])
             if not whole.isfinite().all():
                 raise ValueError(f"one of {', '.join(names[i] for i in some)} is not finite")
@@ -158,14 +158,14 @@ class Factors:
             else:
                 shapes = ((batch, m, r), (batch, r), (batch, n, r))
                 u, sigma, v = (whole.new_zeros(shape) for shape in shapes)
-            u, sigma, v = (rows.total(x) for x in (u, sigma, v))
+            u, sigma, v = (rows.all_reduce_sum(x) for x in (u, sigma, v))
             moments[LEFT][some] = rows.mine(u, 1)
             moments[SIGMA][some] = sigma
             moments[RIGHT][some] = rows.mine(v, 2)
             self._report(len(some), m, n)
 
     def _report(self, count: int, m: int, n: int) -> None:
-        """Tell from time to time how far the decompositions are."""
+        """Log the progress of the decompositions, every ten seconds."""
         now = time.monotonic()
         if self._done == 0:
             self._began = self._told = now
@@ -183,6 +183,6 @@ class Factors:
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """How far a weight may be from the product of its factors, which were rounded once to it."""
+    """Return how far a weight may be from the product of its factors, by rounding."""
     # Split products leave 2^-16 of a term; bf16 rounds to 2^-9 of an element.
-    return {torch.float64: 1e-10, torch.float32: _TOLD}.get(dtype, 2.0**-7)
+    return {torch.float64: 1e-10, torch.float32: _WARN_ABOVE}.get(dtype, 2.0**-7)

@@ -1,4 +1,4 @@
-"""Stops a step whose gradients are not finite, on the device; reports it when the host looks."""
+"""Stop a step with non-finite gradients on the device, and log it when the host looks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ logger = logging.getLogger("pion_dist")
 
 
 class Guard:
-    """Counts non-finite gradients per parameter on the device, without waiting for it.
+    """A counter of non-finite gradients per parameter, on the device, which it never waits for.
 
     The count reaches the host by a copy that the next step finds finished, or by ``report``.
     """
 
     def __init__(self) -> None:
-        """A guard that has seen no step."""
+        """Start with no step counted."""
         self._names: list[str] = []
         self._counts: Tensor | None = None
         self._host: Tensor | None = None
@@ -26,14 +26,14 @@ class Guard:
         self._reported: list[int] = []
 
     def check(self, names: Sequence[str], grads: Sequence[Tensor]) -> Tensor:
-        """Whether a step on these gradients may move anything.
+        """Tell whether all gradients are finite, and count those that are not.
 
-        A gradient counts as non-finite where its sum of squares is not, in its own precision but
-        at least float32: the moments could not hold it.
+        A gradient is finite if its sum of squares is, in its own precision but at least float32:
+        the moments could not hold another.
 
         Args:
             names: one per gradient.
-            grads: any devices and floating dtypes; not empty.
+            grads: tensors of any devices and floating dtypes, at least one.
 
         Returns:
             Boolean scalar on the first gradient's device.
@@ -48,8 +48,8 @@ class Guard:
             kinds.setdefault((grad.device, grad.dtype), []).append(place)
         for (_, dtype), places in kinds.items():
             wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-            found = torch._foreach_norm([grads[place] for place in places], 2, wide)
-            for place, norm in zip(places, found, strict=True):
+            kind_norms = torch._foreach_norm([grads[place] for place in places], 2, wide)
+            for place, norm in zip(places, kind_norms, strict=True):
                 norms[place] = norm.to(device=device, dtype=torch.float32, non_blocking=True)
         bad = ~torch.isfinite(torch.stack(norms))
         if self._counts is None:
@@ -67,7 +67,7 @@ class Guard:
         return ~bad.any()
 
     def look(self) -> None:
-        """Log what has arrived on the host since the last look; never waits."""
+        """Log counts that have reached the host since the last look; never wait."""
         if self._host is None or (self._copied is not None and not self._copied.query()):  # type: ignore[no-untyped-call]
             return
         counts = self._host.tolist()
@@ -84,7 +84,7 @@ class Guard:
             )
 
     def report(self) -> None:
-        """``look``, after waiting for the device."""
+        """Wait for the device, then ``look``."""
         if self._copied is not None:
             self._copied.synchronize()
         self.look()

@@ -1,6 +1,7 @@
-"""A stored weight as the matrices Pion rotates: ``split`` and ``merge`` are exact inverses.
+"""Views of a stored weight as the matrices Pion rotates; ``split`` and ``merge`` are inverses.
 
-Shape suffixes: R, C rows and columns of the stored weight; B matrices of one shape m x n in a part.
+Shape suffixes: R, C are rows and columns of the stored weight; B is the number of m x n matrices of
+a part.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 class Part:
     """Matrices of one shape that lie in a regular pattern of a weight's rows.
 
-    Of every ``period`` rows the part has the ``length`` that begin at ``offset``; the rows so
-    gathered, in order, are cut into ``batch`` matrices of equal height.
+    The part takes ``length`` rows, from ``offset`` on, of every ``period`` rows. These rows, in
+    order, are cut into ``batch`` matrices of equal height.
 
     Attributes:
-        name: tells the parts of a view apart; part of the state's keys.
+        name: identifies the part within a view and in the state's keys.
         period: rows of one repetition; divides R.
         offset: first row of the part within a repetition.
         length: rows of the part within a repetition.
@@ -39,14 +40,14 @@ class Part:
 
 @dataclass(frozen=True)
 class MatrixView:
-    """How a stored weight [R, C] is seen as batches of matrices [B, m, n] with n = C.
+    """A view of a stored weight [R, C] as batches of matrices [B, m, n] with n = C.
 
     Attributes:
         rows: R.
         cols: C.
-        parts: cover every row exactly once.
-        axis: of the matrices, along which tensor parallelism would cut each; None where it cuts
-            none (it deals their batch, or repeats the weight).
+        parts: the parts, which cover every row exactly once.
+        axis: the axis of the matrices along which tensor parallelism would cut each. None where it
+            cuts none: it deals out their batch, or repeats the weight.
 
     Raises:
         ValueError: the parts do not tile the rows, or a part's rows do not divide into its batch.
@@ -80,7 +81,7 @@ class MatrixView:
         return self.rows // part.period * part.length
 
     def shape_of(self, part: Part) -> tuple[int, int, int]:
-        """The part's batch shape (B, m, n)."""
+        """Return the part's batch shape (B, m, n)."""
         return part.batch, self._rows_of(part) // part.batch, self.cols
 
     @property
@@ -88,20 +89,20 @@ class MatrixView:
         """Batch shape (B, m, n) of every part, by name."""
         return {part.name: self.shape_of(part) for part in self.parts}
 
-    def joined(self, ranks: int) -> dict[str, tuple[int, int, int]]:
-        """``shapes`` of the matrices of which each of ``ranks`` ranks has such a shard."""
+    def whole_shapes(self, ranks: int) -> dict[str, tuple[int, int, int]]:
+        """Return ``shapes`` of the matrices of which each of ``ranks`` ranks has such a shard."""
         rows = ranks if self.axis == "rows" else 1
         cols = ranks if self.axis == "cols" else 1
         return {part: (b, m * rows, n * cols) for part, (b, m, n) in self.shapes.items()}
 
     def split(self, weight_RC: Tensor) -> dict[str, Tensor]:
-        """The weight's matrices, by part.
+        """Return the weight's matrices, by part.
 
         Args:
             weight_RC: [R, C], any strides and dtype.
 
         Returns:
-            A tensor [B, m, n] a part: a view where the strides allow, else a copy.
+            A tensor [B, m, n] for each part: a view where the strides allow, else a copy.
 
         Raises:
             ValueError: the shape is not this view's.
@@ -109,22 +110,22 @@ class MatrixView:
         return {part.name: self.matrices(weight_RC, part.name) for part in self.parts}
 
     def matrices(self, weight_RC: Tensor, name: str) -> Tensor:
-        """``split``'s tensor of one part."""
+        """Return the tensor of one part that ``split`` would return."""
         self._check(weight_RC)
         part = next(part for part in self.parts if part.name == name)
         return self._rows(weight_RC, part).reshape(self.shape_of(part))
 
     def nonzero(self, weight_RC: Tensor, name: str) -> Tensor:
-        """Whether each matrix of one part has an element other than zero, [B]."""
+        """Tell whether each matrix of one part has an element other than zero, [B]."""
         return self.matrices(weight_RC, name).any(-1).any(-1)
 
     def merge(self, matrices: dict[str, Tensor], weight_RC: Tensor) -> None:
-        """The inverse of ``split``: write the matrices into the weight (modified in place).
+        """Write matrices into the weight: the inverse of ``split``.
 
         Args:
-            matrices: a tensor [B, m, n] for every part that is to be written, by name; may be views
-                of ``weight_RC``.
-            weight_RC: [R, C]; other dtypes are rounded to its own.
+            matrices: a tensor [B, m, n] for every part to write, by name; may be views of
+                ``weight_RC``. Other dtypes are rounded to the weight's.
+            weight_RC: [R, C]. (modified in place)
 
         Raises:
             ValueError: the shape is not this view's.
@@ -149,12 +150,12 @@ class MatrixView:
 
 
 def whole(rows: int, cols: int, *, axis: Axis | None = None) -> MatrixView:
-    """The weight as one matrix."""
+    """View the weight as one matrix."""
     return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),), axis)
 
 
 def stacked(rows: int, cols: int, *, name: str, count: int, axis: Axis | None = None) -> MatrixView:
-    """``count`` matrices of equal height, one below the other (gate over up; heads)."""
+    """View the weight as ``count`` matrices of equal height, stacked (gate over up; heads)."""
     return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),), axis)
 
 
@@ -166,16 +167,16 @@ def interleaved(
     per_repetition: bool,
     axis: Axis | None = None,
 ) -> MatrixView:
-    """Several projections stored in turns, such as a fused QKV weight, query group by query group.
+    """View a weight that stores projections in turns, such as QKV fused by query groups.
 
     Args:
         rows: R, a multiple of the rows of one repetition.
         cols: C.
-        repeated: name and height of what a repetition stores, in order, such as
+        repeated: name and height of each projection in a repetition, in order, such as
             ``[("q", 128), ("k", 64), ("v", 64)]``.
-        per_repetition: one matrix per repetition and projection; else one per projection, its rows
-            gathered over the repetitions.
-        axis: of every matrix, along which tensor parallelism would cut it.
+        per_repetition: whether to make one matrix per repetition and projection, and not one per
+            projection from the rows of all repetitions.
+        axis: the axis along which tensor parallelism would cut every matrix.
 
     Raises:
         ValueError: R is not a multiple of a repetition's rows.

@@ -22,7 +22,7 @@ from .matrices import MatrixView, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
 from .storage import compute_dtype
 from .update import polar
-from .update.arrangement import Arrangement, Blocks, Divided
+from .update.layout import Blocks, Divided, Layout
 from .update.step import step as update
 
 logger = logging.getLogger("pion_dist")
@@ -55,7 +55,7 @@ class _Slot:
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """[B, m, n] of every part's matrices, whole."""
-        return self.view.joined(self.ranks)
+        return self.view.whole_shapes(self.ranks)
 
 
 class Pion(torch.optim.Optimizer):
@@ -183,7 +183,7 @@ class Pion(torch.optim.Optimizer):
             cut = [i for i in cut if self.plan.matrices[i].shared]
             if cut:
                 flags = torch.cat([nonzero[i] for i in cut]).int()
-                flags = GroupPeers(group).largest(flags).bool()
+                flags = GroupPeers(group).all_reduce_max(flags).bool()
                 sizes = [len(nonzero[i]) for i in cut]
                 nonzero |= dict(zip(cut, torch.split(flags, sizes), strict=True))
         names = [self.plan.matrices[i].weight for i, flags in nonzero.items() if not flags.all()]
@@ -392,7 +392,7 @@ class Pion(torch.optim.Optimizer):
         """Whole matrices of this rank's shards of them."""
         if not x.shared or x.group is None:
             return shards
-        return GroupPeers(self.groups[x.group]).gathered(shards, 1 if x.axis == "rows" else 2)
+        return GroupPeers(self.groups[x.group]).all_gather(shards, 1 if x.axis == "rows" else 2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -431,15 +431,15 @@ class Pion(torch.optim.Optimizer):
         if not due:
             return loss
         names = [self._slots[p].name for p in due]
-        ok = self._guard.check(names, [p.grad for p in due if p.grad is not None])
-        ok = exchange.agree(ok, self.groups)
+        grads_finite = self._guard.check(names, [p.grad for p in due if p.grad is not None])
+        grads_finite = exchange.agree(grads_finite, self.groups)
         if self.config.direction == "polar":
             self._factors.begin(due)
         for batch in self._own:
-            self._step_own([i for i in batch if self._places[i][0].grad is not None], ok)
+            self._step_own([i for i in batch if self._places[i][0].grad is not None], grads_finite)
         for index in range(len(self.groups)):
             if self._together[index]:
-                self._step_shared(index, ok)
+                self._step_shared(index, grads_finite)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
         if self.config.direction == "polar":
@@ -454,17 +454,17 @@ class Pion(torch.optim.Optimizer):
                 raise ValueError(f"{self._slots[p].name} has a sparse gradient")
         return due
 
-    def _step_own(self, batch: Sequence[int], ok: Tensor) -> None:
+    def _step_own(self, batch: Sequence[int], grads_finite: Tensor) -> None:
         """Step matrices of one shape that this rank has whole."""
         if len(batch) > 1:
-            self._step_together(batch, ok)
+            self._step_together(batch, grads_finite)
             return
         for i in batch:
             weight, grad = self._shard(i)
-            self._step_whole(i, weight, grad, ok)
+            self._step_whole(i, weight, grad, grads_finite)
             self._store(i, weight)
 
-    def _step_whole(self, i: int, weight: Tensor, grad: Tensor, ok: Tensor) -> None:
+    def _step_whole(self, i: int, weight: Tensor, grad: Tensor, grads_finite: Tensor) -> None:
         """Step the plan's matrices ``i``, whole (modified in place), a batch after the other."""
         moments = self._held(*self._places[i])
         stride = self.plan.batch_size(self.plan.matrices[i], weight.device.type)
@@ -475,10 +475,10 @@ class Pion(torch.optim.Optimizer):
                 weight[some],
                 grad[some],
                 {name: moment[some] for name, moment in moments.items()},
-                ok,
+                grads_finite,
             )
 
-    def _step_shared(self, index: int, ok: Tensor) -> None:
+    def _step_shared(self, index: int, grads_finite: Tensor) -> None:
         """Step the matrices of which every rank of a group has a shard."""
         places = self._places
         for i in self.plan.of_group(index):
@@ -487,7 +487,7 @@ class Pion(torch.optim.Optimizer):
                 raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
         if self.config.tp_mode in ("distributed", "blockwise"):
             for batch in self._together[index]:
-                self._step_together(batch, ok)
+                self._step_together(batch, grads_finite)
             return
         pieces = {}
         for i in self.plan.of_group(index):
@@ -496,7 +496,7 @@ class Pion(torch.optim.Optimizer):
             pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
 
         def compute(i: int, weight: Tensor, grad: Tensor) -> None:
-            self._step_whole(i, weight, grad, ok)
+            self._step_whole(i, weight, grad, grads_finite)
 
         exchange.run(
             [{i: pieces[i] for i in wave} for wave in self._together[index]],
@@ -506,7 +506,7 @@ class Pion(torch.optim.Optimizer):
             group=self.groups[index],
         )
 
-    def _step_together(self, batch: Sequence[int], ok: Tensor) -> None:
+    def _step_together(self, batch: Sequence[int], grads_finite: Tensor) -> None:
         """Step matrices of one shape, or this rank's shards of them, as one batch."""
         shards = [self._shard(i) for i in batch]
         held = [self._held(*self._places[i]) for i in batch]
@@ -515,7 +515,7 @@ class Pion(torch.optim.Optimizer):
         joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
         numbered = zip(batch, counts, strict=True)
         members = [(i, index) for i, count in numbered for index in range(count)]
-        self._update(members, weight, grad, joined, ok)
+        self._update(members, weight, grad, joined, grads_finite)
         for i, stepped in zip(batch, torch.split(weight, counts), strict=True):
             self._store(i, stepped)
         for name, moment in joined.items():
@@ -543,7 +543,7 @@ class Pion(torch.optim.Optimizer):
         w: Tensor,
         g: Tensor,
         moments: Mapping[str, Tensor],
-        ok: Tensor,
+        grads_finite: Tensor,
     ) -> None:
         """Step a batch of matrices, or of their shards (modified in place).
 
@@ -552,10 +552,11 @@ class Pion(torch.optim.Optimizer):
             w: weights.
             g: gradients.
             moments: by name.
-            ok: whether to.
+            grads_finite: boolean scalar; where it is False nothing moves.
         """
         x = self.plan.matrices[members[0][0]]
-        group, ok = self.param_groups[x.param_group], ok.to(w.device, non_blocking=True)
+        group = self.param_groups[x.param_group]
+        grads_finite = grads_finite.to(w.device, non_blocking=True)
         resets = self.config.spectrum_reset_interval > 0
         if resets and not self._started.issuperset(self._places[i][0] for i, _ in members):
             start = moments[state.START]
@@ -565,9 +566,17 @@ class Pion(torch.optim.Optimizer):
         if coded:
             described = state.moments(len(w), x.m, x.n, self.config, x.axis)
             used = storage.used(moments, described)
-        lr, watched = group["lr"], self.readings is not None
+        lr, collect_metrics = group["lr"], self.readings is not None
         if self.config.direction == "polar":
-            found = self._step_polar(members, w, g, used, lr=lr, ok=ok, watched=watched)
+            found = self._step_polar(
+                members,
+                w,
+                g,
+                used,
+                lr=lr,
+                grads_finite=grads_finite,
+                collect_metrics=collect_metrics,
+            )
         else:
             found = update(
                 w,
@@ -577,16 +586,16 @@ class Pion(torch.optim.Optimizer):
                 lr=lr,
                 active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
                 forms=cost.forms(x.m, x.n, self.config),
-                ok=ok,
-                arrangement=self._arrangement(x),
-                watched=watched,
+                grads_finite=grads_finite,
+                layout=self._layout(x),
+                collect_metrics=collect_metrics,
             )
         if coded:
-            storage.put_back(used, moments, ok=ok)
+            storage.put_back(used, moments, grads_finite=grads_finite)
         if self.readings is not None and found is not None:
             self.readings.append((members, found))
         if resets:
-            self._reset(members, w, moments[state.START], ok)
+            self._reset(members, w, moments[state.START], grads_finite)
 
     def _step_polar(
         self,
@@ -596,8 +605,8 @@ class Pion(torch.optim.Optimizer):
         moments: Mapping[str, Tensor],
         *,
         lr: float | Tensor,
-        ok: Tensor,
-        watched: bool,
+        grads_finite: Tensor,
+        collect_metrics: bool,
     ) -> Tensor | None:
         """``_update`` of the polar direction."""
         x = self.plan.matrices[members[0][0]]
@@ -622,9 +631,9 @@ class Pion(torch.optim.Optimizer):
             lr=lr,
             large=large,
             rows=max(x.m, x.n),
-            ok=ok,
-            total=rows.total,
-            watched=watched,
+            grads_finite=grads_finite,
+            all_reduce_sum=rows.all_reduce_sum,
+            collect_metrics=collect_metrics,
         )
         torch.where(go, rows.back(stepped), w, out=w)
         return found
@@ -634,7 +643,7 @@ class Pion(torch.optim.Optimizer):
         return w if self.config.tp_mode == "owner" else self._joined(x, w)
 
     def _reset(
-        self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, ok: Tensor
+        self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, grads_finite: Tensor
     ) -> None:
         """Put back the singular values of the matrices whose turn it is (modified in place)."""
         x = self.plan.matrices[members[0][0]]
@@ -649,9 +658,9 @@ class Pion(torch.optim.Optimizer):
         if found.shape != mine.shape and x.group is not None:
             peers = GroupPeers(self.groups[x.group])
             found = found.chunk(peers.size, 1 if x.axis == "rows" else 2)[peers.rank]
-        w[turns] = torch.where(ok, found, mine)
+        w[turns] = torch.where(grads_finite, found, mine)
 
-    def _arrangement(self, x: MatrixPlan) -> Arrangement | None:
+    def _layout(self, x: MatrixPlan) -> Layout | None:
         """How ``_update``'s matrices lie; None for whole."""
         peers = GroupPeers(self.groups[x.group]) if x.shared and x.group is not None else None
         if x.axis is None:

@@ -1,4 +1,4 @@
-"""Named sets of options: recommended ones, and those of the published runs."""
+"""Named sets of options: the recommended ones, and those of the published runs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ RECIPES: dict[str, PionConfig] = {
 }
 """Options by name.
 
-``pretrain`` is for training from scratch and is the default; ``finetune`` is for going on from
-trained weights. The others are the options of the runs in arXiv 2605.12492 and stay as they are.
-Of those runs a config does not hold:
+``pretrain``, the default, is for training from scratch; ``finetune`` is for trained weights. The
+others are the options of the runs in arXiv 2605.12492 and stay as they are. Those runs also had
+settings that no config holds:
 
 - ``paper-60m``: 8 layers of 512, 9.6B tokens in batches of 512 times 256; lr 1e-3, by a cosine
   without warm-up to 1e-5; float32 masters.
@@ -49,18 +49,18 @@ Of those runs a config does not hold:
   without warm-up to 5e-6; bf16 without masters.
 - ``paper-rl``: GRPO from trained weights, lr 1e-6.
 
-Both pretrainings began with standard deviation 0.02 in every layer, output projections too; they
-clipped gradients at norm 1, did not tie embeddings, and left all but hidden matrices to AdamW.
+Both pretraining runs began with standard deviation 0.02 in every layer, output projections too.
+They clipped gradients at norm 1, did not tie embeddings, and left all but hidden matrices to AdamW.
 """
 
 
 def in_bf16(name: str) -> PionConfig:
-    """The recipe's options where a model is trained in bf16.
+    """Return a recipe's options for a model that is trained in bf16.
 
-    Its gradients are rounded to 8 bits already, and losses change by less than seeds do
-    (docs/TRAINING.md) when products that only decide where a weight moves are too; by data sheets
-    GPUs do them 15 times as fast. With a bf16 average state and masters take no more than AdamW's.
-    The published options stay as they are.
+    Such a model's gradients are rounded to 8 bits already. Rounding the products that only decide
+    where a weight moves changes losses by less than seeds do (docs/TRAINING.md); by data sheets
+    GPUs compute them 15 times as fast. With a bf16 average, state and masters take no more memory
+    than AdamW's. The published options stay as they are.
     """
     config = RECIPES[name]
     own = name in ("pretrain", "finetune")

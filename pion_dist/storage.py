@@ -46,7 +46,7 @@ def hold(x: Tensor, held: Tensor, moment: Moment, ranks: int, name: str) -> None
         x = fold(x.reshape(-1, *x.shape[-2:])).view(moment.used(ranks))
     if held.dtype == torch.int8:
         x, always = x.to(held.device, torch.float32), held.new_ones((), dtype=torch.bool)
-        to_eight_bit(x, held, root=_is_root(name), ok=always)
+        to_eight_bit(x, held, root=_is_root(name), grads_finite=always)
     else:
         held.copy_(x)
 
@@ -77,17 +77,19 @@ def used(held: Mapping[str, Tensor], moments: Mapping[str, Moment]) -> dict[str,
     }
 
 
-def put_back(used: Mapping[str, Tensor], held: Mapping[str, Tensor], *, ok: Tensor) -> None:
+def put_back(
+    used: Mapping[str, Tensor], held: Mapping[str, Tensor], *, grads_finite: Tensor
+) -> None:
     """Round what ``used`` gave, after a step.
 
     Args:
         used: stepped.
         held: where it came from. (modified in place)
-        ok: boolean scalar; where it is False nothing changes.
+        grads_finite: boolean scalar; where it is False nothing changes.
     """
     for name, x in held.items():
         if x.dtype == torch.int8:
-            to_eight_bit(used[name], x, root=_is_root(name), ok=ok)
+            to_eight_bit(used[name], x, root=_is_root(name), grads_finite=grads_finite)
 
 
 def _is_root(name: str) -> bool:

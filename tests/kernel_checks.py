@@ -69,7 +69,7 @@ def skew_normal(d: int, seed: int, device: str) -> Tensor:
 
 
 def check_lie_moments(run: ModuleType, device: str, case: Case, *, cut: float = 0.0) -> None:
-    """One step, then one that is not ok on a NaN product.
+    """One step, then one where `grads_finite` is False, on a NaN product.
 
     Args:
         run: has the function.
@@ -85,7 +85,7 @@ def check_lie_moments(run: ModuleType, device: str, case: Case, *, cut: float = 
     m = fold(old_m) if case.folded else old_m.clone()
     v = (fold(old_v) if case.folded else old_v.clone()) if case.second else None
 
-    def call(x: Tensor, ok: bool, *, wanted: bool = True) -> Tensor | None:
+    def call(x: Tensor, grads_finite: bool, *, wanted: bool = True) -> Tensor | None:
         a: Tensor | None = run.lie_moments(
             x,
             m,
@@ -94,7 +94,7 @@ def check_lie_moments(run: ModuleType, device: str, case: Case, *, cut: float = 
             beta2=BETA2,
             eps=EPS,
             nesterov=case.nesterov,
-            ok=torch.tensor(ok, device=device),
+            grads_finite=torch.tensor(grads_finite, device=device),
             wanted=wanted,
         )
         return a
@@ -189,7 +189,7 @@ def check_elementwise(run: ModuleType, device: str, m: int, n: int, *, cut: floa
         rounding = cut or U[kept] if kept == torch.bfloat16 else 0.0
         moment = w.to(kept)
         old = moment.double()
-        s = run.average(moment, g, beta=BETA1, nesterov=nesterov, ok=yes)
+        s = run.average(moment, g, beta=BETA1, nesterov=nesterov, grads_finite=yes)
         assert s.dtype == g.dtype
         expected, terms = BETA1 * old + (1 - BETA1) * g.double(), old.abs() + g.double().abs()
         near(moment, expected, LERP * u * terms + 1.01 * rounding * expected.abs())
@@ -197,7 +197,7 @@ def check_elementwise(run: ModuleType, device: str, m: int, n: int, *, cut: floa
         expected = BETA1 * stored + (1 - BETA1) * g.double() if nesterov else stored
         near(s, expected, LERP * u * (stored.abs() + g.double().abs()) if nesterov else 0.0)
         before = moment.clone()
-        s = run.average(moment, nan, beta=BETA1, nesterov=nesterov, ok=no)
+        s = run.average(moment, nan, beta=BETA1, nesterov=nesterov, grads_finite=no)
         assert torch.equal(moment, before) and torch.equal(s, before.to(g.dtype))
 
     # The sum of squares: a square 1, X + Y 2 more, and at most mn additions; half of that is the
@@ -209,18 +209,18 @@ def check_elementwise(run: ModuleType, device: str, m: int, n: int, *, cut: floa
         assert torch.equal(run.frobenius(w, other), run.frobenius(w, other))
 
     before = w.clone()
-    run.moved(w, nan, ok=no)
+    run.moved(w, nan, grads_finite=no)
     assert torch.equal(w, before)
     expected = w.double() + g.double()
-    run.moved(w, g.clone(), ok=yes)
+    run.moved(w, g.clone(), grads_finite=yes)
     near(w, expected, u * expected.abs())
 
     # A moment that is turned: no kernel takes it, so that all devices round to nearest.
     moment = before.bfloat16()
     old, expected = moment.clone(), moment.double() + g.double()
-    run.moved(moment, nan.clone(), ok=no)
+    run.moved(moment, nan.clone(), grads_finite=no)
     assert torch.equal(moment, old)
-    run.moved(moment, g.clone(), ok=yes)
+    run.moved(moment, g.clone(), grads_finite=yes)
     near(moment, expected, (u + 1.01 * U[torch.bfloat16]) * expected.abs())
 
 

@@ -41,7 +41,14 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         (BF16, FLOAT, FLOAT, False, False, odd),
         (FLOAT, None, None, False, False, even),
     ):
-        args = {"x_ptr": FLOAT, "m_ptr": m, "v_ptr": v, "a_ptr": a, "ok_ptr": "*u8", **sizes}
+        args = {
+            "x_ptr": FLOAT,
+            "m_ptr": m,
+            "v_ptr": v,
+            "a_ptr": a,
+            "grads_finite_ptr": "*u8",
+            **sizes,
+        }
         args |= {"weight1": "fp32", "weight2": "fp32", "eps": "fp32"}
         args |= {"FOLDED": folded, "NESTEROV": nesterov, **TILE}
         yield kernels._lie_moments, args, kernels.TILE_WARPS
@@ -50,14 +57,14 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         (FLOAT, None, False, 1),
         (BF16, FLOAT, False, "i64"),
     ):
-        args = {"m_ptr": m, "g_ptr": FLOAT, "s_ptr": s, "ok_ptr": "*u8", "weight": "fp32"}
+        args = {"m_ptr": m, "g_ptr": FLOAT, "s_ptr": s, "grads_finite_ptr": "*u8", "weight": "fp32"}
         args |= {"m_batch": size, "g_batch": size, "size": size, "NESTEROV": nesterov, **BLOCK}
         yield kernels._average, args, 4
     for sizes in ({"b_batch": "i32*", "r": "i32*"}, {"b_batch": "i64", "r": "i32"}):
         names = ("b_ptr", "sigma_ptr", "scale_ptr", "x_ptr", "y_ptr", "c_ptr")
         args = {**dict.fromkeys(names, FLOAT), **sizes, **TILE}
         yield kernels._angles, args, kernels.TILE_WARPS
-    args = {"w_ptr": FLOAT, "change_ptr": FLOAT, "ok_ptr": "*u8", **BLOCK}
+    args = {"w_ptr": FLOAT, "change_ptr": FLOAT, "grads_finite_ptr": "*u8", **BLOCK}
     yield kernels._moved, args | {"w_batch": "i32*", "change_batch": "i32*", "size": "i32*"}, 4
     for y in (None, FLOAT):
         args = {"x_ptr": FLOAT, "y_ptr": y, "sums_ptr": FLOAT, "BLOCK": kernels.SUM_BLOCK}

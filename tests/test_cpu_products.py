@@ -17,7 +17,7 @@ WITHOUT_UNITS = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 # Numbers of bf16 and their products in float32, which both ways of multiplying round once.
 SETUP = """
 import torch
-from pion_dist.update.precision import PRODUCTS, cpu_has_bf16_units
+from pion_dist.update.precision import DIRECTION_PRODUCTS, cpu_has_bf16_units
 assert not cpu_has_bf16_units()
 torch.manual_seed(0)
 a, b, c = (torch.randn(3, 24, 24).bfloat16() for _ in range(3))
@@ -81,7 +81,7 @@ def test_pion_s_own_products_are_float32_s_rounded_once() -> None:
     """In the library torch's kernels stay as they are: a model of the user's is not ours."""
     python(
         """
-        bf16 = PRODUCTS["bf16"]
+        bf16 = DIRECTION_PRODUCTS["bf16"]
         assert bf16(x, y).equal((x @ y).bfloat16().float())
         out = torch.full_like(a, torch.nan)
         assert bf16.into(out, a, b, alpha=-2.0) is out and out.equal((-2.0 * (x @ y)).bfloat16())

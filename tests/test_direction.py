@@ -25,7 +25,7 @@ def drawn(m: int, n: int, *, values: Tensor | None = None) -> Tensor:
 
 
 def polar_of(x: Tensor, matmul: Products = exact) -> Tensor:
-    return polar([x.clone()], matmul=matmul, total=lambda x: x)
+    return polar([x.clone()], direction_products=matmul, all_reduce_sum=lambda x: x)
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (12, 9), (9, 8), (8, 8), (6, 1)])
@@ -57,7 +57,7 @@ def test_the_inverse_root_makes_the_polar_factor(shape: tuple[int, int], low: fl
     """
     values = torch.linspace(1, low, min(shape), dtype=torch.float64)
     x = drawn(*shape, values=values)
-    h, root = inverse_root(x.mT @ x, matmul=exact)
+    h, root = inverse_root(x.mT @ x, direction_products=exact)
     tolerance = 1e-13 / low
     assert (x @ h - polar_of(x)).abs().max() <= tolerance
     assert (root - (x @ h).mT @ (x @ h)).abs().max() <= 2 * tolerance
@@ -71,7 +71,7 @@ def test_directions_below_the_rounding_of_the_gram_matrix_are_bounded() -> None:
     """
     x = drawn(96, 64, values=torch.logspace(0, -9, 64, dtype=torch.float64)).float()
     for matmul, limit in ((exact, HIGH), (BF16, HIGH * (1 + 10 * 2.0**-8))):
-        h, _ = inverse_root(x.mT @ x, matmul=matmul)
+        h, _ = inverse_root(x.mT @ x, direction_products=matmul)
         for made in (x @ h, polar_of(x, matmul)):
             assert made.isfinite().all() and torch.linalg.matrix_norm(made, 2).max() < limit
 
@@ -79,6 +79,6 @@ def test_directions_below_the_rounding_of_the_gram_matrix_are_bounded() -> None:
 @pytest.mark.parametrize("matmul", [exact, BF16], ids=["exact", "bf16"])
 def test_zeros_have_a_polar_factor_of_zeros(matmul: Products) -> None:
     x = torch.zeros(2, 9, 6)
-    h, root = inverse_root(x.mT @ x, matmul=matmul)
+    h, root = inverse_root(x.mT @ x, direction_products=matmul)
     assert h.isfinite().all() and not root.any()
     assert not (x @ h).any() and not polar_of(x, matmul).any()

@@ -77,8 +77,10 @@ def test_folding_of_thin_factors_is_that_of_their_product() -> None:
 
 
 def test_a_moment_of_another_size_is_refused() -> None:
-    x, ok = torch.randn(1, 6, 6), torch.tensor(True)
-    options = dict(beta1=0.9, beta2=0.9, eps=1.0, nesterov=False, ok=ok, wanted=False)
+    x, grads_finite = torch.randn(1, 6, 6), torch.tensor(True)
+    options = dict(
+        beta1=0.9, beta2=0.9, eps=1.0, nesterov=False, grads_finite=grads_finite, wanted=False
+    )
     for shape in ((5, 5), folded_shape(7), (1, 6, 6)):
         with pytest.raises(ValueError, match="dense or folded"):
             kernels.lie_moments(x, torch.zeros(1, *shape), None, **options)
@@ -117,7 +119,7 @@ def test_layouts_agree_bit_for_bit() -> None:
                 beta2=0.99,
                 eps=1e-8,
                 nesterov=True,
-                ok=torch.tensor(True),
+                grads_finite=torch.tensor(True),
                 wanted=True,
             )
             for m, v in moments
@@ -180,23 +182,34 @@ def test_triton_skew_and_elementwise() -> None:
 
 @needs_gpu
 def test_triton_in_a_cuda_graph() -> None:
-    """Nothing waits for the device, and a replay heeds what ``ok`` is by then."""
+    """Nothing waits for the device, and a replay heeds what ``grads_finite`` is by then."""
     x, w = torch.randn(2, 96, 96, device="cuda"), torch.zeros(2, 96, 96, device="cuda")
-    m, ok = torch.zeros(2, *folded_shape(96), device="cuda"), torch.tensor(True, device="cuda")
+    m, grads_finite = (
+        torch.zeros(2, *folded_shape(96), device="cuda"),
+        torch.tensor(True, device="cuda"),
+    )
 
     def step() -> None:
         a = kernels.lie_moments(
-            x, m, None, beta1=0.9, beta2=0.9, eps=1e-8, nesterov=False, ok=ok, wanted=True
+            x,
+            m,
+            None,
+            beta1=0.9,
+            beta2=0.9,
+            eps=1e-8,
+            nesterov=False,
+            grads_finite=grads_finite,
+            wanted=True,
         )
         assert a is not None
-        kernels.moved(w, a / kernels.frobenius(a), ok=ok)
+        kernels.moved(w, a / kernels.frobenius(a), grads_finite=grads_finite)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     for value in (True, False):
-        ok.fill_(value)
+        grads_finite.fill_(value)
         before = [w.clone(), m.clone()]
         graph.replay()
         assert [bool((w != before[0]).any()), bool((m != before[1]).any())] == [value, value]

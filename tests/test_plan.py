@@ -137,8 +137,8 @@ def test_heads_are_dealt_and_not_cut() -> None:
     qkv = (("q", 4), ("k", 2), ("v", 2))
     info = ParamInfo(name="w", shape=(8, 5), qkv=qkv, head_dim=2, tp_axis="rows", tp_size=2)
     heads, whole = (classify(info, PionConfig(qkv=kind)) for kind in ("head", "qkv"))
-    assert heads.view.axis is None and heads.view.joined(2) == {"head": (4, 2, 5)}
-    assert whole.view.axis == "rows" and whole.view.joined(2)["q"] == (1, 8, 5)
+    assert heads.view.axis is None and heads.view.whole_shapes(2) == {"head": (4, 2, 5)}
+    assert whole.view.axis == "rows" and whole.view.whole_shapes(2)["q"] == (1, 8, 5)
 
 
 def test_what_cannot_be_cut_is_refused_unless_excluded() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pion_dist import Pion, PionConfig
 from pion_dist.iterations import panels
 from pion_dist.update import polar, step
-from pion_dist.update.precision import PRODUCTS, Products, Split
+from pion_dist.update.precision import DIRECTION_PRODUCTS, Products, Split
 
 # The last two have generators in factors, where the other dimension is more than twice as long.
 SHAPES = ((16, 16), (12, 9), (32, 6), (6, 32))
@@ -20,12 +20,12 @@ EXACT_MSIGN = MSIGN | {"retraction": "exp", "scaling": "none"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", DIRECTION_PRODUCTS)
 def test_into_is_the_product_whatever_was_there(name: str, dtype: torch.dtype) -> None:
     """Products and sums of numbers as ``rounded``, of k = 7 terms and one, to (k + 2) u and a last
     rounding to what is stored.
     """
-    matmul = PRODUCTS[name]
+    matmul = DIRECTION_PRODUCTS[name]
     generator = torch.Generator().manual_seed(0)
     a, b, c = (
         matmul.rounded(torch.randn(2, 7, 7, generator=generator, dtype=torch.float64).to(dtype))
@@ -126,7 +126,9 @@ def test_what_tensor_cores_move_keeps_the_spectrum(
     worst = {}
     for products in Split(), Products(stored=torch.bfloat16):
         for module in step, polar:
-            monkeypatch.setattr(module, "moving", lambda precision, device, it=products: it)
+            monkeypatch.setattr(
+                module, "choose_weight_products", lambda precision, device, it=products: it
+            )
         before, after = trained(PionConfig(**options))
         spectra = [[torch.linalg.svdvals(x.double()) for x in each] for each in (before, after)]
         worst[type(products)] = max(

@@ -127,8 +127,8 @@ def test_elementwise_bytes_are_read_and_written() -> None:
     )  # fmt: skip
     m, n = 24, 16
     found = kernels(1, m, n, config, None)
-    # where(ok, g, m) and lerp(m, it); D times half the angle, plus W, and A's product with it times
-    # the angle; plus W; where into W.
+    # where(grads_finite, g, m) and lerp(m, it); D times half the angle, plus W, and A's product
+    # with it times the angle; plus W; where into W.
     of_weights = (3 + 3) + (2 + 3 + 2) + 3 + 3
     of_generators = 3  # X - X^T
     moved = sum(k.read + k.written for k in found if k.kind == "other")
@@ -172,7 +172,7 @@ def test_tensor_parallel_traffic_is_what_cost_counts(mode: str) -> None:
     p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), tp_mode=mode, **blocks)
     expected: dict[str, float] = {"tp all_reduce": 4.0}  # whether gradients are finite
     for w in weights(SMALL, Layout(gpus=2, tp=2), config)[0]:
-        for batch, m, n in w.rotated.view.joined(2).values():
+        for batch, m, n in w.rotated.view.whole_shapes(2).values():
             for step in (1, 2):
                 found = traffic(batch, m, n, config, w.rotated.view.axis, ranks=2, step=step)
                 for op, elements in found.elements.items():

@@ -46,22 +46,29 @@ def cases(batch: int, d: int, device: str) -> dict[str, tuple[int, Callable[[obj
     """Bytes and call of each kernel, given the module that has it."""
     x, y = (torch.randn(batch, d, d, device=device) for _ in range(2))
     k = x - x.mT
-    ok, size = torch.tensor(True, device=device), x.nbytes
+    grads_finite, size = torch.tensor(True, device=device), x.nbytes
     found: dict[str, tuple[int, Callable[[object], object]]] = {
         "copy": (2 * size, lambda _: y.copy_(x)),
         "skew": (2 * size, lambda run: run.skew(x)),
         "skew to bf16": (size + size // 2, lambda run: run.skew(x, dtype=torch.bfloat16)),
         "average, Nesterov": (
             4 * size,
-            lambda run: run.average(k, x, beta=0.9, nesterov=True, ok=ok),
+            lambda run: run.average(k, x, beta=0.9, nesterov=True, grads_finite=grads_finite),
         ),
-        "moved": (3 * size, lambda run: run.moved(k, y, ok=ok)),
+        "moved": (3 * size, lambda run: run.moved(k, y, grads_finite=grads_finite)),
         "norm": (size, lambda run: run.frobenius(x)),
         "norm of a sum": (2 * size, lambda run: run.frobenius(x, y)),
     }
 
     def moments(m: Tensor, v: Tensor, wanted: bool) -> Callable[[object], object]:
-        options = dict(beta1=0.9, beta2=0.99, eps=1e-8, nesterov=False, ok=ok, wanted=wanted)
+        options = dict(
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-8,
+            nesterov=False,
+            grads_finite=grads_finite,
+            wanted=wanted,
+        )
         return lambda run: run.lie_moments(x, m, v, **options)
 
     for layout, dtype in (("dense", "float32"), ("folded", "float32"), ("folded", "bfloat16")):

@@ -1,8 +1,7 @@
 """The elementwise parts and the norms of a step, fused in Triton or in plain torch operations.
 
-``reference`` says what each function computes, and on what runs it: the results differ by rounding
-alone. ``fold`` is the layout in which half of a skew matrix is kept; ``eight_bit`` holds moments
-in 8 bits.
+``reference`` defines what each function computes; Triton's results differ by rounding alone.
+``fold`` is the layout that stores half of a skew matrix; ``eight_bit`` stores moments in 8 bits.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ __all__ = [
 ]
 
 
-# Read once, as Triton does when kernels are decorated.
+# Read once, at import: Triton reads it when kernels are decorated.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backend(device: torch.device) -> Literal["triton", "torch"]:
-    """What computes on a device: Triton on a GPU where it is installed, else torch.
+    """Name the backend of a device: Triton on a GPU where it is installed, else torch.
 
     With TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU too, for tests of their
-    logic. torch remains what computes on float64 and on matrices that are not contiguous.
+    logic. torch always computes float64 and matrices that are not contiguous.
     """
     asked = device.type == "cuda" or _INTERPRETED
     return "triton" if asked and _triton() is not None else "torch"
@@ -52,7 +51,7 @@ def backend(device: torch.device) -> Literal["triton", "torch"]:
 
 @functools.cache
 def _triton() -> ModuleType | None:
-    """The kernels, imported when they are first needed: Triton takes a while."""
+    """Import the kernels on first use, since importing Triton takes a while."""
     try:
         from . import triton_kernels
     except ModuleNotFoundError as missing:
@@ -65,15 +64,15 @@ def _triton() -> ModuleType | None:
 def _dispatched[**P, R](
     function: Callable[P, R], *, moments: tuple[int, ...] = ()
 ) -> Callable[P, R]:
-    """The reference's function, or its kernel where that takes the tensors.
+    """Wrap a function of ``reference`` to call its kernel where that takes the tensors.
 
     Args:
-        function: its positional arguments are tensors or None.
-        moments: which of them may be of another dtype than the computation.
+        function: the reference; its positional arguments are tensors or None.
+        moments: positions of arguments that may have another dtype than the computation.
     """
 
     @functools.wraps(function)
-    def best(*args: P.args, **kwargs: P.kwargs) -> R:
+    def dispatched(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
         kernels = _triton() if backend(first.device) == "triton" else None
@@ -82,16 +81,16 @@ def _dispatched[**P, R](
             return result
         return function(*args, **kwargs)
 
-    return best
+    return dispatched
 
 
-# Of how many columns U and V may have for K to be made by products on the CPU: an element of it
-# takes r FLOP more, and of X − Xᵀ one nanosecond, in which a core does 60 to 90.
+# The most columns of U and V with which the CPU makes K by products. An element of K takes r more
+# FLOP so; one of X − Xᵀ takes a nanosecond, in which a core does 60 to 90.
 THIN = 64
 
 
 def outer(u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What ``lie_moments`` takes of U and V: X = U Vᵀ, or K folded where that takes less time."""
+    """Compute ``lie_moments``'s operand: X = U Vᵀ, or K folded where that takes less time."""
     _, d, r = u_Bdr.shape
     on_cpu = u_Bdr.device.type == "cpu" and backend(u_Bdr.device) == "torch"
     if on_cpu and r <= THIN and r < d and d % 2 == 0:

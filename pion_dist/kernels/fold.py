@@ -1,13 +1,13 @@
-"""The folded layout of a skew matrix, or of a symmetric one with zero diagonal: half the elements.
+"""The folded layout of a skew matrix, or a symmetric one with zero diagonal: half the elements.
 
 With h = ⌈d/2⌉ a matrix is [[L11, .], [L21, L22]]; its strict lower triangle is all of L21 and the
-strict lower triangles of L11 and L22. Folded it is two dense planes [2, h, h], of d²/2 elements:
+strict lower triangles of L11 and L22. Folded, it is two dense planes [2, h, h] of d²/2 elements:
 
     plane 0    L21, with a last row of zeros where d is odd
     plane 1    L11 below the diagonal, L22 transposed above it, zeros on it
 
-A square tile of a plane is a square tile of the matrix, shifted by 0 or h along either axis and
-mirrored in L22: a kernel that goes over tiles of the planes reads and writes whole rows of both.
+A square tile of a plane is a square tile of the matrix, shifted by 0 or h along each axis, and
+mirrored in L22. So a kernel that goes over tiles of the planes reads and writes whole rows of both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..state import folded_shape
 
 
 def is_folded(x: Tensor, d: int) -> bool:
-    """Whether x is a batch of folded d x d matrices [B, 2, h, h], and not of dense ones [B, d, d].
+    """Tell a batch of folded d x d matrices [B, 2, h, h] from one of dense matrices [B, d, d].
 
     Raises:
         ValueError: it is neither.
@@ -38,7 +38,7 @@ def fold(x_Bdd: Tensor) -> Tensor:
     """Fold the strict lower triangle of each matrix.
 
     Args:
-        x_Bdd: [B, d, d]; the diagonal and what is above it do not matter.
+        x_Bdd: [B, d, d]; the diagonal and the elements above it are ignored.
 
     Returns:
         [B, 2, h, h].
@@ -52,7 +52,7 @@ def fold(x_Bdd: Tensor) -> Tensor:
 
 
 def fold_skew(x_Bdd: Tensor) -> Tensor:
-    """``fold`` of X − Xᵀ, which is not formed: [B, 2, h, h]."""
+    """Fold X − Xᵀ without forming it: [B, 2, h, h]."""
     x11, _, x21, x22 = _quarters(x_Bdd)
     t11, _, t21, t22 = _quarters(transposed(x_Bdd))
     f, plane0, plane1, corner = _planes(x_Bdd)
@@ -65,12 +65,12 @@ def fold_skew(x_Bdd: Tensor) -> Tensor:
 def fold_product(
     u_Bdr: Tensor, v_Bdr: Tensor, *, matmul: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """``fold`` of U Vᵀ − V Uᵀ = [U V] [V −U]ᵀ, by products that are its quarters, for even d.
+    """Fold U Vᵀ − V Uᵀ = [U V] [V −U]ᵀ for even d, by a product for each quarter that it stores.
 
-    They take 3r FLOP an element where U Vᵀ takes 2r, but nothing is read by columns.
+    These take 3r FLOP an element where U Vᵀ takes 2r, but nothing is read by columns.
     """
     h = u_Bdr.shape[1] // 2
-    u, v = u_Bdr.mT, v_Bdr.mT  # rows in memory where W is wide
+    u, v = u_Bdr.mT, v_Bdr.mT  # their rows are contiguous where W is wide
     u1, u2 = torch.cat((u, v), 1).mT.split_with_sizes((h, h), 1)
     v1, v2 = torch.cat((v, -u), 1).split_with_sizes((h, h), 2)
     f = u.new_empty(u.shape[0], 2, h, h)
@@ -81,21 +81,21 @@ def fold_product(
 
 
 def unfold(f: Tensor, d: int, *, skew: bool) -> Tensor:
-    """The inverse of ``fold``.
+    """Undo ``fold``.
 
     Args:
         f: [B, 2, h, h].
         d: rows of the matrices, 2h or 2h − 1.
-        skew: the upper triangle is minus the mirrored lower one, else the mirrored one itself.
+        skew: whether to negate the lower triangle when it is mirrored into the upper one.
 
     Returns:
-        [B, d, d], its diagonal zero.
+        [B, d, d], with a diagonal of zeros.
     """
     x = f.new_empty(f.shape[0], d, d)
     x11, x12, x21, x22 = _quarters(x)
     plane0, plane1, corner = _parts(f, d)
-    lower = _room(f, plane1.shape[-1]).copy_(plane1).tril_(-1)
-    upper = _room(f, corner.shape[-1])
+    lower = _empty(f, plane1.shape[-1]).copy_(plane1).tril_(-1)
+    upper = _empty(f, corner.shape[-1])
     torch.sub(corner, lower if d % 2 == 0 else lower[:, :-1, :-1], out=upper)
     join = torch.sub if skew else torch.add
     join(lower, lower.mT, out=x11)
@@ -108,29 +108,29 @@ def unfold(f: Tensor, d: int, *, skew: bool) -> Tensor:
     return x
 
 
-# Read by columns, rows of a multiple of 512 bytes get in one another's way in a CPU's cache: X − Xᵀ
-# takes 0.8 ns an element of 256 x 256 float32 matrices and 2.1 of 512 x 512, and 0.6 with a copy
-# whose rows are a cache line longer (one core, torch 2.13). Below SMALL the copy takes what it
-# saves. From LARGE on a column is longer than the first cache: 1.5 with a copy that goes by tiles,
-# as torch's of a single matrix does, and 2 to 8 with longer rows.
+# When a matrix is read by columns, rows of a multiple of 512 bytes compete for the same lines of a
+# CPU's cache. X − Xᵀ takes 0.8 ns an element of 256 x 256 float32 matrices, 2.1 ns of
+# 512 x 512, and 0.6 ns with a copy whose rows are a cache line longer (one core, torch 2.13). Below
+# SMALL the copy costs as much as it saves. From LARGE on a column is longer than the first cache: a
+# copy by tiles, which torch makes of a single matrix, takes 1.5 ns, and longer rows 2 to 8 ns.
 SMALL, LARGE, LINE = 128, 640, 16
 
 
 def transposed(x_Bdd: Tensor) -> Tensor:
-    """Xᵀ to be read once: of a copy where that is faster."""
+    """Return Xᵀ for reading once: a view of X, or of a copy where that is faster."""
     d = x_Bdd.shape[-1]
     if x_Bdd.device.type != "cpu" or d < SMALL:
         return x_Bdd.mT
     if d < LARGE:
-        return _room(x_Bdd, d).copy_(x_Bdd).mT
+        return _empty(x_Bdd, d).copy_(x_Bdd).mT
     mirrored = torch.empty_like(x_Bdd)
     for to, matrix in zip(mirrored, x_Bdd, strict=True):
         to.copy_(matrix.t())
     return mirrored
 
 
-def _room(x: Tensor, d: int) -> Tensor:
-    """For a batch [B, d, d] like X that is to be read by columns."""
+def _empty(x: Tensor, d: int) -> Tensor:
+    """Allocate a batch [B, d, d] like X whose memory suits reads by columns."""
     if x.device.type != "cpu" or d < SMALL:
         return x.new_empty(x.shape[0], d, d)
     return x.new_empty(x.shape[0], d, d + LINE)[..., :d]
@@ -145,7 +145,7 @@ def _quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for X folded, and its ``_parts``; what L21 does not cover is zero."""
+    """Allocate X's folded form, zero where L21 does not reach; return it and its ``_parts``."""
     d = x.shape[-1]
     f = x.new_empty(x.shape[0], *folded_shape(d))
     if d % 2:
@@ -154,7 +154,7 @@ def _planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _parts(f: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where L21 is, plane 1, and the part of it that L22, [d − h, d − h], covers."""
+    """Return the views of L21, of plane 1, and of the corner that L22 [d − h, d − h] covers."""
     plane0, plane1 = f.unbind(1)
     if d % 2:
         return plane0[:, :-1], plane1, plane1[:, :-1, :-1]

@@ -1,14 +1,14 @@
 """``reference`` in Triton, for float32 operands: every operand is read once and written once.
 
-A kernel on square matrices goes over tiles of the two folded planes (see ``fold``), each of which
-is a tile of the matrix and its mirror image across the diagonal, whichever layout the moments
-have. Of two mirrored elements one is computed, the other is its negative: so a result is exactly
-skew. The other kernels go over a matrix's elements in the order in which they lie in memory.
+A kernel on square matrices goes over tiles of the two folded planes (see ``fold``), whether the
+moments are folded or dense. Each tile stands for a tile of the matrix and its mirror image across
+the diagonal. One of two mirrored elements is computed and the other is its negative, so a result is
+exactly skew. The other kernels go over a matrix's elements in memory order.
 
 Each matrix of a batch has to be contiguous; ``x_batch`` is the distance from one to the next.
 """
 
-# A kernel's arguments have no Python types, nor has torch.cuda.device_of.
+# Neither a kernel's arguments nor torch.cuda.device_of have Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from torch import Tensor
 from ..state import folded_shape
 from .fold import is_folded
 
-# Rows and columns of a tile, whose rows are then whole cache lines. With 64 a thread of 8 warps
-# needs 215 registers on sm_90, which leaves a multiprocessor with one program at a time.
+# Rows and columns of a tile. Rows of 32 are whole cache lines; with 64 a thread of 8 warps
+# needs 215 registers on sm_90, which leaves room for one program on a multiprocessor.
 TILE, TILE_WARPS = 32, 4
-# Elements of a program that maps, and of one that sums: 16 and 32 a thread.
+# Elements of an elementwise program, and of one that sums: 16 and 32 a thread.
 BLOCK, SUM_BLOCK, SUM_WARPS = 2048, 8192, 8
 
 
 @triton.jit
 def _tile(d, h, TILE: tl.constexpr):
-    """This program's tile: its matrix in the batch, and where it lies in a plane and in X.
+    """Locate this program's tile: its matrix in the batch, and its place in a plane and in X.
 
-    A row of tiles is plane 0's and then plane 1's, whose tile on the diagonal comes twice: once
-    for each of its triangles.
+    A row of tiles is plane 0's followed by plane 1's. Plane 1's tile on the diagonal comes twice,
+    once for each of its triangles.
 
     Returns:
-        The matrix; the corner p, q; how far below and right of it the elements are in X; whether
-        the plane is 0.
+        Index of the matrix; the tile's corner p, q; how far below and right of it the elements are
+        in X; whether the plane is 0.
     """
     across = tl.cdiv(h, TILE)
     tiles = across * (2 * across + 1)
@@ -54,13 +54,13 @@ def _tile(d, h, TILE: tl.constexpr):
 
 @triton.jit
 def _at(row, col, width):
-    """Offset of an element of a matrix, which may be past 2^31."""
+    """Compute an element's offset in a matrix, which may exceed 2^31."""
     return row.to(tl.int64) * width + col
 
 
 @triton.jit
 def _inside(p, q, d, h, down, right, TILE: tl.constexpr):
-    """Which elements of a tile lie in the matrix, and in the tile's mirror image."""
+    """Mask the elements of a tile that lie in the matrix, and those of its mirror image."""
     i = p + tl.arange(0, TILE) < tl.where(down > 0, d - h, h)
     j = q + tl.arange(0, TILE) < tl.where(right > 0, d - h, h)
     return i[:, None] & j[None, :], j[:, None] & i[None, :]
@@ -68,7 +68,7 @@ def _inside(p, q, d, h, down, right, TILE: tl.constexpr):
 
 @triton.jit
 def _store(ptr, value, within, inside, triangle, diagonal):
-    """Store a tile; with the mask that hinders wide stores only where that is needed."""
+    """Store a tile; mask its triangle, which hinders wide stores, only on the diagonal."""
     if diagonal:
         tl.store(ptr + within, value, mask=inside & triangle)
     else:
@@ -77,14 +77,14 @@ def _store(ptr, value, within, inside, triangle, diagonal):
 
 @triton.jit
 def _lerp(start, end, weight):
-    """torch.lerp's two forms, of which each is exact at its own end."""
+    """Interpolate by torch.lerp's two forms, each of which is exact at its own end."""
     difference = end - start
     return tl.where(weight < 0.5, start + weight * difference, end - difference * (1.0 - weight))
 
 
 @triton.jit
 def _rounded(x, ptr):
-    """x as it is once it has been stored at ptr."""
+    """Round x as a store at ptr does."""
     return x.to(ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -110,7 +110,7 @@ def _lie_moments(
     m_ptr,
     v_ptr,
     a_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     x_batch,
     m_batch,
     v_batch,
@@ -123,7 +123,7 @@ def _lie_moments(
     NESTEROV: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """v_ptr is None without a second moment, a_ptr where no direction is wanted."""
+    """Average generators; v_ptr is None without a second moment, a_ptr without a direction."""
     matrix, p, q, down, right, square = _tile(d, h, TILE)
     inside, inside_t = _inside(p, q, d, h, down, right, TILE)
     i, j = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
@@ -132,31 +132,31 @@ def _lie_moments(
     own, own_t = tl.where(right > 0, i <= j, i >= j), tl.where(right > 0, i >= j, i <= j)
     off = i != j
     if FOLDED:
-        held, within_held = _at(tl.where(square, 0, h) + p, q, h), i * h + j
-        flip = tl.where(right > 0, -1.0, 1.0)  # plane 1 has of L22 what is below the diagonal
+        stored, within_stored = _at(tl.where(square, 0, h) + p, q, h), i * h + j
+        flip = tl.where(right > 0, -1.0, 1.0)  # plane 1 has L22's triangle below the diagonal
     else:
-        held, within_held = here, within
+        stored, within_stored = here, within
         flip = 1.0
-    ok = tl.load(ok_ptr) != 0
-    live, live_t = inside & ok, inside_t & ok
+    grads_finite = tl.load(grads_finite_ptr) != 0
+    live, live_t = inside & grads_finite, inside_t & grads_finite
     x = tl.load(x_ptr + matrix * x_batch + here + within, mask=inside, other=0.0)
     mirror = tl.load(x_ptr + matrix * x_batch + there + within, mask=inside_t, other=0.0)
     k = x - tl.trans(mirror)
 
     m_ptr += matrix * m_batch
-    m = flip * tl.load(m_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
-    m = _rounded(_lerp(m, tl.where(ok, k, m), weight1), m_ptr)
-    _store(m_ptr + held, flip * m, within_held, live, own & off, diagonal)
+    m = flip * tl.load(m_ptr + stored + within_stored, mask=inside, other=0.0).to(tl.float32)
+    m = _rounded(_lerp(m, tl.where(grads_finite, k, m), weight1), m_ptr)
+    _store(m_ptr + stored, flip * m, within_stored, live, own & off, diagonal)
     if not FOLDED:
         _store(m_ptr + there, tl.trans(-m), within, live_t, own_t & off, diagonal)
     a = m
     if NESTEROV:
-        a = _lerp(m, tl.where(ok, k, m), weight1)
+        a = _lerp(m, tl.where(grads_finite, k, m), weight1)
     if v_ptr is not None:
         v_ptr += matrix * v_batch
-        v = tl.load(v_ptr + held + within_held, mask=inside, other=0.0).to(tl.float32)
-        v = _rounded(_lerp(v, tl.where(ok, k * k, v), weight2), v_ptr)
-        _store(v_ptr + held, v, within_held, live, own & off, diagonal)
+        v = tl.load(v_ptr + stored + within_stored, mask=inside, other=0.0).to(tl.float32)
+        v = _rounded(_lerp(v, tl.where(grads_finite, k * k, v), weight2), v_ptr)
+        _store(v_ptr + stored, v, within_stored, live, own & off, diagonal)
         if not FOLDED:
             _store(v_ptr + there, tl.trans(v), within, live_t, own_t & off, diagonal)
         a = tl.div_rn(a, tl.sqrt_rn(v) + eps)
@@ -169,7 +169,7 @@ def _lie_moments(
 
 @triton.jit
 def _block(size, BLOCK: tl.constexpr):
-    """This program's matrix in the batch and its elements' indices there."""
+    """Return the index of this program's matrix in the batch, and its elements' indices there."""
     blocks = tl.cdiv(size, BLOCK)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
     return matrix, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -180,7 +180,7 @@ def _average(
     m_ptr,
     g_ptr,
     s_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     m_batch,
     g_batch,
     size,
@@ -188,18 +188,18 @@ def _average(
     NESTEROV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """s_ptr is None where m itself is the result."""
+    """Average gradients; s_ptr is None where m itself is the result."""
     matrix, at = _block(size, BLOCK)
-    ok = tl.load(ok_ptr) != 0
+    grads_finite = tl.load(grads_finite_ptr) != 0
     m_ptrs = m_ptr + matrix * m_batch + at
     m = tl.load(m_ptrs, mask=at < size, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + matrix * g_batch + at, mask=at < size, other=0.0)
-    m = _rounded(_lerp(m, tl.where(ok, g, m), weight), m_ptr)
-    tl.store(m_ptrs, m, mask=(at < size) & ok)
+    m = _rounded(_lerp(m, tl.where(grads_finite, g, m), weight), m_ptr)
+    tl.store(m_ptrs, m, mask=(at < size) & grads_finite)
     if s_ptr is not None:
         s = m
         if NESTEROV:
-            s = _lerp(m, tl.where(ok, g, m), weight)
+            s = _lerp(m, tl.where(grads_finite, g, m), weight)
         tl.store(s_ptr + matrix * size + at, s, mask=at < size)
 
 
@@ -207,14 +207,14 @@ def _average(
 def _moved(
     w_ptr,
     change_ptr,
-    ok_ptr,
+    grads_finite_ptr,
     w_batch,
     change_batch,
     size,
     BLOCK: tl.constexpr,
 ):
     matrix, at = _block(size, BLOCK)
-    live = (at < size) & (tl.load(ok_ptr) != 0)
+    live = (at < size) & (tl.load(grads_finite_ptr) != 0)
     w_ptrs = w_ptr + matrix * w_batch + at
     change = tl.load(change_ptr + matrix * change_batch + at, mask=live, other=0.0)
     tl.store(w_ptrs, tl.load(w_ptrs, mask=live, other=0.0) + change, mask=live)
@@ -230,7 +230,7 @@ def _square_sums(
     size,
     BLOCK: tl.constexpr,
 ):
-    """One sum a program; y_ptr is None without Y."""
+    """Sum squares, one sum a program; y_ptr is None without Y."""
     matrix, at = _block(size, BLOCK)
     x = tl.load(x_ptr + matrix * x_batch + at, mask=at < size, other=0.0)
     if y_ptr is not None:
@@ -240,7 +240,7 @@ def _square_sums(
 
 @triton.jit
 def _angles(b_ptr, sigma_ptr, scale_ptr, x_ptr, y_ptr, c_ptr, b_batch, r, TILE: tl.constexpr):
-    """A program goes down the columns of a tile, whose sums of squares c needs."""
+    """Compute angles; a program goes down a tile's columns, whose sums of squares c needs."""
     across = tl.cdiv(r, TILE)
     matrix = (tl.program_id(0) // across).to(tl.int64)
     j = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
@@ -251,7 +251,7 @@ def _angles(b_ptr, sigma_ptr, scale_ptr, x_ptr, y_ptr, c_ptr, b_batch, r, TILE: 
     column = tl.load(sigma_ptr + j, mask=j < r, other=0.0)
     length = tl.load(scale_ptr)
     square = length * length
-    least = square + 1.1754943508222875e-38  # where the length and δ are 0, B is too
+    least = square + 1.1754943508222875e-38  # B is 0 where the length and δ are 0
     norms = tl.zeros([TILE], tl.float32)
     for start in range(0, r, TILE):
         i = start + tl.arange(0, TILE)
@@ -275,7 +275,7 @@ def _angles(b_ptr, sigma_ptr, scale_ptr, x_ptr, y_ptr, c_ptr, b_batch, r, TILE: 
 
 @triton.jit
 def _roots(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
-    """The root of the sum of each matrix's ``count`` sums, which are added in a fixed order."""
+    """Compute the root of each matrix's total; its ``count`` sums are added in a fixed order."""
     matrix = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
@@ -285,7 +285,7 @@ def _roots(sums_ptr, norm_ptr, count, BLOCK: tl.constexpr):
 
 
 def takes(tensors: Sequence[Tensor | None], *, moments: Sequence[int] = ()) -> bool:
-    """Whether the kernels run on these: float32 (some moments aside), each matrix contiguous."""
+    """Tell whether the kernels take these: float32 (but for moments), each matrix contiguous."""
     return all(
         x is None
         or (x.numel() > 0 and x[0].is_contiguous() and (i in moments or x.dtype == torch.float32))
@@ -294,7 +294,7 @@ def takes(tensors: Sequence[Tensor | None], *, moments: Sequence[int] = ()) -> b
 
 
 def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """As ``reference.skew``."""
+    """Compute ``reference.skew``."""
     a = x_Bdd.new_empty(x_Bdd.shape, dtype=dtype)
     d, h, programs, constants = _tiled(x_Bdd)
     with torch.cuda.device_of(x_Bdd):
@@ -305,7 +305,7 @@ def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None)
 def angles(
     b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.angles``."""
+    """Compute ``reference.angles``."""
     batch, r = sigma_Br.shape
     x, y = (b_Brr.new_empty(b_Brr.shape) for _ in range(2))
     c, length = sigma_Br.new_empty(sigma_Br.shape), sigma_Br.new_empty(1)
@@ -335,10 +335,10 @@ def lie_moments(
     beta2: float,
     eps: float,
     nesterov: bool,
-    ok: Tensor,
+    grads_finite: Tensor,
     wanted: bool,
 ) -> Tensor | None:
-    """As ``reference.lie_moments``."""
+    """Compute ``reference.lie_moments``."""
     folded = is_folded(m, x_Bdd.shape[-1])
     itself = not folded and m.dtype == torch.float32 and v is None and not nesterov
     a = x_Bdd.new_empty(x_Bdd.shape) if wanted and not itself else None
@@ -349,7 +349,7 @@ def lie_moments(
             m,
             v,
             a,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             x_Bdd.stride(0),
             m.stride(0),
             0 if v is None else v.stride(0),
@@ -365,8 +365,10 @@ def lie_moments(
     return m if wanted and itself else a
 
 
-def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Tensor) -> Tensor:
-    """As ``reference.average``."""
+def average(
+    m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, grads_finite: Tensor
+) -> Tensor:
+    """Compute ``reference.average``."""
     itself = m_Bmn.dtype == torch.float32 and not nesterov
     s = None if itself else g_Bmn.new_empty(g_Bmn.shape)
     batch, size = len(g_Bmn), g_Bmn[0].numel()
@@ -375,7 +377,7 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
             m_Bmn,
             g_Bmn,
             s,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             m_Bmn.stride(0),
             g_Bmn.stride(0),
             size,
@@ -386,14 +388,14 @@ def average(m_Bmn: Tensor, g_Bmn: Tensor, *, beta: float, nesterov: bool, ok: Te
     return m_Bmn if s is None else s
 
 
-def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
-    """As ``reference.moved``."""
+def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, grads_finite: Tensor) -> None:
+    """Compute ``reference.moved``."""
     batch, size = len(w_Bmn), w_Bmn[0].numel()
     with torch.cuda.device_of(w_Bmn):
         _moved[(batch * triton.cdiv(size, BLOCK),)](
             w_Bmn,
             change_Bmn,
-            ok.view(torch.uint8),
+            grads_finite.view(torch.uint8),
             w_Bmn.stride(0),
             change_Bmn.stride(0),
             size,
@@ -402,7 +404,7 @@ def moved(w_Bmn: Tensor, change_Bmn: Tensor, *, ok: Tensor) -> None:
 
 
 def frobenius(x_Bmn: Tensor, y_Bmn: Tensor | None = None) -> Tensor:
-    """As ``reference.frobenius``."""
+    """Compute ``reference.frobenius``."""
     batch, size = len(x_Bmn), x_Bmn[0].numel()
     count = triton.cdiv(size, SUM_BLOCK)
     sums, norm = x_Bmn.new_empty(batch, count), x_Bmn.new_empty(batch, 1, 1)
@@ -422,7 +424,7 @@ def frobenius(x_Bmn: Tensor, y_Bmn: Tensor | None = None) -> Tensor:
 
 
 def _tiled(x_Bdd: Tensor) -> tuple[int, int, int, dict[str, int]]:
-    """d, h, the number of programs, and the tile's constants."""
+    """Return d, h, the number of programs, and the tile's constants."""
     d = x_Bdd.shape[-1]
     h = folded_shape(d)[1]
     across = triton.cdiv(h, TILE)

@@ -38,7 +38,7 @@ class Weight:
     def flop(self, config: PionConfig) -> float:
         """What it is dealt by: see ``cost.weight_flop``."""
         view, ranks = self.rotated.view, self.rotated.ranks
-        return cost.weight_flop(view.joined(ranks).values(), config, view.axis, ranks=ranks)
+        return cost.weight_flop(view.whole_shapes(ranks).values(), config, view.axis, ranks=ranks)
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,6 @@ def plan_of(items: Sequence[Weight], config: PionConfig, tp: int) -> StepPlan:
             group=0 if w.rotated.ranks > 1 else None,
         )
         for w in items
-        for part, (batch, m, n) in w.rotated.view.joined(w.rotated.ranks).items()
+        for part, (batch, m, n) in w.rotated.view.whole_shapes(w.rotated.ranks).items()
     ]
     return build_plan(matrices, [tp] if tp > 1 else [], config)

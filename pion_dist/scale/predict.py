@@ -389,7 +389,7 @@ def _muon(items: Sequence[Weight], tp: int, cluster: Cluster, mode: MuonMode) ->
     local = sum(w.numel for w in items)
     for w in items:
         view = w.rotated.view
-        shapes = view.shapes if mode == "blockwise" else view.joined(w.rotated.ranks)
+        shapes = view.shapes if mode == "blockwise" else view.whole_shapes(w.rotated.ranks)
         for batch, m, n in shapes.values():
             short, long = min(m, n), max(m, n)
             flop = batch * MUON_STEPS * (4.0 * short**2 * long + 2.0 * short**3)
@@ -456,7 +456,7 @@ def largest_matrix(model: Model, layout: Layout, cluster: Cluster, config: PionC
         (m, n)
         for items in weights(model, layout, alone)
         for w in items
-        for _, m, n in w.rotated.view.joined(w.rotated.ranks).values()
+        for _, m, n in w.rotated.view.whole_shapes(w.rotated.ranks).values()
     }
     return max(
         sum(priced(kernels(1, m, n, alone, None, step=s), cluster) for s in (1, 2)) / 2

@@ -20,7 +20,7 @@ from .. import cost, state
 from ..config import SIDE_OF, Axis, PionConfig
 from ..factors import Rows
 from ..update import polar
-from ..update.arrangement import Blocks, Divided
+from ..update.layout import Blocks, Divided
 from ..update.step import step as update
 
 Kind = Literal["float32", "tf32", "bf16", "solver", "other"]
@@ -70,13 +70,13 @@ def kernels(
     if axis is not None:
         shape[1 if axis == "rows" else 2] //= ranks
     w, g = torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
-    arrangement: Blocks | Divided | None = None
+    layout: Blocks | Divided | None = None
     if axis is not None and config.tp_mode == "blockwise":
         peers = Peers(ranks) if ranks > 1 else None
-        arrangement = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
+        layout = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
     elif axis is not None and ranks > 1:
-        arrangement = Divided(SIDE_OF[axis], Peers(ranks))
-    ok = torch.empty((), dtype=torch.bool, device="meta")
+        layout = Divided(SIDE_OF[axis], Peers(ranks))
+    grads_finite = torch.empty((), dtype=torch.bool, device="meta")
     held = {
         name: torch.empty(
             moment.used(ranks),
@@ -87,7 +87,7 @@ def kernels(
     }
     with _Recorder() as recorder:
         if config.direction == "polar":
-            _polar(w, g, held, m, n, config, axis, ranks=ranks, ok=ok)
+            _polar(w, g, held, m, n, config, axis, ranks=ranks, grads_finite=grads_finite)
             return tuple(recorder.kernels)
         update(
             w,
@@ -97,8 +97,8 @@ def kernels(
             lr=0.1,
             active=cost.order(m, n, config.active_sides(step)),
             forms=cost.forms(m, n, config),
-            ok=ok,
-            arrangement=arrangement,
+            grads_finite=grads_finite,
+            layout=layout,
         )
     return tuple(recorder.kernels)
 
@@ -113,7 +113,7 @@ def _polar(
     axis: Axis | None,
     *,
     ranks: int,
-    ok: Tensor,
+    grads_finite: Tensor,
 ) -> None:
     """A polar step, as ``optimizer`` takes it."""
     large = state.large_side(m, n, axis)
@@ -125,33 +125,33 @@ def _polar(
         lr=0.1,
         large=large,
         rows=max(m, n),
-        ok=ok,
-        total=rows.total,
+        grads_finite=grads_finite,
+        all_reduce_sum=rows.all_reduce_sum,
     )
     torch.where(go, rows.back(stepped), w, out=w)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """So many ranks, as ``update.arrangement.Peers``, of which none is there: shapes alone."""
+    """Stand in for ``size`` ranks, as ``update.layout.Peers``: shapes, no communication."""
 
     size: int
     rank: int = 0
 
-    def total(self, x: Tensor) -> Tensor:
-        """As it is."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Return X: no rank adds anything."""
         return x
 
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """So many of it, joined: the copy that ``exchange.GroupPeers`` makes."""
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Join ``size`` times X: the copy that ``exchange.GroupPeers`` makes."""
         return torch.cat([x] * self.size, dim=dim)
 
-    def exchanged(self, x: Tensor, joined: int, cut: int) -> Tensor:
-        """Its shares, joined: the copies that ``exchange.GroupPeers`` makes."""
-        return torch.cat(list(torch.stack(x.chunk(self.size, cut))), dim=joined)
+    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
+        """Join the shares of X: the copies that ``exchange.GroupPeers`` makes."""
+        return torch.cat(list(torch.stack(x.chunk(self.size, cut_dim))), dim=join_dim)
 
-    def scattered(self, x: Tensor, dim: int) -> Tensor:
-        """A share."""
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """Return a share of X."""
         return torch.stack(x.chunk(self.size, dim))[0]
 
 

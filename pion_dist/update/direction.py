@@ -13,53 +13,58 @@ from .precision import Products
 
 
 def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
-    """first / (sqrt(second) + eps), elementwise; skew where first is skew and second symmetric."""
+    """Divide elementwise: first / (sqrt(second) + eps).
+
+    The result is skew where ``first`` is skew and ``second`` symmetric.
+    """
     return first / second.sqrt().add_(eps)
 
 
-def msign(k: Tensor, *, eps: float, matmul: Products) -> Tensor:
-    """The matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz, with two more in memory.
+def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
+    """Compute the matrix sign K (KᵀK)^(−1/2) of skew matrices by Newton–Schulz.
 
     For a skew X the iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X is X(aI − bP + cP²) with P = X²: three
-    products, each symmetric or skew. K is first divided by a bound of its largest singular value
-    that the first step's products give: see ``tight``. The result is made exactly skew again, since
-    the spectrum depends on it.
+    products, each symmetric or skew, and two more matrices in memory. K is first divided by a bound
+    of its largest singular value, which the first step's products give: ``spectral_bound_scale``.
+    The result is made exactly skew again, since the spectrum depends on it.
 
     Args:
         k: skew [B, d, d]. (its values are lost)
-        eps: added to the Frobenius norm that K is divided by before all else.
-        matmul: the products to use.
+        eps: added to the Frobenius norm, by which K is divided first.
+        direction_products: the products to use.
 
     Returns:
-        Skew [B, d, d], singular values in [0.68, 1.21] where K's are above 0.02 of that bound;
-        zero where they are zero.
+        Skew [B, d, d]. Its singular values are in [0.68, 1.21] where K's are above 0.02 of that
+        bound, and zero where K's are zero.
     """
-    x = matmul.rounded(k.div_(kernels.frobenius(k) + eps))
+    x = direction_products.rounded(k.div_(kernels.frobenius(k) + eps))
     p, q = torch.empty_like(x), torch.empty_like(x)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        matmul.mirrored(p, x, x, sign=1)
+        direction_products.mirrored(p, x, x, sign=1)
         if step == 0:
-            matmul.mirrored(q, p, p, sign=1)
-            r = tight(kernels.frobenius(q))
-            # As x is: the CPU makes float32 copies of bf16 matrices that meet a float32 tensor.
+            direction_products.mirrored(q, p, p, sign=1)
+            r = spectral_bound_scale(kernels.frobenius(q))
+            # In x's dtype: the CPU would copy a bf16 matrix to float32 to multiply it by a float32.
             x.mul_(r.to(x.dtype))
             q.mul_((c * r**4).to(x.dtype)).add_(p.mul_((-b * r**2).to(x.dtype)))
         else:
-            matmul.mirrored(q, p, p, sign=1, add=p, beta=-b, alpha=c)
-        x, p = matmul.mirrored(p, x, q, sign=-1, add=x, beta=a), x
+            direction_products.mirrored(q, p, p, sign=1, add=p, beta=-b, alpha=c)
+        x, p = direction_products.mirrored(p, x, q, sign=-1, add=x, beta=a), x
     del p, q
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """The polar factor X (XᵀX)^(−1/2) of tall matrices, as ``msign`` is of skew ones.
+def polar(
+    unit: list[Tensor], *, direction_products: Products, all_reduce_sum: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Compute the polar factor X (XᵀX)^(−1/2) of tall matrices by the iteration of ``msign``.
 
     Args:
-        unit: of one X [B, m, n] with n columns, or the rows of it that this rank has; of Frobenius
-            norm 1, or zero. It is taken out of the list, and its values are lost: nobody holds it
-            while there is another iterate.
-        matmul: the products to use.
-        total: sums what ranks with other rows have (in place).
+        unit: a list of one tensor: X [B, m, n], or this rank's rows of it, of Frobenius norm 1 or
+            zero. X is taken out of the list, so that its memory is free while the next iterate is
+            made. (its values are lost)
+        direction_products: the products to use.
+        all_reduce_sum: sums over the ranks that divide the rows (in place).
 
     Returns:
         [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
@@ -67,41 +72,41 @@ def polar(unit: list[Tensor], *, matmul: Products, total: Callable[[Tensor], Ten
     x = unit.pop()
     batch, _, n = x.shape
     dtype = x.dtype
-    x = matmul.rounded(x)
+    x = direction_products.rounded(x)
     gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        matmul.mirrored(gram, x.mT, x, sign=1)
-        gram = matmul.rounded(total(gram.to(wide(dtype))))
+        direction_products.mirrored(gram, x.mT, x, sign=1)
+        gram = direction_products.rounded(all_reduce_sum(gram.to(wide(dtype))))
         if step == 0:
-            matmul.mirrored(poly, gram, gram, sign=1)
-            r = tight(kernels.frobenius(poly), pairs=False)
+            direction_products.mirrored(poly, gram, gram, sign=1)
+            r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)
             x.mul_(r.to(x.dtype))
             poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
         else:
-            matmul.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
-        x = matmul.into(torch.empty_like(x), x, poly, add=x, beta=a)
+            direction_products.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
+        x = direction_products.into(torch.empty_like(x), x, poly, add=x, beta=a)
     return x.to(dtype)
 
 
-def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
-    """The polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
+def inverse_root(gram: Tensor, *, direction_products: Products) -> tuple[Tensor, Tensor]:
+    """Compute the polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
 
     Args:
         gram: G [B, n, n], float32 or float64; of trace 1, or zero.
-        matmul: the products to use.
+        direction_products: the products to use.
 
     Returns:
-        H and H G H, [B, n, n] in G's dtype. Directions in which G is below its rounding have
-        another H than ``polar`` gives them, of the same bound.
+        H and H G H, [B, n, n] in G's dtype. H differs from ``polar``'s in directions in which G is
+        below its rounding; the bound of H is the same there.
     """
     dtype = gram.dtype
-    gram = matmul.rounded(gram)
+    gram = direction_products.rounded(gram)
     h: Tensor | None = None
     for a, b, c in NEWTON_SCHULZ:
         poly, square = torch.empty_like(gram), torch.empty_like(gram)
-        matmul.mirrored(square, gram, gram, sign=1)
+        direction_products.mirrored(square, gram, gram, sign=1)
         if h is None:
-            r = tight(kernels.frobenius(square), pairs=False)
+            r = spectral_bound_scale(kernels.frobenius(square), pairs=False)
             gram = gram * (r**2).to(gram.dtype)
             poly = square.mul_((c * r**4).to(gram.dtype)).add_(gram, alpha=b)
         else:
@@ -110,28 +115,28 @@ def inverse_root(gram: Tensor, *, matmul: Products) -> tuple[Tensor, Tensor]:
         if h is None:
             h = poly * r.to(poly.dtype)
         else:
-            h = matmul.mirrored(torch.empty_like(h), h, poly, sign=1)
-        square = matmul.mirrored(torch.empty_like(gram), poly, poly, sign=1)
-        gram = matmul.mirrored(torch.empty_like(gram), gram, square, sign=1)
+            h = direction_products.mirrored(torch.empty_like(h), h, poly, sign=1)
+        square = direction_products.mirrored(torch.empty_like(gram), poly, poly, sign=1)
+        gram = direction_products.mirrored(torch.empty_like(gram), gram, square, sign=1)
     assert h is not None, "there is a step"
     return h.to(dtype), gram.to(dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ranks' sums of a dtype's products are added."""
+    """Return the dtype in which ranks add up products of ``dtype``."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def tight(norm: Tensor, *, pairs: bool = True) -> Tensor:
-    """What X is multiplied by, so that its largest singular value is at most 1, just below it.
+def spectral_bound_scale(norm: Tensor, *, pairs: bool = True) -> Tensor:
+    """Compute the scale that brings X's largest singular value to just below 1, never above.
 
-    A skew X has its singular values in equal pairs, so that ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸; it is
-    at most d σ₁⁸, so that σ₁ ends in [(2/d)^(1/8), 1]: above 0.38 for d = 4096, where ‖X‖_F of
-    equal values is 64 σ₁.
+    The singular values of a skew X come in equal pairs, so ‖X⁴‖_F² = Σ σ⁸ is at least 2 σ₁⁸. It is
+    at most d σ₁⁸, so σ₁ ends in [(2/d)^(1/8), 1]: above 0.38 for d = 4096, where ‖X‖_F of equal
+    values is 64 σ₁.
 
     Args:
-        norm: ‖X⁴‖_F, or ‖(XᵀX)²‖_F, where ‖X‖_F is 1 or 0.
+        norm: ‖X⁴‖_F, or ‖(XᵀX)²‖_F, of an X with ‖X‖_F = 1 or 0.
         pairs: whether X is skew.
     """
-    # ‖X⁴‖_F^(1/4) is d^(−3/8) at least.
+    # ‖X⁴‖_F^(1/4) is at least d^(−3/8), so the floor changes only a zero X.
     return norm.sqrt().sqrt_().clamp_min_(1e-3).reciprocal_().mul_(2.0**0.125 if pairs else 1.0)

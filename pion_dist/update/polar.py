@@ -1,18 +1,18 @@
 """The polar step: Muon's step, kept on the matrices of one spectrum (docs/algorithm.md).
 
 W = U Σ Vᵀ with U [m, r], V [n, r] and r = min(m, n). Σ never changes; U and V are state. Muon's
-step D = η' M (MᵀM)^(−1/2) is taken apart in the two singular frames. What would change singular
-values to first order, the diagonal of B = Uᵀ D V, is dropped. The rest turns U and V:
+step D = η' M (MᵀM)^(−1/2) is expressed in the two singular frames. The diagonal of B = Uᵀ D V would
+change singular values to first order, so it is dropped. The rest turns U and V:
 
     U ← E(A) U,  A U = U X − Z diag(c),  Z = D V − U B;   V ← V E(Y);   W ← U Σ Vᵀ
 
-``kernels.angles`` has the skew X and Y, and c. E(A) = I + A + A²/2 + A³/8 leaves
-E(A)ᵀE(A) = I − A⁶/64, and I + (I − UᵀU)/2 takes away that and the rounding.
+``kernels.angles`` computes the skew X and Y, and c. E(A) = I + A + A²/2 + A³/8 leaves
+E(A)ᵀE(A) = I − A⁶/64; a product with I + (I − UᵀU)/2 removes that and the rounding.
 
-A wide W is stepped as its transpose: L is the larger of m and n, and U has L rows. D is not formed
-where L is much larger than r: D V = (M V) H with the polynomial H of (M V)ᵀ M V that is close to
-its inverse root, so that only products of L rows with M V, U and V are left. Rows divide over
-ranks with sums of r x r matrices and nothing else.
+A wide W is stepped as its transpose: L is the larger of m and n, and U has L rows. Where L is much
+larger than r, D is not formed: D V = (M V) H, with a polynomial H of (M V)ᵀ M V that is close to
+its inverse root. So only M V, U and V are multiplied with L rows. Ranks that divide the rows
+exchange sums of r x r matrices and nothing else.
 """
 
 from __future__ import annotations
@@ -29,46 +29,52 @@ from ..config import PionConfig, Side
 from ..cost import uses_gram
 from ..state import LEFT, RIGHT, SIGMA
 from .direction import inverse_root, polar
-from .precision import PRODUCTS, Products, exact, float32_precision, moving
+from .precision import (
+    DIRECTION_PRODUCTS,
+    Products,
+    choose_weight_products,
+    exact,
+    float32_precision,
+)
 from .readings import read_polar
 
-# Muon's steps of this root mean square train at AdamW's learning rates (Moonlight, 2025,
+# Muon's steps with this root mean square train at AdamW's learning rates (Moonlight, 2025,
 # https://arxiv.org/abs/2502.16982, section 2.2).
 RMS = 0.2
 
 Sum = Callable[[Tensor], Tensor]
-"""Sums what ranks with other rows have (in place)."""
+"""Sums a tensor over the ranks that divide the rows (in place)."""
 
 
 def factorize(w_Bmn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [B, m, r], σ [B, r] in descending order and V [B, n, r] of W, computed in float64."""
+    """Compute U [B, m, r], σ [B, r] in descending order and V [B, n, r] of W, in float64."""
     u, sigma, vt = torch.linalg.svd(w_Bmn.double(), full_matrices=False)
-    # Contiguous, as collectives need them.
+    # Collectives need contiguous tensors.
     u, v = (x.to(w_Bmn.dtype).contiguous() for x in (u, vt.mT))
     return u, sigma.to(w_Bmn.dtype), v
 
 
-def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, total: Sum) -> Tensor:
-    """‖W − U Σ Vᵀ‖_F / ‖W‖_F of each matrix, [B]: NaN where something is not finite.
+def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, all_reduce_sum: Sum) -> Tensor:
+    """Compute ‖W − U Σ Vᵀ‖_F / ‖W‖_F of each matrix, [B]; NaN where something is not finite.
 
     Args:
-        w_Bmn: weights, or the rows or columns of them that this rank has.
+        w_Bmn: weights, or this rank's rows or columns of them.
         moments: U, Σ and V.
-        total: of the ranks that divide W.
+        all_reduce_sum: sums over the ranks that divide W.
     """
     product = torch.bmm(moments[LEFT], (moments[RIGHT] * moments[SIGMA].unsqueeze(-2)).mT)
-    norms = [total(x.square().sum((-2, -1))) for x in (w_Bmn - product, w_Bmn)]
+    norms = [all_reduce_sum(x.square().sum((-2, -1))) for x in (w_Bmn - product, w_Bmn)]
     return (norms[0] / norms[1].clamp_min(torch.finfo(w_Bmn.dtype).tiny)).sqrt()
 
 
 @dataclass(frozen=True)
 class _Frames:
-    """Muon's step in the singular frames, as the step of U needs it.
+    """Muon's step in the singular frames, in the form that U's step needs.
 
     Attributes:
         b: B = Uᵀ D V, [B, r, r].
-        y: [B, L, r], with D V = Y H; None for a square W, unless the step is watched.
-        h: [B, r, r]; None for the identity.
+        y: Y [B, L, r] of D V = Y H; None for a square W, unless metrics are collected.
+        h: H [B, r, r]; None for the identity.
         out: ZᵀZ = (D V)ᵀ D V − BᵀB, [B, r, r]; None for a square W, whose Z is zero.
     """
 
@@ -87,84 +93,113 @@ def step(
     lr: float | Tensor,
     large: Side,
     rows: int,
-    ok: Tensor,
-    total: Sum = lambda x: x,
-    watched: bool = False,
+    grads_finite: Tensor,
+    all_reduce_sum: Sum = lambda x: x,
+    collect_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Move the average and the factors by one step.
 
     Args:
-        g_Bmn: gradients [B, m, n], float32 or float64; the rows (of the large side) that this rank
-            has, where ranks divide them.
-        moments: ``m`` as the gradients, ``left`` U [B, m, r], ``right`` V [B, n, r], of which one
-            is divided likewise, and ``sigma`` [B, r]. (modified in place)
+        g_Bmn: gradients [B, m, n], float32 or float64, or this rank's rows of them (of the large
+            side).
+        moments: ``m`` of the gradients' shape, ``left`` U [B, m, r], ``right`` V [B, n, r] and
+            ``sigma`` [B, r]. Ranks that divide the rows also divide those of the large side's
+            factor. (modified in place)
         config: the run's options.
         lr: η.
         large: the side of the larger dimension.
-        rows: of that side, on all ranks: L.
-        ok: boolean scalar on the gradients' device; where it is False nothing moves.
-        total: sums over the ranks that divide the rows.
-        watched: whether to measure what the step does.
+        rows: L, the number of rows on all ranks.
+        grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
+        all_reduce_sum: sums over the ranks that divide the rows.
+        collect_metrics: whether to measure what the step does.
 
     Returns:
-        The weights U Σ Vᵀ, as the gradients; whether each matrix has moved, [B, 1, 1], which none
-        does whose average is zero, or at a rate of zero; and ``readings.read_polar``'s, if it is
-        watched.
+        The weights U Σ Vᵀ, of the gradients' shape; whether each matrix has moved, [B, 1, 1]; and
+        the result of ``readings.read_polar``, or None without ``collect_metrics``. A matrix whose
+        average is zero does not move, nor does any at a rate of zero.
     """
-    fast = PRODUCTS[config.matmul_precision]
-    moves = moving(config.matmul_precision, g_Bmn.device)
+    direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
+    weight_products = choose_weight_products(config.matmul_precision, g_Bmn.device)
     left, right, sigma = moments[LEFT], moments[RIGHT], moments[SIGMA]
     u, v = (left, right) if large == "out" else (right, left)
     r = v.shape[-1]
     scale = lr * (RMS * math.sqrt(rows))
     beta, nesterov = config.betas[0], config.nesterov
-    s = kernels.average(moments["m"], g_Bmn, beta=beta, nesterov=nesterov, ok=ok)
-    norm = total(kernels.frobenius(s).square_()).sqrt_()
-    go = ok & (norm > 0) & (scale > 0)
-    unit = [_over(s if large == "out" else s.mT, norm, own=s is not moments["m"], fast=fast)]
+    s = kernels.average(
+        moments["m"], g_Bmn, beta=beta, nesterov=nesterov, grads_finite=grads_finite
+    )
+    norm = all_reduce_sum(kernels.frobenius(s).square_()).sqrt_()
+    go = grads_finite & (norm > 0) & (scale > 0)
+    unit = [
+        _normalized(
+            s if large == "out" else s.mT,
+            norm,
+            own=s is not moments["m"],
+            direction_products=direction_products,
+        )
+    ]
     del s
-    frames = _frames(unit, u, v, scale, rows=rows, fast=fast, total=total, watched=watched)
+    frames = _frames(
+        unit,
+        u,
+        v,
+        scale,
+        rows=rows,
+        direction_products=direction_products,
+        all_reduce_sum=all_reduce_sum,
+        collect_metrics=collect_metrics,
+    )
     x, y, c = kernels.angles(frames.b, sigma, scale=scale)
     before = None
-    if watched and frames.y is not None:
-        d = frames.y if frames.h is None else fast(frames.y, frames.h)
+    if collect_metrics and frames.y is not None:
+        d = frames.y if frames.h is None else direction_products(frames.y, frames.h)
         squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
         before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
     beside, inner = frames.y, None
     if frames.out is None:
-        del frames  # a square's are as large as its factors
-        coefficients = _cubic(x, fast=fast)
+        del frames  # those of a square W are as large as its factors
+        coefficients = _cubic(x, direction_products=direction_products)
     else:
-        coefficients, inner = _coefficients(x, c, frames, fast=fast)
+        coefficients, inner = _coefficients(x, c, frames, direction_products=direction_products)
         del frames
     del x
-    new_u = fast(u, coefficients)
+    new_u = direction_products(u, coefficients)
     if beside is not None and inner is not None:
-        fast.added(new_u, beside, inner, alpha=-1.0)
+        direction_products.added(new_u, beside, inner, alpha=-1.0)
     new_u.add_(u)
     del coefficients, beside, inner
-    _polish(new_u, fast=fast, moves=moves, total=total)
+    _polish(
+        new_u,
+        direction_products=direction_products,
+        weight_products=weight_products,
+        all_reduce_sum=all_reduce_sum,
+    )
     torch.where(go, new_u, u, out=u)
     del new_u
-    y = _cubic(y, fast=fast)
-    new_v = fast(v, y).add_(v)
+    y = _cubic(y, direction_products=direction_products)
+    new_v = direction_products(v, y).add_(v)
     del y
-    _polish(new_v, fast=fast, moves=moves, total=lambda x: x)
+    _polish(
+        new_v,
+        direction_products=direction_products,
+        weight_products=weight_products,
+        all_reduce_sum=lambda x: x,
+    )
     torch.where(go, new_v, v, out=v)
     del new_v
-    w = moves(left, (right * sigma.unsqueeze(-2)).mT)
+    w = weight_products(left, (right * sigma.unsqueeze(-2)).mT)
     if before is None:
         return w, go, None
     d, squares, old_v, old_us = before
     change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
-    found = read_polar(change, d, (u, v), squares, numel=rows * r, total=total)
-    return w, go, torch.where(ok, found, torch.zeros_like(found))
+    metrics = read_polar(change, d, (u, v), squares, numel=rows * r, all_reduce_sum=all_reduce_sum)
+    return w, go, torch.where(grads_finite, metrics, torch.zeros_like(metrics))
 
 
-def _over(s: Tensor, norm: Tensor, *, own: bool, fast: Products) -> Tensor:
-    """S of norm 1, or zero, as it is multiplied; in its place if that is the step's own."""
+def _normalized(s: Tensor, norm: Tensor, *, own: bool, direction_products: Products) -> Tensor:
+    """Divide S by its norm and round it for products; in place if the step owns S (``own``)."""
     norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return fast.rounded(s.div_(norm) if own else s / norm)
+    return direction_products.rounded(s.div_(norm) if own else s / norm)
 
 
 def _frames(
@@ -174,27 +209,37 @@ def _frames(
     scale: float | Tensor,
     *,
     rows: int,
-    fast: Products,
-    total: Sum,
-    watched: bool,
+    direction_products: Products,
+    all_reduce_sum: Sum,
+    collect_metrics: bool,
 ) -> _Frames:
-    """Muon's step in the frames; the cheaper way.
+    """Compute Muon's step in the frames by the cheaper of two ways.
 
     Args:
-        unit: the average S, of norm 1, which is taken out of the list when it is done with.
+        unit: a list of the average S, of norm 1, which is taken out of it after its last use.
         u: U.
         v: V.
         scale: η'.
         rows: L.
-        fast: the products to use.
-        total: sums over the ranks that divide the rows.
-        watched: whether Y is read by all means.
+        direction_products: the products to use.
+        all_reduce_sum: sums over the ranks that divide the rows.
+        collect_metrics: whether the metrics need Y.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
-        return _through_gram(unit, u, v, scale, fast=fast, total=total)
-    found = _directly(unit, u, v, scale, square=rows == r, fast=fast, total=total)
-    return found if found.out is not None or watched else replace(found, y=None)
+        return _through_gram(
+            unit, u, v, scale, direction_products=direction_products, all_reduce_sum=all_reduce_sum
+        )
+    frames = _directly(
+        unit,
+        u,
+        v,
+        scale,
+        square=rows == r,
+        direction_products=direction_products,
+        all_reduce_sum=all_reduce_sum,
+    )
+    return frames if frames.out is not None or collect_metrics else replace(frames, y=None)
 
 
 def _through_gram(
@@ -203,15 +248,22 @@ def _through_gram(
     v: Tensor,
     scale: float | Tensor,
     *,
-    fast: Products,
-    total: Sum,
+    direction_products: Products,
+    all_reduce_sum: Sum,
 ) -> _Frames:
-    """From Y = M V and the inverse root of YᵀY."""
-    y = fast(unit.pop(), fast.rounded(v))
-    gram, inner = _sums([fast.symmetric(y.mT, y), fast(fast.rounded(u).mT, y)], v.dtype, total)
-    h, root = inverse_root(gram, matmul=fast)
-    b = fast(inner, h).mul_(scale)
-    out = root.mul_(scale**2).sub_(fast.symmetric(b.mT, b))
+    """Compute the frames from Y = M V and the inverse root of YᵀY."""
+    y = direction_products(unit.pop(), direction_products.rounded(v))
+    gram, inner = _sums(
+        [
+            direction_products.symmetric(y.mT, y),
+            direction_products(direction_products.rounded(u).mT, y),
+        ],
+        v.dtype,
+        all_reduce_sum,
+    )
+    h, root = inverse_root(gram, direction_products=direction_products)
+    b = direction_products(inner, h).mul_(scale)
+    out = root.mul_(scale**2).sub_(direction_products.symmetric(b.mT, b))
     return _Frames(b, y, h.mul_(scale), out)
 
 
@@ -222,35 +274,38 @@ def _directly(
     scale: float | Tensor,
     *,
     square: bool,
-    fast: Products,
-    total: Sum,
+    direction_products: Products,
+    all_reduce_sum: Sum,
 ) -> _Frames:
-    """From D = η' polar(M) itself."""
-    y = fast(polar(unit, matmul=fast, total=total), fast.rounded(v)).mul_(scale)
-    inner = fast(fast.rounded(u).mT, y)
+    """Compute the frames from D = η' polar(M) itself."""
+    y = direction_products(
+        polar(unit, direction_products=direction_products, all_reduce_sum=all_reduce_sum),
+        direction_products.rounded(v),
+    ).mul_(scale)
+    inner = direction_products(direction_products.rounded(u).mT, y)
     if square:
-        return _Frames(total(inner.to(v.dtype)), y, None, None)
-    b, gram = _sums([inner, fast.symmetric(y.mT, y)], v.dtype, total)
-    return _Frames(b, y, None, gram.sub_(fast.symmetric(b.mT, b)))
+        return _Frames(all_reduce_sum(inner.to(v.dtype)), y, None, None)
+    b, gram = _sums([inner, direction_products.symmetric(y.mT, y)], v.dtype, all_reduce_sum)
+    return _Frames(b, y, None, gram.sub_(direction_products.symmetric(b.mT, b)))
 
 
-def _sums(parts: list[Tensor], dtype: torch.dtype, total: Sum) -> list[Tensor]:
-    """The ranks' sums of r x r matrices, in one collective."""
-    return list(total(torch.stack([x.to(dtype) for x in parts])).unbind())
+def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[Tensor]:
+    """Sum r x r matrices over ranks, in one collective."""
+    return list(all_reduce_sum(torch.stack([x.to(dtype) for x in parts])).unbind())
 
 
 def _coefficients(
-    x: Tensor, c: Tensor, frames: _Frames, *, fast: Products
+    x: Tensor, c: Tensor, frames: _Frames, *, direction_products: Products
 ) -> tuple[Tensor, Tensor]:
-    """K and L of E(A) U = U (I + K) − Y L, where W is not square. (X and ZᵀZ are lost)
+    """Compute K and L of E(A) U = U (I + K) − Y L, for a W that is not square. (X, ZᵀZ are lost)
 
     A² U = U (X² − N) − Z C X and A³ U = U (X³ − X N − N X) − Z C (X² − N), where C = diag(c) and
     N = C ZᵀZ C. So E(A) U = U S − Z T, which with Z = Y H − U B is U (S + B T) − Y (H T).
     """
     assert frames.out is not None, "a square's Z is zero"
     n = frames.out.mul_(c.unsqueeze(-1)).mul_(c.unsqueeze(-2))
-    square = fast.symmetric(x, x)
-    third = fast(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
+    square = direction_products.symmetric(x, x)
+    third = direction_products(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
     third = kernels.skew(third, scale=1.0 / 16.0)
     square.sub_(n)
     t = x.mul(0.5).add_(square, alpha=0.125)
@@ -258,32 +313,34 @@ def _coefficients(
     t.mul_(c.unsqueeze(-1))
     s = square.mul_(0.5).add_(third).add_(x)
     del third
-    fast.added(s, frames.b, t)
-    t = t if frames.h is None else fast(frames.h, t)
-    return s, fast.rounded(t)
+    direction_products.added(s, frames.b, t)
+    t = t if frames.h is None else direction_products(frames.h, t)
+    return s, direction_products.rounded(t)
 
 
 def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
-    """−A² restricted to U: N − X²."""
+    """Compute −A² restricted to U: N − X²."""
     square = exact.symmetric(x, -x)
     if frames.out is None:
         return square
     return square + frames.out * (c.unsqueeze(-1) * c.unsqueeze(-2))
 
 
-def _cubic(a: Tensor, *, fast: Products) -> Tensor:
-    """E(A) − I of skew matrices [B, r, r]."""
-    square = fast.symmetric(a, a)
-    third = fast.symmetric(square, a, sign=-1)
+def _cubic(a: Tensor, *, direction_products: Products) -> Tensor:
+    """Compute E(A) − I of skew matrices [B, r, r]."""
+    square = direction_products.symmetric(a, a)
+    third = direction_products.symmetric(square, a, sign=-1)
     return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
 
 
-def _polish(u: Tensor, *, fast: Products, moves: Products, total: Sum) -> None:
-    """U (I + (I − UᵀU)/2): squares U's distance from orthonormal columns. (modified in place)
+def _polish(
+    u: Tensor, *, direction_products: Products, weight_products: Products, all_reduce_sum: Sum
+) -> None:
+    """Multiply U by I + (I − UᵀU)/2, which squares its orthogonality error. (modified in place)
 
-    The Gram matrix decides how far W's spectrum is from Σ; the product with it is a correction of
+    The Gram matrix decides how far W's spectrum is from Σ. The product with it is a correction of
     1e-3 at most, which bf16 rounds to 4e-6.
     """
-    gram = total(moves.symmetric(u.mT, u)).mul_(-0.5)
+    gram = all_reduce_sum(weight_products.symmetric(u.mT, u)).mul_(-0.5)
     gram.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    u.add_(fast(u, gram))
+    u.add_(direction_products(u, gram))

@@ -1,4 +1,4 @@
-"""Matrix products at a chosen precision, whatever the process's global settings say."""
+"""Matrix products at a chosen precision, independent of the process's global settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..iterations import panels
 
-# torch's own names of the float32 precisions, one setting per backend that can lower it.
+# torch's own names for the float32 precisions.
 _IEEE: Literal["ieee"] = "ieee"
 _TF32: Literal["tf32"] = "tf32"
 
@@ -23,15 +23,17 @@ _NOTHING = contextlib.nullcontext()
 
 
 def _settings() -> list[Any]:
+    """Return the settings of the backends that can lower float32 precision."""
     return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def float32_precision(name: str) -> Iterator[None]:
-    """Run the block's float32 products at ``name``; the global settings are as before after it.
+    """Run a block's float32 products at precision ``name``, then restore the global settings.
 
-    torch has no precision argument per product, so where a setting differs it is changed for the
-    kernels launched inside and put back on every way out (20 us: for a step, not for a product).
+    torch has no precision argument per product. So a setting that differs is changed for the
+    kernels launched inside, and restored on every way out. That takes 20 us: use it around a step,
+    not around a product.
 
     Args:
         name: ``ieee`` or ``tf32``.
@@ -64,7 +66,7 @@ def cpu_has_bf16_units() -> bool:
 
 
 def cpu_bf16_products() -> str:
-    """Say how this CPU computes bf16 products."""
+    """Describe how this CPU computes bf16 products."""
     if cpu_has_bf16_units():
         return "bf16 units"
     return "no bf16 units: bf16 products in float32, rounded once"
@@ -78,12 +80,12 @@ def _lacks_units(x: Tensor) -> bool:
 class Products:
     """Products of batches of matrices [B, ., .] at one precision; float64 stays float64.
 
-    To be called where ``float32_precision("ieee")`` is in force, as it is in a step.
+    Call them inside ``float32_precision("ieee")``, as a step does.
 
     Attributes:
-        setting: ``ieee`` or ``tf32``, of float32 products; TF32 only where the device has it.
-        stored: what float32 inputs are rounded to first, and results again; a product adds up in
-            float32 (on GPUs parts of long sums may be bf16, unless
+        setting: ``ieee`` or ``tf32``, for float32 products; TF32 only where the device has it.
+        stored: dtype to which float32 inputs are rounded first, and results again. A product adds
+            up in float32 (on GPUs parts of long sums may be bf16, unless
             ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` is off).
     """
 
@@ -91,7 +93,7 @@ class Products:
     stored: torch.dtype = torch.float32
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """A @ b in their dtype."""
+        """Compute a @ b in their dtype."""
         left, right = self.rounded(a), self.rounded(b)
         if _lacks_units(left):
             return torch.bmm(left.float(), right.float()).to(self.stored).to(a.dtype)
@@ -109,7 +111,10 @@ class Products:
         beta: float = 0.0,
         alpha: float = 1.0,
     ) -> Tensor:
-        """Write alpha a @ b + beta add into ``out``, which is none of them; all are ``rounded``."""
+        """Write alpha a @ b + beta add into ``out``, which is none of them. (modified in place)
+
+        All tensors are ``rounded`` already.
+        """
         c = out if add is None else add
         if _lacks_units(a):
             return out.copy_(torch.baddbmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha))
@@ -127,9 +132,9 @@ class Products:
         beta: float = 0.0,
         alpha: float = 1.0,
     ) -> Tensor:
-        """``into``, where the result is symmetric (``sign`` 1) or skew (-1).
+        """Do the same as ``into`` for a symmetric (``sign`` 1) or skew (-1) result.
 
-        Only panels up to the diagonal are computed; what is above them is their mirror image.
+        Only panels up to the diagonal are computed; the elements above them are mirrored.
         """
         for low, high in panels(out.shape[-1], out.device.type):
             rows = slice(low, high), slice(high)
@@ -140,24 +145,24 @@ class Products:
         return _mirror(out, sign)
 
     def added(self, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
-        """Total + alpha a @ b. (modified in place)"""
+        """Add alpha a @ b to ``total``. (modified in place)"""
         if self.rounded(a) is a and self.rounded(b) is b and total.dtype == a.dtype:
             with self._in_force(a):
                 return torch.baddbmm(total, a, b, alpha=alpha, out=total)
         return total.add_(self(a, b), alpha=alpha)
 
     def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
-        """A @ b in their dtype, where it is symmetric (``sign`` 1) or skew (-1): ``mirrored``."""
+        """Compute a symmetric (``sign`` 1) or skew (-1) a @ b in their dtype, by ``mirrored``."""
         left, right = self.rounded(a), self.rounded(b)
         out = left.new_empty(a.shape[0], a.shape[1], b.shape[2])
         return self.mirrored(out, left, right, sign=sign).to(a.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """X as it is multiplied."""
+        """Round X to the dtype in which it is multiplied."""
         return x if x.dtype in (self.stored, torch.float64) else x.to(self.stored)
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """How far off a product's terms are, relative to them, for factors of a dtype."""
+        """Return the relative error of a product's terms, for factors of ``dtype``."""
         if dtype == torch.float64:
             return 2.0**-53
         if self.stored == torch.bfloat16:
@@ -174,76 +179,77 @@ class Products:
 class Split(Products):
     """Products of float32 matrices from their bf16 pieces, on tensor cores: A₀B₀ + A₀B₁ + A₁B₀.
 
-    A₀ is A rounded to bf16 and A₁ what is left, rounded too, which keep a skew A skew. Both leave
-    2^-18 of an element, and so does A₁B₁: each term of a product is off by less than 2^-16 of it,
-    where TF32 leaves 2^-10. The three are one product of three times the inner length, which adds
-    up in float32. ``into`` is not split: only the matrix sign, which moves nothing, uses it.
+    A₀ is A rounded to bf16, and A₁ the remainder, rounded too; the pieces of a skew A are skew.
+    The pieces miss 2^-18 of an element, and so does leaving out A₁B₁: each term of a product is off
+    by less than 2^-16 of it, where TF32's error is 2^-10. The three are computed as one product of
+    three times the inner length, which adds up in float32. ``into`` is not split: only the matrix
+    sign, which moves no weight, uses it.
     """
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """A @ b in their dtype."""
+        """Compute a @ b in their dtype."""
         if a.dtype != torch.float32:
             return super().__call__(a, b)
         left, right = _pieces(a, -1, (0, 0, 1)), _pieces(b, -2, (0, 1, 0))
-        if a.device.type == "cpu":  # has no bf16 product with a float32 result; pieces are exact
+        if a.device.type == "cpu":  # no bf16 product with a float32 result here; pieces are exact
             return super().__call__(left.float(), right.float())
         return torch.bmm(left, right, out_dtype=torch.float32)
 
     def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
-        """A @ b in their dtype, where it is symmetric or skew, by the panels of ``mirrored``."""
+        """Compute a symmetric or skew a @ b in their dtype, by the panels of ``mirrored``."""
         out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
         for low, high in panels(out.shape[-1], out.device.type):
             out[:, low:high, :high] = self(a[:, low:high], b[..., :high])
         return _mirror(out, sign)
 
     def added(self, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
-        """Total + alpha a @ b. (modified in place)"""
+        """Add alpha a @ b to ``total``. (modified in place)"""
         return total.add_(self(a, b), alpha=alpha)
 
     def rounding(self, dtype: torch.dtype) -> float:
-        """As of others; of float32's pieces."""
+        """Return the relative error of a product's terms, which for float32 is the pieces'."""
         return 2.0**-16 if dtype == torch.float32 else super().rounding(dtype)
 
 
 def _mirror(out: Tensor, sign: Literal[1, -1]) -> Tensor:
-    """Fill what is above the panels up to the diagonal. (modified in place)"""
+    """Mirror the panels into the elements above them. (modified in place)"""
     for low, high in panels(out.shape[-1], out.device.type)[1:]:
         torch.mul(out[:, low:high, :low].mT, sign, out=out[:, :low, low:high])
     return out
 
 
 def _pieces(x: Tensor, dim: int, order: tuple[int, ...]) -> Tensor:
-    """X rounded to bf16 (0) and what is left of it (1), side by side along ``dim``."""
+    """Place X rounded to bf16 (0) and the remainder (1) side by side along ``dim``, in order."""
     shape = list(x.shape)
     shape[dim] *= len(order)
-    found = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-    parts = found.chunk(len(order), dim)
+    pieces = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    parts = pieces.chunk(len(order), dim)
     first, second = order.index(0), order.index(1)
     parts[first].copy_(x)
     torch.sub(x, parts[first], out=parts[second])
     for place, piece in enumerate(order):
         if place not in (first, second):
             parts[place].copy_(parts[(first, second)[piece]])
-    return found
+    return pieces
 
 
 exact = Products()
 """IEEE arithmetic."""
 
-PRODUCTS = {
+DIRECTION_PRODUCTS = {
     "highest": exact,
     "high": Products(setting=_TF32),
     "bf16": Products(stored=torch.bfloat16),
 }
-"""By matmul_precision, for what only decides where a weight moves: generators, the matrix sign,
-and the turning of moments."""
+"""Products by ``matmul_precision`` that only decide where a weight moves: those of generators, the
+matrix sign, and the turning of moments."""
 
 
-def moving(precision: str, device: torch.device) -> Products:
-    """The products of what moves a weight, on which its spectrum depends.
+def choose_weight_products(precision: str, device: torch.device) -> Products:
+    """Choose the products that move a weight, on which its spectrum depends.
 
     Args:
-        precision: the run's matmul_precision.
-        device: of the weights; without tensor cores float32 is faster than its pieces.
+        precision: the run's ``matmul_precision``.
+        device: device of the weights. Without tensor cores float32 is faster than its pieces.
     """
     return exact if precision == "highest" or device.type == "cpu" else Split()

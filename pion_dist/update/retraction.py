@@ -1,8 +1,8 @@
 """Orthogonal factors from skew generators, applied without forming them where that is cheaper.
 
-A polynomial retraction E(A) = sum c_k A^k of degree d needs d products with A, and the weights, the
-generator and two products at a time in memory:
-E(aA)W − W = aA (c_1 W + aA (c_2 W + ... aA c_d W)).
+A polynomial retraction E(A) = sum c_k A^k of degree d takes d products with A:
+E(aA)W − W = aA (c_1 W + aA (c_2 W + ... aA c_d W)). It keeps the weights, the generator and two
+products in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Polynomial = tuple[float, ...]
 
 
 def coefficients(degree: int) -> Polynomial:
-    """c_0 .. c_d of exp cut at ``degree``; E₂ᵀE₂ = I + A⁴/4 exactly, A skew."""
+    """Return c_0 .. c_d of exp's Taylor series; for a skew A, E₂ᵀE₂ = I + A⁴/4 exactly."""
     return tuple(1.0 / math.factorial(k) for k in range(degree + 1))
 
 
@@ -33,18 +33,18 @@ def change(
     poly: Polynomial,
     matmul: Matmul,
 ) -> Tensor:
-    """E(aA)X − X (or X E(aA) − X).
+    """Compute E(aA)X − X, or X E(aA) − X for the in side.
 
     Args:
         x: X, [B, m, n].
         generator: A.
         angle: a, [B, 1, 1].
-        first_order: A X (or X A), where it is known. (its values are lost)
+        first_order: A X (or X A) if it is known, else None. (its values are lost)
         poly: coefficients of E.
         matmul: the product to use.
 
     Returns:
-        [B, m, n].
+        The change of X, [B, m, n].
     """
     _, *inner, last = poly
     total = first_order if first_order is not None else generator.apply(x, matmul=matmul)
@@ -56,7 +56,7 @@ def change(
 
 
 Known = Sequence[Tensor | None]
-"""Each generator's product with the weights that it was made at, or None. (Its values are lost.)"""
+"""Each generator's product with the weights it was made from, or None. (Its values are lost.)"""
 
 
 def rotate(
@@ -68,13 +68,13 @@ def rotate(
     poly: Polynomial,
     matmul: Matmul,
 ) -> Tensor:
-    """The product of the factors E(aA) of up to two sides with X, minus X.
+    """Compute the change of X under the factors E(aA) of one or two sides.
 
     Args:
         x: [B, m, n].
         generators: of different sides, in the order in which they are applied.
         angles: a for each generator, [B, 1, 1].
-        known: where X is the weights.
+        known: the generators' products with X, which are known only where X is the weights.
         poly: coefficients of E.
         matmul: the product to use.
 
@@ -96,10 +96,10 @@ def rotate(
 
 
 def factor(matrix: Tensor, angle: Tensor, *, retraction: Literal["cayley", "exp"]) -> Tensor:
-    """E(aA) − I of a generator's matrix A, for the factor E that is orthogonal to rounding.
+    """Compute E(aA) − I of a generator's matrix A, for an E that is orthogonal to rounding.
 
-    A product with E itself would round what stays in place too. ``cayley``'s E is
-    (I − aA/2)⁻¹(I + aA/2) = I + (I − aA/2)⁻¹aA; I − aA/2 is never singular for a skew A, so the
+    A product with E itself would also round the part that stays in place. ``cayley`` has
+    E = (I − aA/2)⁻¹(I + aA/2) = I + (I − aA/2)⁻¹aA. I − aA/2 is never singular for a skew A, so the
     solver's check, which would wait for the device, is left out.
 
     Returns:
@@ -117,11 +117,11 @@ def factor(matrix: Tensor, angle: Tensor, *, retraction: Literal["cayley", "exp"
 
 
 def _exponential(a: Tensor) -> Tensor:
-    """The exponential of each matrix of a batch [B, d, d].
+    """Compute the exponential of each matrix of a batch [B, d, d].
 
-    For a batch of one torch's degree-8 branch has a wrong coefficient (torch 2.13 and before,
+    torch's degree-8 branch for a batch of one has a wrong coefficient (torch 2.13 and before,
     https://github.com/pytorch/pytorch/issues/196592: orthogonality lost by 1.5e-5 at an angle of
-    0.5 in float32); a zero matrix beside it takes the branch of larger batches, at no cost.
+    0.5 in float32). An added zero matrix selects the branch for larger batches, at no cost.
     """
     e: Tensor = torch.linalg.matrix_exp(torch.cat((a, torch.zeros_like(a[:1]))))
     return e[:-1]

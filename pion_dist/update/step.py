@@ -1,4 +1,4 @@
-"""One Pion step of a batch of matrices of one shape."""
+"""The step of all directions but polar, on a batch of matrices of one shape."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import PionConfig, Side
-from .arrangement import Arrangement, Blocked, Lie, Shard, Whole
 from .direction import adapted
 from .generators import Dense, Generator, Outer, factors
-from .precision import PRODUCTS, Products, float32_precision, moving
+from .layout import Blocked, Layout, LieMoments, Shard, Whole
+from .precision import DIRECTION_PRODUCTS, Products, choose_weight_products, float32_precision
 from .readings import Turning, read
 from .retraction import Known, Polynomial, coefficients, factor, rotate
 
@@ -29,149 +29,163 @@ def step(
     lr: float | Tensor,
     active: Sequence[Side],
     forms: Mapping[Side, str],
-    ok: Tensor,
-    arrangement: Arrangement | None = None,
-    watched: bool = False,
+    grads_finite: Tensor,
+    layout: Layout | None = None,
+    collect_metrics: bool = False,
 ) -> Tensor | None:
     """Move the moments and the weights by one step (modified in place).
 
     Args:
-        w_Bmn: weights [B, m, n], float32 or float64; shards of them where they are divided.
-        g_Bmn: gradients, as the weights.
-        moments: as ``state.moments`` says: Lie: ``m_in``, ``v_in`` [B, n, n] and ``m_out``,
-            ``v_out`` [B, m, m], or folded; else ``m``, ``v`` [B, m, n]; the ``v`` for the
-            adaptive direction only. (modified in place)
+        w_Bmn: weights [B, m, n], float32 or float64; this rank's shards where ranks divide them.
+        g_Bmn: gradients, of the weights' shape and dtype.
+        moments: those of ``state.moments``. Lie momentum has ``m_in``, ``v_in`` [B, n, n] and
+            ``m_out``, ``v_out`` [B, m, m], dense or folded; others have ``m``, ``v`` [B, m, n].
+            Only the adaptive direction has a ``v``. (modified in place)
         config: the run's options.
         lr: η.
         active: the sides this step applies, in order of application.
-        forms: ``dense`` or ``factors`` for each active side; heeded where the matrices are whole.
-        ok: boolean scalar on the weights' device; where it is False nothing moves.
-        arrangement: how the matrices lie; whole by default.
-        watched: whether to measure what the step does.
+        forms: ``dense`` or ``factors`` for each active side; ignored unless matrices are whole.
+        grads_finite: boolean scalar on the weights' device; where it is False nothing moves.
+        layout: how the matrices lie over ranks; whole by default.
+        collect_metrics: whether to measure what the step does.
 
     Returns:
-        ``readings.read``'s, if it is watched.
+        The result of ``readings.read``, or None without ``collect_metrics``.
     """
-    fast = PRODUCTS[config.matmul_precision]
-    moves = moving(config.matmul_precision, w_Bmn.device)
-    lies = arrangement if arrangement is not None else Whole()
+    direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
+    weight_products = choose_weight_products(config.matmul_precision, w_Bmn.device)
+    layout = Whole() if layout is None else layout
     if config.momentum == "lie":
         generators = _from_lie(
-            w_Bmn, g_Bmn, moments, lies, config=config, active=active, ok=ok, matmul=fast
+            w_Bmn,
+            g_Bmn,
+            moments,
+            layout,
+            config=config,
+            active=active,
+            grads_finite=grads_finite,
+            direction_products=direction_products,
         )
     else:
         generators = _from_average(
             w_Bmn,
             g_Bmn,
             moments,
-            lies,
+            layout,
             config=config,
             active=active,
             forms=forms,
-            ok=ok,
-            matmul=fast,
+            grads_finite=grads_finite,
+            direction_products=direction_products,
         )
     rms = config.scaling == "rms"
-    known = [a.apply(w_Bmn, matmul=moves) if rms else None for a in generators]
-    alphas = _alphas(w_Bmn, [term for term in known if term is not None], lies, config=config)
+    known = [a.apply(w_Bmn, matmul=weight_products) if rms else None for a in generators]
+    alphas = _alphas(w_Bmn, [term for term in known if term is not None], layout, config=config)
     alphas = alphas * len(generators)
     angles = [alpha * lr for alpha in alphas]
-    how = _retraction(config)
-    turned = _turning(generators, angles, how)
-    change = turned(w_Bmn, known, matmul=moves)
+    retraction = _retraction(config)
+    turn = _turning(generators, angles, retraction)
+    change = turn(w_Bmn, known, matmul=weight_products)
     del known
-    found = None
-    if watched:
+    metrics = None
+    if collect_metrics:
         each = zip(generators, angles, strict=True)
-        turnings = [_turning([a], [angle], how) for a, angle in each]
-        found = read(change, generators, alphas, turnings, lies, active=active, ok=ok)
+        turnings = [_turning([a], [angle], retraction) for a, angle in each]
+        metrics = read(
+            change, generators, alphas, turnings, layout, active=active, grads_finite=grads_finite
+        )
     if config.momentum != "transported":
-        kernels.moved(w_Bmn, change, ok=ok)
-        return found
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
+        return metrics
     m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
-        # They have views of W and m: both changes before either is made.
-        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
-        kernels.moved(w_Bmn, change, ok=ok)
+        # Its factors are views of W and m, so compute both changes before either is applied.
+        m_change = turn(m.to(w_Bmn.dtype), None, matmul=direction_products)
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
     else:
-        kernels.moved(w_Bmn, change, ok=ok)
+        kernels.moved(w_Bmn, change, grads_finite=grads_finite)
         del change
-        turn = turned(m.to(w_Bmn.dtype), None, matmul=fast)
-    kernels.moved(m, turn, ok=ok)
-    return found
+        m_change = turn(m.to(w_Bmn.dtype), None, matmul=direction_products)
+    kernels.moved(m, m_change, grads_finite=grads_finite)
+    return metrics
 
 
 def _from_lie(
     w: Tensor,
     g: Tensor,
     moments: Mapping[str, Tensor],
-    lies: Arrangement,
+    layout: Layout,
     *,
     config: PionConfig,
     active: Sequence[Side],
-    ok: Tensor,
-    matmul: Products,
+    grads_finite: Tensor,
+    direction_products: Products,
 ) -> list[Generator]:
     """Average each side's generators, and turn the active sides' averages into directions."""
-    found: dict[Side, Generator] = {}
+    generators: dict[Side, Generator] = {}
     for side in config.sides:
         m, v = moments[f"m_{side}"], moments.get(f"v_{side}")
-        lie = Lie(m, v, config, ok, wanted=side in active)
-        a = lies.averaged(w, g, lie, side=side, matmul=matmul)
+        lie = LieMoments(m, v, config, grads_finite, wanted=side in active)
+        a = layout.averaged(w, g, lie, side=side, direction_products=direction_products)
         if a is None:
             continue
         if config.direction == "msign":
-            a = a if config.nesterov else a.clone()  # it may be the moment
-            a = lies.sign(a, side=side, eps=config.eps, matmul=matmul)
-        found[side] = lies.generator(a, side=side)
-    return [found[side] for side in active]
+            a = a if config.nesterov else a.clone()  # it may be the moment itself
+            a = layout.sign(a, side=side, eps=config.eps, direction_products=direction_products)
+        generators[side] = layout.generator(a, side=side)
+    return [generators[side] for side in active]
 
 
 def _from_average(
     w: Tensor,
     g: Tensor,
     moments: Mapping[str, Tensor],
-    lies: Arrangement,
+    layout: Layout,
     *,
     config: PionConfig,
     active: Sequence[Side],
     forms: Mapping[Side, str],
-    ok: Tensor,
-    matmul: Products,
+    grads_finite: Tensor,
+    direction_products: Products,
 ) -> list[Generator]:
-    """Average the gradient, and project the average to the active sides' generators."""
+    """Average the gradient, and make the active sides' generators from the average."""
     beta1, beta2 = config.betas
     m = moments["m"]
-    s = kernels.average(m, g, beta=beta1, nesterov=config.nesterov, ok=ok)
+    s = kernels.average(m, g, beta=beta1, nesterov=config.nesterov, grads_finite=grads_finite)
     if config.direction == "adaptive":
         square = m.to(g.dtype).square()
-        v = kernels.average(moments["v"], square, beta=beta2, nesterov=False, ok=ok)
+        v = kernels.average(
+            moments["v"], square, beta=beta2, nesterov=False, grads_finite=grads_finite
+        )
         s = adapted(s, v, eps=config.eps)
     sign = config.direction == "msign"
-    made: dict[Side, Tensor] = {}
-    found: dict[Side, Generator] = {}
+    matrices: dict[Side, Tensor] = {}
+    generators: dict[Side, Generator] = {}
     for side in active:
-        if lies.low_rank and forms[side] == "factors":
-            found[side] = Outer(side, *factors(w, s, side=side))
+        if layout.low_rank and forms[side] == "factors":
+            generators[side] = Outer(side, *factors(w, s, side=side))
         else:
-            made[side] = lies.product(w, s, side=side, matmul=matmul)
-    del s  # the sign needs its room, and below that of what it is made from
-    for side in list(made):
-        k = made.pop(side)
-        k = lies.sign(k, side=side, eps=config.eps, matmul=matmul) if sign else k
-        found[side] = lies.generator(k, side=side)
-    return [found[side] for side in active]
+            matrices[side] = layout.generator_matrix(
+                w, s, side=side, direction_products=direction_products
+            )
+    del s  # the sign needs the memory of S, and of each matrix that it replaces
+    for side in list(matrices):
+        k = matrices.pop(side)
+        if sign:
+            k = layout.sign(k, side=side, eps=config.eps, direction_products=direction_products)
+        generators[side] = layout.generator(k, side=side)
+    return [generators[side] for side in active]
 
 
 def _alphas(
-    w: Tensor, first_order: Sequence[Tensor], lies: Arrangement, *, config: PionConfig
+    w: Tensor, first_order: Sequence[Tensor], layout: Layout, *, config: PionConfig
 ) -> list[Tensor]:
-    """α [B, 1, 1], one for all active sides: c √(mn) / (‖A_out W + W A_in‖_F + ε), or 1."""
+    """Compute α [B, 1, 1] of all active sides: c √(mn) / (‖A_out W + W A_in‖_F + ε), or 1."""
     batch, m, n = w.shape
     if config.scaling == "none":
         return [w.new_ones(batch, 1, 1)]
-    scale: float = config.rms * math.sqrt(lies.shares * m * n)
-    return [scale / (lies.norm(*first_order) + config.eps)]
+    scale: float = config.rms * math.sqrt(layout.shares * m * n)
+    return [scale / (layout.norm(*first_order) + config.eps)]
 
 
 Retraction = Polynomial | Literal["cayley", "exp"]
@@ -183,23 +197,25 @@ def _retraction(config: PionConfig) -> Retraction:
     return config.retraction
 
 
-def _turning(generators: Sequence[Generator], angles: Sequence[Tensor], how: Retraction) -> Turning:
-    """What applies every active side's factor."""
-    if isinstance(how, tuple):
+def _turning(
+    generators: Sequence[Generator], angles: Sequence[Tensor], retraction: Retraction
+) -> Turning:
+    """Return the function that applies every active side's orthogonal factor."""
+    if isinstance(retraction, tuple):
 
         def by_polynomial(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
-            return rotate(x, generators, angles, known, poly=how, matmul=matmul)
+            return rotate(x, generators, angles, known, poly=retraction, matmul=matmul)
 
         return by_polynomial
 
-    made: list[Generator] = []
+    orthogonal: list[Generator] = []  # E − I of each side
     for a, angle in zip(generators, angles, strict=True):
         assert isinstance(a, Dense | Blocked | Shard), "cost.forms keeps cayley and exp dense"
-        made.append(a.mapped(functools.partial(factor, retraction=how), angle))
+        orthogonal.append(a.mapped(functools.partial(factor, retraction=retraction), angle))
 
     def by_factors(x: Tensor, known: Known | None, *, matmul: Products) -> Tensor:
         total: Tensor | None = None
-        for e in made:
+        for e in orthogonal:
             change = e.apply(x if total is None else x + total, matmul=matmul)
             total = change if total is None else total.add_(change)
         assert total is not None, "a step has an active side"
