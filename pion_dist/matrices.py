@@ -154,6 +154,14 @@ def whole(rows: int, cols: int, *, axis: Axis | None = None) -> MatrixView:
     return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),), axis)
 
 
+def as_rows(weight: Tensor) -> Tensor:
+    """Return a weight as views see it, [R, C]: fused experts [E, m, C] lie below each other.
+
+    It shares its memory where the weight is contiguous, and is a copy elsewhere.
+    """
+    return weight.reshape(-1, weight.shape[-1]) if weight.dim() == 3 else weight
+
+
 def stacked(rows: int, cols: int, *, name: str, count: int, axis: Axis | None = None) -> MatrixView:
     """View the weight as ``count`` matrices of equal height, stacked (gate over up; heads)."""
     return MatrixView(rows, cols, (Part(name, rows, 0, rows, count),), axis)

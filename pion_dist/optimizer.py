@@ -14,11 +14,11 @@ from torch import Tensor
 
 from . import cost, exchange, spectrum, state, storage
 from .checkpoint import Record
-from .config import SIDE_OF, PionConfig
+from .config import SIDE_OF, Axis, PionConfig
 from .exchange import GroupPeers, Piece, ProcessGroup
 from .factors import Factors, Rows
 from .guard import Guard
-from .matrices import MatrixView, whole
+from .matrices import MatrixView, as_rows, stacked, whole
 from .plan import MatrixPlan, StepPlan, build_plan, due
 from .storage import compute_dtype
 from .update import polar
@@ -71,6 +71,7 @@ class Pion(torch.optim.Optimizer):
     Args:
         params: 2-D parameters, or groups of them; as for any torch optimizer, also
             ``model.named_parameters()``. Give embeddings, output layers, norms and biases to AdamW.
+            Fused experts [E, m, n] are E matrices, below each other for their view.
         lr: η, per group; schedulers set ``group["lr"]``.
         config: the options that all groups share. A group has none but ``lr``: those of
             PionConfig are refused there, and those of torch's optimizers unless they are off, as
@@ -84,7 +85,8 @@ class Pion(torch.optim.Optimizer):
             and to be made on all of them at a time.
 
     Raises:
-        ValueError: a parameter is not 2-D or not real floating point, or is a DTensor; a view does
+        ValueError: a parameter is neither 2-D nor contiguous and 3-D, not real floating point, or a
+            DTensor; a view does
             not fit it; it cannot be cut as the options say; lr is negative; or a group has options.
         RuntimeError: the ranks of a group have other parameters or options.
 
@@ -152,18 +154,27 @@ class Pion(torch.optim.Optimizer):
         if not isinstance(p, Tensor):
             raise TypeError(f"{name}: a parameter must be a tensor, not {type(p).__name__}")
         view = self._views.get(p)
-        if p.dim() != 2 or p.numel() == 0:
+        if p.dim() not in (2, 3) or p.numel() == 0:
             raise ValueError(
-                f"{name} has shape {tuple(p.shape)}: Pion rotates 2-D weights only; give this "
-                "parameter to torch.optim.AdamW"
+                f"{name} has shape {tuple(p.shape)}: Pion rotates 2-D weights and fused experts "
+                "[E, m, n]; give this parameter to torch.optim.AdamW"
+            )
+        if p.dim() == 3 and not p.is_contiguous():
+            raise ValueError(
+                f"{name} is 3-D and not contiguous: make it so, or give it to torch.optim.AdamW"
             )
         if why := exchange.cut_elsewhere(p):
             raise ValueError(f"{name} {why}")
         _check_dtype(p, name)
-        if view is not None and (view.rows, view.cols) != tuple(p.shape):
+        rows, cols = as_rows(p).shape
+        if view is not None and (view.rows, view.cols) != (rows, cols):
             raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
         if view is None:
-            view = whole(*p.shape, axis="rows" if p.shape[0] >= p.shape[1] else "cols")
+            axis: Axis = "rows" if p.shape[-2] >= cols else "cols"
+            if p.dim() == 3:
+                view = stacked(rows, cols, name="expert", count=len(p), axis=axis)
+            else:
+                view = whole(rows, cols, axis=axis)
         slot = _Slot(name, view, self._shards.get(p))
         for _, m, n in slot.shapes.values():
             if why := state.unfit(m, n, self.config, view.axis, slot.ranks):
@@ -174,7 +185,7 @@ class Pion(torch.optim.Optimizer):
         """Name the weights with a matrix of zeros; a collective of the ranks that share them."""
         asked = set(params)
         nonzero = {
-            i: self._slots[p].view.nonzero(p.detach(), part)
+            i: self._slots[p].view.nonzero(as_rows(p.detach()), part)
             for i, (p, part) in enumerate(self._places)
             if p in asked and not p.is_meta
         }
@@ -365,7 +376,7 @@ class Pion(torch.optim.Optimizer):
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
         for i, (p, part) in enumerate(self._places):
-            each = self._slots[p].view.matrices(p.detach(), part)
+            each = self._slots[p].view.matrices(as_rows(p.detach()), part)
             yield from zip(self.names(i), each, strict=True)
 
     def names(self, i: int) -> list[str]:
@@ -377,7 +388,8 @@ class Pion(torch.optim.Optimizer):
     def whole(self, i: int) -> Tensor:
         """The plan's matrices ``i``, [B, m, n]: a collective of the ranks that share them."""
         p, part = self._places[i]
-        return self._joined(self.plan.matrices[i], self._slots[p].view.matrices(p.detach(), part))
+        mine = self._slots[p].view.matrices(as_rows(p.detach()), part)
+        return self._joined(self.plan.matrices[i], mine)
 
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
@@ -527,11 +539,13 @@ class Pion(torch.optim.Optimizer):
         p, part = self._places[i]
         view, dtype = self._slots[p].view, compute_dtype(p)
         assert p.grad is not None
-        return view.matrices(p, part).to(dtype), view.matrices(p.grad, part).to(dtype)
+        weight, grad = (view.matrices(as_rows(x), part).to(dtype) for x in (p, p.grad))
+        return weight, grad
 
     def _store(self, i: int, shard: Tensor) -> None:
         p, part = self._places[i]
-        self._slots[p].view.merge({part: shard}, p)
+        rows = p if p.dim() == 2 else p.view(-1, p.shape[-1])  # raises where it would be a copy
+        self._slots[p].view.merge({part: shard}, rows)
 
     def _held(self, p: Tensor, part: str) -> dict[str, Tensor]:
         """A part's moments on this rank, by name."""

@@ -10,6 +10,7 @@ from torch import nn
 from . import exchange
 from .classify import ZEROS, ParamInfo, Rotated, classify
 from .config import PionConfig
+from .matrices import as_rows
 
 logger = logging.getLogger("pion_dist")
 
@@ -31,7 +32,8 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
     zeros by chance; weights on the meta device are not looked at.
 
     A weight in which a model has fused others (as ``qkv_proj``, ``gate_up_proj``) is one matrix to
-    Pion unless its ``views`` say otherwise; 3-D weights of fused experts are AdamW's.
+    Pion unless its ``views`` say otherwise. A 3-D parameter of a module called ``experts`` is a
+    matrix for each expert; other 3-D ones, as of convolutions, are AdamW's.
 
     Args:
         model: it may be wrapped by DistributedDataParallel, ``torch.compile`` or PEFT, or have
@@ -57,18 +59,24 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
         if not p.requires_grad:
             continue
         name = _bare_name(path, added)
-        info = ParamInfo(name=name, shape=tuple(p.shape), embedding_or_output=p in kept)
+        shape = as_rows(p).shape if _fused_experts(name, p) else p.shape
+        info = ParamInfo(name=name, shape=tuple(shape), embedding_or_output=p in kept)
         decision = classify(info, PionConfig(), exclude=exclude)
         if isinstance(decision, Rotated):
             if why := exchange.cut_elsewhere(p):
                 raise ValueError(f"{name} {why}")
-            if not p.is_meta and not p.any():
+            if not p.is_meta and not p.flatten(-2).any(-1).all():
                 decision = ZEROS
                 zeros.append(name)
         (pion if isinstance(decision, Rotated) else others).append((name, p))
     if zeros:
         logger.warning("AdamW's, not Pion's: %s, which %s", ", ".join(zeros), ZEROS.reason)
     return pion, others
+
+
+def _fused_experts(name: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix for each expert, as Hugging Face's MoE layers store them."""
+    return p.dim() == 3 and "experts" in name.split(".")[:-1]
 
 
 def _output_layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import prepare_corpus  # noqa: E402
 
-from pion_dist import split_parameters  # noqa: E402
+from pion_dist import Pion, split_parameters  # noqa: E402
 
 slow = pytest.mark.slow
 LOSS = re.compile(r"step (\d+)/\d+  loss (\S+)")
@@ -257,6 +257,30 @@ def test_matrices_of_hugging_face_models() -> None:
         f"transformer.h.0.{name}.weight"
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
+
+
+@pytest.mark.usefixtures("transformers")
+def test_fused_experts_of_hugging_face_models_are_a_matrix_each() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    small = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 4}
+    for model in (
+        MixtralForCausalLM(MixtralConfig(vocab_size=11, num_hidden_layers=1, **small)),
+        GptOssForCausalLM(GptOssConfig(vocab_size=11, num_hidden_layers=1, **small)),
+    ):
+        matrices, others = split_parameters(model)
+        names = {name for name, _ in matrices}
+        experts = {f"model.layers.0.mlp.experts.{x}_proj" for x in ("gate_up", "down")}
+        assert experts <= names, names
+        assert all(
+            p.dim() == 1 or "bias" in name or "embed" in name or "lm_head" in name
+            for name, p in others
+        )
+        optimizer = Pion(matrices)
+        seen = {name.partition(":")[0] for name, _ in optimizer.matrices()}
+        counts = {n: sum(m.startswith(n) for m, _ in optimizer.matrices()) for n in experts}
+        assert seen == names and set(counts.values()) == {4}
 
 
 def spectra(folder: Path) -> dict[str, torch.Tensor]:

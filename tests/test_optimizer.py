@@ -161,15 +161,36 @@ def test_matrices_of_one_shape_are_one_batch() -> None:
     ("bad", "says"),
     [
         (nn.Parameter(torch.zeros(3)), "AdamW"),
-        (nn.Parameter(torch.zeros(2, 2, 2)), "AdamW"),
+        (nn.Parameter(torch.zeros(2, 2, 2, 2)), "AdamW"),
+        (nn.Parameter(torch.ones(2, 3, 2).mT), "not contiguous"),
         (nn.Parameter(torch.zeros(0, 2)), "AdamW"),
         (nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)), "complex64"),
     ],
-    ids=["1-D", "3-D", "empty", "complex"],
+    ids=["1-D", "4-D", "strided", "empty", "complex"],
 )
 def test_other_parameters_are_refused(bad: nn.Parameter, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Pion([*weights((2, 2)), bad])
+
+
+@each_config
+def test_fused_experts_step_as_if_they_were_apart(config: PionConfig) -> None:
+    """Also gradients of other strides; and their state is saved and goes on."""
+    apart = weights(*[(3, 5)] * 4, dtype=torch.float64)
+    fused = nn.Parameter(torch.stack(list(apart)).detach())
+    one, several = Pion([fused], 0.02, config=config), Pion(apart, 0.02, config=config)
+    for step in range(4):
+        set_grads(apart, step)
+        fused.grad = torch.stack([p.grad.mT.contiguous() for p in apart]).mT
+        one.step()
+        several.step()
+        if step == 1:
+            saved = copy.deepcopy(one.state_dict())
+            one = Pion([fused], 0.02, config=config)
+            one.load_state_dict(saved)
+    for mine, expert in zip(fused, apart, strict=True):
+        assert (mine - expert).abs().max() <= TOLERANCE * expert.abs().max()
+    assert [name for name, _ in one.matrices()][1] == "parameter 0 of group 0:expert[1]"
 
 
 def test_refusals_name_the_parameter() -> None:

@@ -126,6 +126,19 @@ def test_biases_are_no_matrices() -> None:
     assert names(model) == ([*matrices, "bias_net.weight"], list(biases))
 
 
+def test_fused_experts_are_matrices_and_convolutions_are_not() -> None:
+    model = nn.Module()
+    model.experts, model.conv = nn.Module(), nn.Conv1d(3, 4, 2, bias=False)
+    for name in ("gate_up_proj", "down_proj", "idle"):
+        model.experts.register_parameter(name, nn.Parameter(torch.ones(4, 6, 5)))
+    with torch.no_grad():
+        model.experts.idle[2] = 0.0  # this expert would stay zero
+    assert names(model) == (
+        ["experts.gate_up_proj", "experts.down_proj"],
+        ["experts.idle", "conv.weight"],
+    )
+
+
 def with_adapter() -> WithHead:
     model = WithHead()
     model.hidden = Lora(model.hidden)
