@@ -72,9 +72,9 @@ def kept_figure(records: Records, colors: Mapping[str, str]) -> Figure | None:
         lines = {}
         for (method, _), each in _grouped(some, _contender):
             points = [(r["lr"], _loss(r)) for r in each if r["seed"] == FIRST_SEED]
-            if method in colors and len(points) > 1:
+            if method in colors and points:
                 lines[method] = points
-        if lines:
+        if any(len(points) > 1 for points in lines.values()):
             swept[size] = lines
     if not swept:
         return None
