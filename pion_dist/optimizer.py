@@ -207,7 +207,7 @@ class Pion(torch.optim.Optimizer):
             for key, (moment, ranks) in self._held_moments(p).items():
                 value = storage.matrices(self.state[p][key], moment, ranks, key)
                 self.state[p][key] = storage.zeros(moment, ranks, p)
-                storage.hold(value, self.state[p][key], moment, ranks, key)
+                storage.store(value, self.state[p][key], moment, ranks, key)
         self.settle()
 
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
@@ -565,7 +565,7 @@ class Pion(torch.optim.Optimizer):
         used, coded = moments, self.config.state_dtype == "int8"
         if coded:
             described = state.moments(len(w), x.m, x.n, self.config, x.axis)
-            used = storage.used(moments, described)
+            used = storage.decode(moments, described)
         lr, collect_metrics = group["lr"], self.readings is not None
         if self.config.direction == "polar":
             found = self._step_polar(
@@ -591,7 +591,7 @@ class Pion(torch.optim.Optimizer):
                 collect_metrics=collect_metrics,
             )
         if coded:
-            storage.put_back(used, moments, grads_finite=grads_finite)
+            storage.encode(used, moments, grads_finite=grads_finite)
         if self.readings is not None and found is not None:
             self.readings.append((members, found))
         if resets:
@@ -734,7 +734,7 @@ class Pion(torch.optim.Optimizer):
                     if value is None:
                         lacking.append(self._slots[p].name)
                     else:
-                        storage.hold(value, held, moment, ranks, key)
+                        storage.store(value, held, moment, ranks, key)
                 starts = [x for key, x in self.state[p].items() if state.is_start(key)]
                 if all(x.any(-1).all() for x in starts):
                     self._started.add(p)
