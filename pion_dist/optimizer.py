@@ -619,13 +619,13 @@ class Pion(torch.optim.Optimizer):
             self._factors.match(
                 [names[i][index] for i, index in members],
                 params,
-                rows.of(w),
+                rows.from_shard(w),
                 moments,
                 rows,
                 computed_by=members[0][0] % self.plan.ranks_of(x),
             )
         stepped, go, found = polar.step(
-            rows.of(g),
+            rows.from_shard(g),
             moments,
             config=self.config,
             lr=lr,
@@ -635,7 +635,7 @@ class Pion(torch.optim.Optimizer):
             all_reduce_sum=rows.all_reduce_sum,
             collect_metrics=collect_metrics,
         )
-        torch.where(go, rows.back(stepped), w, out=w)
+        torch.where(go, rows.to_shard(stepped), w, out=w)
         return found
 
     def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
