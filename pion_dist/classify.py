@@ -154,8 +154,8 @@ def _view(info: ParamInfo, config: PionConfig) -> MatrixView:
 
 def _qkv_view(info: ParamInfo, config: PionConfig) -> MatrixView:
     rows, cols = info.shape
-    # A rank has whole query groups. So where the rows are cut, no head and no projection of a group
-    # is: the ranks divide the batch of these matrices.
+    # A rank has whole query groups. So a cut of the rows leaves heads and a group's projections
+    # whole, and the ranks divide their batch.
     dealt = None if info.tp_axis == "rows" else info.tp_axis
     match config.qkv:
         case "qkv":

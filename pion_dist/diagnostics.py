@@ -1,19 +1,19 @@
-"""What Pion does to its matrices, in numbers: drift of their spectra, and the last step's factors.
+"""Metrics of Pion's matrices: the drift of their spectra, and the factors of a recorded step.
 
-    watch = Diagnostics(optimizer)  # the spectra at start are those of now
+    watch = Diagnostics(optimizer)  # the spectra at start are the present ones
     ...
-    watch.record()  # the next step
+    watch.record()  # record the next step
     optimizer.step()
     report = watch.report()
     print(report.names[report.values[:, 0].argmax()], report.values.amax(0))
 
-Nothing is measured in other steps. ``docs/diagnostics.md`` says what the numbers mean.
+Other steps measure nothing. ``docs/diagnostics.md`` explains the numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from . import spectrum
 from .optimizer import Pion
 from .update import readings
 
-# Matrices whose smaller side k is longer are measured by norms: all singular values take a product
-# of 2 k² max(m, n) operations and a decomposition of 4/3 k³, norms 512 mn.
+# Matrices whose smaller side k is longer than this are measured by norms, in 512 mn operations. All
+# singular values take a product of 2 k² max(m, n) operations and a decomposition of 4/3 k³.
 EXACT_SIDE = 1024
 
 COLUMNS = ("drift", "shift", *readings.COLUMNS)
@@ -31,16 +31,16 @@ COLUMNS = ("drift", "shift", *readings.COLUMNS)
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of the matrices that this rank reports; ranks that share a matrix report it once.
+    """Metrics of the matrices that this rank reports; ranks that share a matrix report it once.
 
     Attributes:
-        names: weight, part and number of each matrix, the same in every layout.
-        exact: whether its drift is of all singular values, or of their norms.
-        sizes: elements of each.
-        values: [matrices, 7] in float64, on the CPU, with COLUMNS: since start, drift, and shift
-            (NaN where it is not exact), see ``spectrum``; of the step that was recorded,
-            orthogonality, angle, alpha, kept, update_rms, see ``update.readings`` (NaN where none
-            was).
+        names: weight, part and number of each matrix, identical in every layout.
+        exact: for each matrix, whether its drift is that of all singular values, or of norms.
+        sizes: number of elements of each matrix.
+        values: [matrices, 7] in float64, on the CPU, with COLUMNS. Drift and shift are since the
+            start, see ``spectrum``; shift is NaN where a matrix is not exact. Orthogonality, angle,
+            alpha, kept and update_rms are of the recorded step, see ``update.readings``; they are
+            NaN where none was recorded.
     """
 
     names: list[str]
@@ -50,19 +50,19 @@ class Report:
 
 
 class Diagnostics:
-    """Measures a Pion's matrices, now and in steps that are asked for.
+    """A measurement of an optimizer's matrices, at any time and in the steps to record.
 
-    Where an optimizer keeps the spectra at start (``spectrum_reset_interval``), also in a
-    checkpoint, drift is against those; else against the weights when this is made.
+    Drift is relative to the spectra at start where the optimizer stores these
+    (``spectrum_reset_interval``), in a checkpoint too; else to the weights at construction.
 
-    Making it and ``report`` are collectives of the ranks that share weights.
+    Construction and ``report`` are collectives of the ranks that share weights.
 
     Args:
-        optimizer: whose weights are initialised, or loaded.
-        exact: measure all singular values of matrices of any size. Else of those whose smaller
-            side is at most EXACT_SIDE, and two norms of the others.
-        elsewhere: weights, by name, that others report: where several groups of ranks have the
-            same ones.
+        optimizer: a Pion whose weights are initialised, or loaded.
+        exact: whether to measure all singular values of matrices of any size. If not, a matrix
+            whose smaller side exceeds EXACT_SIDE is measured by two norms.
+        elsewhere: names of weights that other ranks report, where several groups of ranks have
+            the same weights.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Diagnostics:
         self._start = self._measured()
 
     def record(self) -> None:
-        """Keep what the next step's factors do, until ``report``."""
+        """Record the metrics of the next step's factors, until ``report``."""
         self._optimizer.readings = []
 
     def report(self) -> Report:
-        """Drift now, and what was recorded."""
+        """Report the drift so far, and the recorded step."""
         pion = self._optimizer
-        found = Report([], [], [], torch.empty(0, len(COLUMNS), dtype=torch.float64))
+        report = Report([], [], [], torch.empty(0, len(COLUMNS), dtype=torch.float64))
         steps = {
             member: row
             for members, rows in pion.readings or ()
@@ -102,10 +102,10 @@ class Diagnostics:
             drift = spectrum.drift(start, now)
             shift = spectrum.shift(start, now) if exact else torch.full_like(drift, torch.nan)
             columns.append(torch.cat((torch.stack((drift, shift), -1), rows), -1).cpu())
-            found.names.extend(pion.names(i))
-            found.exact.extend([exact] * x.batch)
-            found.sizes.extend([x.m * x.n] * x.batch)
-        return Report(found.names, found.exact, found.sizes, torch.cat([found.values, *columns]))
+            report.names.extend(pion.names(i))
+            report.exact.extend([exact] * x.batch)
+            report.sizes.extend([x.m * x.n] * x.batch)
+        return replace(report, values=torch.cat([report.values, *columns]))
 
     def _is_exact(self, i: int) -> bool:
         x = self._optimizer.plan.matrices[i]
@@ -113,11 +113,11 @@ class Diagnostics:
 
     @torch.no_grad()
     def _measured(self) -> dict[int, Tensor]:
-        """Singular values or norms of the matrices that this rank measures, by number in the plan.
+        """Measure this rank's matrices: singular values or norms, by number in the plan.
 
-        Of ranks that share a matrix it is the owner, or else one after the other.
+        Among ranks that share a matrix the owner measures it; without one they take turns.
         """
-        pion, found = self._optimizer, {}
+        pion, measured = self._optimizer, {}
         for i in self._numbers:
             x, whole = pion.plan.matrices[i], pion.whole(i)
             if x.shared and x.group is not None:
@@ -125,7 +125,7 @@ class Diagnostics:
                 if group.rank() != (i % group.size() if x.owner is None else x.owner):
                     continue
             if self._is_exact(i):
-                found[i] = spectrum.values_of(spectrum.gram(whole))
+                measured[i] = spectrum.values_of(spectrum.gram(whole))
             else:
-                found[i] = spectrum.norms_of(whole)
-        return found
+                measured[i] = spectrum.norms_of(whole)
+        return measured

@@ -48,23 +48,23 @@ class Rows:
         self.peers, self.dim = peers, _DIM[large]
         self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]
 
-    def of(self, shard: Tensor) -> Tensor:
+    def from_shard(self, shard: Tensor) -> Tensor:
         """Turn this rank's shard into its rows; return the shard itself if it is cut by rows."""
         if self.peers is None or self.cut == self.dim:
             return shard
         return self.peers.all_to_all(shard, self.cut, self.dim)
 
-    def back(self, rows: Tensor) -> Tensor:
-        """Turn this rank's rows back into its shard: the inverse of ``of``."""
+    def to_shard(self, rows: Tensor) -> Tensor:
+        """Turn this rank's rows back into its shard: the inverse of ``from_shard``."""
         if self.peers is None or self.cut == self.dim:
             return rows
         return self.peers.all_to_all(rows, self.dim, self.cut)
 
-    def whole(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         """Join all ranks' rows."""
         return rows if self.peers is None else self.peers.all_gather(rows, self.dim)
 
-    def mine(self, whole: Tensor, dim: int) -> Tensor:
+    def own(self, whole: Tensor, dim: int) -> Tensor:
         """Return this rank's rows of a factor if ``dim`` is the divided one, else the factor."""
         if self.peers is None or dim != self.dim:
             return whole
@@ -148,7 +148,7 @@ class Factors:
         stride = max(1, _BATCH_NUMEL // (w.shape[1] * w.shape[2]))
         for first in range(0, len(stale), stride):
             some = stale[first : first + stride]
-            whole = rows.whole(w[some])
+            whole = rows.gather(w[some])
             if not whole.isfinite().all():
                 raise ValueError(f"one of {', '.join(names[i] for i in some)} is not finite")
             batch, m, n = whole.shape
@@ -159,9 +159,9 @@ class Factors:
                 shapes = ((batch, m, r), (batch, r), (batch, n, r))
                 u, sigma, v = (whole.new_zeros(shape) for shape in shapes)
             u, sigma, v = (rows.all_reduce_sum(x) for x in (u, sigma, v))
-            moments[LEFT][some] = rows.mine(u, 1)
+            moments[LEFT][some] = rows.own(u, 1)
             moments[SIGMA][some] = sigma
-            moments[RIGHT][some] = rows.mine(v, 2)
+            moments[RIGHT][some] = rows.own(v, 2)
             self._report(len(some), m, n)
 
     def _report(self, count: int, m: int, n: int) -> None:

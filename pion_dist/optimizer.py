@@ -218,7 +218,7 @@ class Pion(torch.optim.Optimizer):
             for key, (moment, ranks) in self._held_moments(p).items():
                 value = storage.matrices(self.state[p][key], moment, ranks, key)
                 self.state[p][key] = storage.zeros(moment, ranks, p)
-                storage.hold(value, self.state[p][key], moment, ranks, key)
+                storage.store(value, self.state[p][key], moment, ranks, key)
         self.settle()
 
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
@@ -579,7 +579,7 @@ class Pion(torch.optim.Optimizer):
         used, coded = moments, self.config.state_dtype == "int8"
         if coded:
             described = state.moments(len(w), x.m, x.n, self.config, x.axis)
-            used = storage.used(moments, described)
+            used = storage.decode(moments, described)
         lr, collect_metrics = group["lr"], self.readings is not None
         if self.config.direction == "polar":
             found = self._step_polar(
@@ -605,7 +605,7 @@ class Pion(torch.optim.Optimizer):
                 collect_metrics=collect_metrics,
             )
         if coded:
-            storage.put_back(used, moments, grads_finite=grads_finite)
+            storage.encode(used, moments, grads_finite=grads_finite)
         if self.readings is not None and found is not None:
             self.readings.append((members, found))
         if resets:
@@ -633,13 +633,13 @@ class Pion(torch.optim.Optimizer):
             self._factors.match(
                 [names[i][index] for i, index in members],
                 params,
-                rows.of(w),
+                rows.from_shard(w),
                 moments,
                 rows,
                 computed_by=members[0][0] % self.plan.ranks_of(x),
             )
         stepped, go, found = polar.step(
-            rows.of(g),
+            rows.from_shard(g),
             moments,
             config=self.config,
             lr=lr,
@@ -649,7 +649,7 @@ class Pion(torch.optim.Optimizer):
             all_reduce_sum=rows.all_reduce_sum,
             collect_metrics=collect_metrics,
         )
-        torch.where(go, rows.back(stepped), w, out=w)
+        torch.where(go, rows.to_shard(stepped), w, out=w)
         return found
 
     def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
@@ -748,7 +748,7 @@ class Pion(torch.optim.Optimizer):
                     if value is None:
                         lacking.append(self._slots[p].name)
                     else:
-                        storage.hold(value, held, moment, ranks, key)
+                        storage.store(value, held, moment, ranks, key)
                 starts = [x for key, x in self.state[p].items() if state.is_start(key)]
                 if all(x.any(-1).all() for x in starts):
                     self._started.add(p)

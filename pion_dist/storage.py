@@ -1,4 +1,4 @@
-"""Moments as tensors: made, held packed or rounded as ``state`` says, and as matrices."""
+"""Moments as tensors: allocated, stored packed or rounded as ``state`` says, read as matrices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .state import Moment
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype a weight is computed in: float64 for float64, float32 for everything smaller."""
+    """Return the dtype that computes a weight: float64 for float64, float32 for the smaller."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:
-    """A moment of a parameter's matrices, as one of ``ranks`` ranks holds it."""
+    """Allocate a moment of a parameter's matrices, as one of ``ranks`` ranks stores it."""
     computed = compute_dtype(p)
     dtypes = {
         "fp64": torch.float64,
@@ -32,66 +32,66 @@ def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:
     )
 
 
-def hold(x: Tensor, held: Tensor, moment: Moment, ranks: int, name: str) -> None:
-    """Write a moment's matrices as they are held.
+def store(x: Tensor, stored: Tensor, moment: Moment, ranks: int, name: str) -> None:
+    """Write a moment's matrices in their stored form.
 
     Args:
-        x: in the moment's local shape.
-        held: as ``zeros`` makes it. (modified in place)
-        moment: what it is.
-        ranks: that share it.
-        name: of the moment, or its key.
+        x: matrices in the moment's local shape.
+        stored: a tensor of ``zeros``. (modified in place)
+        moment: its description.
+        ranks: number of ranks that share it.
+        name: name of the moment, or its key.
     """
     if moment.packed:
         x = fold(x.reshape(-1, *x.shape[-2:])).view(moment.used(ranks))
-    if held.dtype == torch.int8:
-        x, always = x.to(held.device, torch.float32), held.new_ones((), dtype=torch.bool)
-        to_eight_bit(x, held, root=_is_root(name), grads_finite=always)
+    if stored.dtype == torch.int8:
+        x, always = x.to(stored.device, torch.float32), stored.new_ones((), dtype=torch.bool)
+        to_eight_bit(x, stored, root=_is_root(name), grads_finite=always)
     else:
-        held.copy_(x)
+        stored.copy_(x)
 
 
-def matrices(held: Tensor, moment: Moment, ranks: int, name: str) -> Tensor:
-    """The inverse of ``hold``: first moments are skew, second ones symmetric."""
+def matrices(stored: Tensor, moment: Moment, ranks: int, name: str) -> Tensor:
+    """Read a moment's matrices, the inverse of ``store``: skew first or symmetric second ones."""
     shape = moment.local(ranks)
-    if held.dtype == torch.int8:
-        held = from_eight_bit(held, moment.used(ranks), root=_is_root(name))
+    if stored.dtype == torch.int8:
+        stored = from_eight_bit(stored, moment.used(ranks), root=_is_root(name))
     if not moment.packed:
-        return held
-    flat = unfold(held.reshape(-1, *held.shape[-3:]), shape[-1], skew=not _is_root(name))
+        return stored
+    flat = unfold(stored.reshape(-1, *stored.shape[-3:]), shape[-1], skew=not _is_root(name))
     return flat.view(shape)
 
 
-def used(held: Mapping[str, Tensor], moments: Mapping[str, Moment]) -> dict[str, Tensor]:
-    """What a step of whole matrices computes with: moments of 8 bits as float32.
+def decode(stored: Mapping[str, Tensor], moments: Mapping[str, Moment]) -> dict[str, Tensor]:
+    """Return moments as a step of whole matrices computes them: those of 8 bits as float32.
 
     Args:
-        held: a batch's moments, by name.
-        moments: what they are.
+        stored: a batch's moments, by name.
+        moments: their descriptions, by name.
     """
     return {
         name: from_eight_bit(x, moments[name].used(1), root=_is_root(name))
         if x.dtype == torch.int8
         else x
-        for name, x in held.items()
+        for name, x in stored.items()
     }
 
 
-def put_back(
-    used: Mapping[str, Tensor], held: Mapping[str, Tensor], *, grads_finite: Tensor
+def encode(
+    decoded: Mapping[str, Tensor], stored: Mapping[str, Tensor], *, grads_finite: Tensor
 ) -> None:
-    """Round what ``used`` gave, after a step.
+    """Round the moments that ``decode`` returned, after a step has changed them.
 
     Args:
-        used: stepped.
-        held: where it came from. (modified in place)
+        decoded: moments after the step, by name.
+        stored: the moments they were decoded from. (modified in place)
         grads_finite: boolean scalar; where it is False nothing changes.
     """
-    for name, x in held.items():
+    for name, x in stored.items():
         if x.dtype == torch.int8:
-            to_eight_bit(used[name], x, root=_is_root(name), grads_finite=grads_finite)
+            to_eight_bit(decoded[name], x, root=_is_root(name), grads_finite=grads_finite)
 
 
 def _is_root(name: str) -> bool:
-    """Whether a moment is a second one, whose root is kept in 8 bits."""
+    """Tell whether a moment is a second one, of which 8 bits store the root."""
     return name.startswith("v")

@@ -69,7 +69,7 @@ def skew_normal(d: int, seed: int, device: str) -> Tensor:
 
 
 def check_lie_moments(run: ModuleType, device: str, case: Case, *, cut: float = 0.0) -> None:
-    """One step, then one where `grads_finite` is False, on a NaN product.
+    """One step, then one where ``grads_finite`` is False, on a NaN product.
 
     Args:
         run: has the function.

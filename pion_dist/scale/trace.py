@@ -119,7 +119,7 @@ def _polar(
     large = state.large_side(m, n, axis)
     rows = Rows(Peers(ranks) if axis is not None and ranks > 1 else None, axis, large)
     stepped, go, _ = polar.step(
-        rows.of(g),
+        rows.from_shard(g),
         held,
         config=config,
         lr=0.1,
@@ -128,7 +128,7 @@ def _polar(
         grads_finite=grads_finite,
         all_reduce_sum=rows.all_reduce_sum,
     )
-    torch.where(go, rows.back(stepped), w, out=w)
+    torch.where(go, rows.to_shard(stepped), w, out=w)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """A generator stored as a matrix: [B, n, n] for the in side, [B, m, m] for the out side."""
+    """A generator stored as a matrix, [B, n, n] (in side) or [B, m, m] (out side)."""
 
     side: Side
     matrix: Tensor
@@ -46,7 +46,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Outer:
-    """A generator stored as U, V of U Vᵀ − V Uᵀ: [B, n, r] (in side) or [B, m, r] (out side)."""
+    """A generator U Vᵀ − V Uᵀ stored as U, V: [B, n, r] (in side) or [B, m, r] (out side)."""
 
     side: Side
     u: Tensor

@@ -99,7 +99,7 @@ def step(
         return metrics
     m = moments["m"]
     if any(isinstance(a, Outer) for a in generators):
-        # Its factors are views of W and m, so compute both changes before either is applied.
+        # An Outer has views of W and m, so compute both changes before either is applied.
         m_change = turn(m.to(w_Bmn.dtype), None, matmul=direction_products)
         kernels.moved(w_Bmn, change, grads_finite=grads_finite)
     else:
