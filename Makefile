@@ -2,6 +2,7 @@
 # Not ?=: these names are too common to be taken from the environment.
 OUT = demo_out
 TEXT =
+SRC =
 DEMO_ARGS =
 
 VENV := .venv
@@ -39,7 +40,7 @@ TE_WHEELS := $(VENV)/te-wheels-$(shell grep -E '^(torch|transformer_engine.*)=='
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-te lint types docs constraints clean
+.PHONY: help demo test test-slurm test-te test-megatron lint types docs constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -62,6 +63,16 @@ test-slurm: $(DEV_STAMP) ## submit examples/slurm to a SLURM of two nodes, here 
 test-te: $(TE_STAMP) ## build Transformer Engine into .venv/te, once (20 minutes, 6 GB), and run the tests of FP8
 	@$(TE)/bin/python -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest-te \
 		tests/test_transformer_engine.py tests/test_fp8.py
+
+# Checks in one process, resumes, and a training at TP 2 and DP 2 whose checkpoint moves.
+test-megatron: $(DEV_STAMP) ## run some of the tests against another Megatron (SRC=a checkout of Megatron-LM)
+	@test -d "$(SRC)/megatron/core" || { echo "make test-megatron SRC=CHECKOUT: there is no" \
+		"$(SRC)/megatron/core; git clone https://github.com/NVIDIA/Megatron-LM CHECKOUT"; exit 2; }
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" MAKEFLAGS= make --no-print-directory -C "$(SRC)/megatron/core/datasets" \
+		LIBEXT="$$($(RUN) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
+	@OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(SRC))" $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" \
+		--basetemp=$(VENV)/tmp/pytest-megatron tests/test_megatron.py tests/test_layouts.py \
+		-k "checks_inside or prints_the_same_losses or (float32 and tp2-dp2-dist-opt) or tp2-dp2-dist-opt-to"
 
 lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 	@$(RUN) -m ruff check .
