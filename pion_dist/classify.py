@@ -57,7 +57,7 @@ def query_group(head_dim: int, *, heads: int, gated: bool) -> tuple[tuple[str, i
 
 @dataclass(frozen=True)
 class Rotated:
-    """Pion's decision: the weight is updated as the matrices of its view.
+    """The decision to let Pion update a weight, as the matrices of its view.
 
     Attributes:
         view: view of this rank's shard.

@@ -28,8 +28,8 @@ class Guard:
     def check(self, names: Sequence[str], grads: Sequence[Tensor]) -> Tensor:
         """Tell whether all gradients are finite, and count those that are not.
 
-        A gradient is finite if its sum of squares is, in its own precision but at least float32:
-        the moments could not hold another.
+        A gradient counts as finite if its sum of squares is, in its own precision but at least
+        float32: the moments could not hold a larger one.
 
         Args:
             names: one per gradient.

@@ -106,7 +106,7 @@ class Layout(Protocol):
 
     @property
     def low_rank(self) -> bool:
-        """Whether a generator may be kept as its factors U, V."""
+        """Tell whether a generator may be stored as its factors U, V."""
 
     @property
     def shares(self) -> int:
