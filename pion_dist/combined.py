@@ -61,7 +61,7 @@ class PionWithAdamW(torch.optim.Optimizer):
             self.optimizers.append(torch.optim.AdamW(others, lr=lr, **(adamw or {})))
         super().__init__(self.param_groups, {})
 
-    # torch assigns the next two, and others set what is in them: the optimizers' own.
+    # torch's constructor assigns the next two, empty. What is in them is the optimizers' own.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -70,7 +70,8 @@ class PionWithAdamW(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        pass
+        if groups:
+            raise AttributeError("param_groups: change the groups that are there, or optimizers'")
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -80,7 +81,8 @@ class PionWithAdamW(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        pass
+        if state:
+            raise AttributeError("state: call load_state_dict, or set that of one of optimizers")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a further group: nothing tells whose it is.

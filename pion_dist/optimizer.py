@@ -85,9 +85,9 @@ class Pion(torch.optim.Optimizer):
             and to be made on all of them at a time.
 
     Raises:
-        ValueError: a parameter is neither 2-D nor contiguous and 3-D, not real floating point, or a
-            DTensor; a view does
-            not fit it; it cannot be cut as the options say; lr is negative; or a group has options.
+        ValueError: a parameter is neither 2-D nor contiguous and 3-D, is not real floating point,
+            or is a DTensor; a view does not fit it; it cannot be cut as the options say; lr is
+            negative; or a group has options.
         RuntimeError: the ranks of a group have other parameters or options.
 
     A matrix of zeros stays zero under any factors: the log warns of weights that have one when the

@@ -149,6 +149,9 @@ def test_what_it_cannot_do_is_refused() -> None:
     optimizer = made(model)
     with pytest.raises(ValueError, match=r"optimizers\[0\], which is Pion"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    for name in ("param_groups", "state"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(optimizer, name, getattr(optimizer, name))
     train(model, optimizer, range(1))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"groups of \[1, 5\] parameters, this optimizer \[2, 4\]"):

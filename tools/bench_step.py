@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import platform
@@ -554,11 +555,17 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
         sizes.rows.append((f"{model} {name}", f"times {scales[model]:g}", what))
     loops = {c.name: c.loop for c in found.contenders if c.loop in found.names}
     products = [c.name for c in found.contenders if c.name != "AdamW"]
+    beside_loops = found.table(
+        "Time, over that of the published loop",
+        lambda s, c: ratio(s, c, loops[c]),
+        names=list(loops),
+    )
     made = [
         legend,
         sizes,
         found.table("ms a step", lambda s, c: at(s, c)["seconds"] * 1e3, ".1f"),
         found.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE), ".3g"),
+        *([beside_loops] if loops else []),
         found.table(
             "Counted FLOP, over Muon's", lambda s, c: ratio(s, c, BASE, "flop"), names=products
         ),
@@ -579,13 +586,6 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
         state_table(),
         targets(found, device),
     ]
-    if loops:
-        beside = found.table(
-            "Time, over that of the published loop",
-            lambda s, c: ratio(s, c, loops[c]),
-            names=list(loops),
-        )
-        made.insert(4, beside)
     if rows := found.skipped():
         made.append(Table("Not measured", ("shape", "what", "why"), rows))
     return made
@@ -662,9 +662,9 @@ def targets(found: Found, device: torch.device) -> Table:
         _summarize(table, limit, f"{name}, layer", peer, ratios, None)
     for (kind, shapes), column in zip(KINDS.items(), (0, 1), strict=True):
         there = [shape for shape in shapes if shape in found.shapes]
-        for name, bounds in MUON_TARGETS.items():
-            for peer in {BASE, OWN} & {*found.names} if name in found.names else ():
-                _judge(table, found, bounds[column], name, peer, there, kind)
+        for name, peer in itertools.product(MUON_TARGETS, (BASE, OWN)):
+            if {name, peer} <= {*found.names}:
+                _judge(table, found, MUON_TARGETS[name][column], name, peer, there, kind)
     for c in modes:
         for unit, what in (("matrix_bytes", "matrix"), ("square_bytes", "generator")):
             peaks = {

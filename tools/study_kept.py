@@ -28,7 +28,7 @@ class Size(NamedTuple):
 def kept_table(records: Records) -> Table:
     """A line for each optimizer, size, horizon and learning rate of the rest."""
     table = Table(
-        "Validation loss, nats per byte, of every training that is kept, the best first",
+        "Validation loss, nats per byte, of all kept trainings, the first seed's best first",
         [
             *("width", "iterations", "optimizer", "rest's lr", "lr: loss of the first seed"),
             *("best lr", "mean of its seeds", "drift"),
@@ -41,7 +41,7 @@ def kept_table(records: Records) -> Table:
 
 
 def _row(some: Sequence[Record]) -> tuple[float, list[str]]:
-    """The best mean, and the cells."""
+    """What rows are sorted by, and the cells."""
     first = {r["lr"]: _loss(r) for r in some if r["seed"] == FIRST_SEED}
     at = {lr: [_loss(r) for r in some if r["lr"] == lr] for lr in {r["lr"] for r in some}}
     # Of rates that the first seed has tried: others' seeds alone would compare other texts.
@@ -50,7 +50,7 @@ def _row(some: Sequence[Record]) -> tuple[float, list[str]]:
     mean = statistics.fmean(losses)
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 and mean < math.inf else ""
     drift = max(r.get("drift", math.inf) for r in some)
-    return mean, [
+    return first.get(best, mean), [
         some[0]["method"],
         f"{some[0]['rest']:.2g}",
         ", ".join(f"{lr:.2g}: {_written(first[lr])}" for lr in sorted(first)),
