@@ -314,6 +314,13 @@ class Pion(torch.optim.Optimizer):
         params: list[Tensor] = self.param_groups[number]["params"]
         return self._members.get(number, params)
 
+    def members(self) -> list[list[Tensor]]:
+        """The tensors that are stepped of every group, of whose weights other ranks may store all.
+
+        They have the places in ``state_dict``.
+        """
+        return [self._params_of(number) for number in range(len(self.param_groups))]
+
     def _params(self) -> list[Tensor]:
         return [p for number in range(len(self.param_groups)) for p in self._params_of(number)]
 
