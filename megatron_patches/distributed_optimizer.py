@@ -151,15 +151,18 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids
     core: Any = importlib.import_module("megatron.core.optimizer")
     adam = leaf.optimizer
     expert = adam.param_groups[0]["is_expert_parallel"]
+    # As Megatron had them before it put what this rank stores in the parameters' place.
     groups = core._get_param_groups(leaf.model_chunks, leaf.config, overrides)
-    # As Megatron has them, before it put what this rank stores in the parameters' place.
-    whole = [group["params"] for group in groups if group["is_expert_parallel"] == expert]
-    pions = ["optimizer" not in group for group in adam.param_groups]
+    groups = [group for group in groups if group["is_expert_parallel"] == expert]
+    pions = ["optimizer" not in group for group in groups]
     if not any(pions):
         return
+    mine, others = (
+        [i for i, of_pion in enumerate(pions) if of_pion == wanted] for wanted in (True, False)
+    )
     tensors = dict(_stored(leaf))
     stored = {}
-    for p in (p for params, mine in zip(whole, pions, strict=True) if mine for p in params):
+    for p in (p for i in mine for p in groups[i]["params"]):
         tp = kwargs["shards"].get(p)
         cut = tp is not None and kwargs["views"][p].axis is not None
         data = tensors.get(p)
@@ -168,18 +171,10 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids
         ranges = _ranges(leaf, p)
         group = grids.group(tp if cut else None, leaf.data_parallel_group)
         stored[p] = Storage(data, group, ranges if len(ranges) > 1 else ())
-    own = [
-        {**group, "params": params}
-        for group, params, mine in zip(adam.param_groups, whole, pions, strict=True)
-        if mine
-    ]
-    pion = CheckpointedPion(own, **kwargs, stored=stored)
-    for group, theirs in zip(
-        pion.param_groups, (g for g, mine in zip(adam.param_groups, pions, strict=True) if mine),
-        strict=True,
-    ):
-        group["params"] = theirs["params"]  # in the order in which Megatron looks for them
-    adam.param_groups = [g for g, mine in zip(adam.param_groups, pions, strict=True) if not mine]
+    pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
+    for i, own in zip(mine, pion.param_groups, strict=True):
+        own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
+    adam.param_groups = [adam.param_groups[i] for i in others]
     leaf.optimizer = PionAndAdam(pion, adam, pions, stored)
 
 
