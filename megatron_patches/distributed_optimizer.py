@@ -22,7 +22,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from pion_dist.slots import Storage
 
 from . import seams
-from .parameters import is_scalar
 from .sharded_state import CheckpointedPion
 
 # Set on the config that Megatron makes its optimizer with, which says Adam.

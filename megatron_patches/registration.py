@@ -64,6 +64,7 @@ def _register() -> None:
         _EMERGING_OPTIMIZERS,
         EmergingOptimizerEntry,
     )
+
     from .sharded_state import CheckpointedPion
 
     _EMERGING_OPTIMIZERS["pion"] = EmergingOptimizerEntry(

@@ -19,7 +19,7 @@ from .exchange import GroupPeers, ProcessGroup, Route
 from .factors import Factors, Rows
 from .guard import Guard
 from .matrices import MatrixView, as_rows, stacked, whole
-from .plan import MatrixPlan, StepPlan, build_plan, due
+from .plan import StepPlan, build_plan, due
 from .slots import Slot, Storage
 from .storage import compute_dtype
 from .update import polar
@@ -425,9 +425,7 @@ class Pion(torch.optim.Optimizer):
 
         for index, group in enumerate(self.groups):
             if routes := self._routes_of(index, wanted):
-                exchange.run(
-                    routes, 1, stored, compute, None, like=self._like(index), group=group
-                )
+                exchange.run(routes, 1, stored, compute, None, like=self._like(index), group=group)
         return found
 
     def _tp(self, i: int) -> ProcessGroup:
@@ -615,9 +613,7 @@ class Pion(torch.optim.Optimizer):
             for moments, each in zip(held, torch.split(moment, counts), strict=True):
                 moments[name].copy_(each)
         flags = [None] * len(counts) if moved is None else torch.split(moved, counts)
-        return dict(
-            zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True)
-        )
+        return dict(zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True))
 
     def _step_parts(
         self, i: int, tensors: Sequence[Tensor], grads_finite: Tensor

@@ -562,8 +562,11 @@ def check_stored(place: Place, config: PionConfig) -> None:
     computed = [sum(p.numel() for p in run.data), plan.stored_numel(pion.ranks)]
     assert computed[0] == computed[1], computed
     # Every matrix has one team.
-    names = [x.weight for i in plan.computed(range(len(plan.matrices)), pion.ranks)
-             for x in [plan.matrices[i]]]
+    names = [
+        x.weight
+        for i in plan.computed(range(len(plan.matrices)), pion.ranks)
+        for x in [plan.matrices[i]]
+    ]
     everyones = place.everyones(names)
     for w in run.weights:
         members = sum(w.name in each for each in everyones)
