@@ -1,4 +1,4 @@
-"""Pion in Megatron's own distributed optimizer, which shards, reduces, clips and gathers as for Adam.
+"""Pion in Megatron's own distributed optimizer, which shards, reduces and gathers as for Adam.
 
 ``--use-distributed-optimizer`` makes Megatron's ``DistributedOptimizer``, unmodified: Megatron
 builds it for Adam over all parameters. Then the optimizer inside is replaced by one that steps
@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids
     for i, own in zip(mine, pion.param_groups, strict=True):
         own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
     adam.param_groups = [adam.param_groups[i] for i in others]
-    leaf.optimizer = PionAndAdam(pion, adam, pions, stored)
+    leaf.optimizer = PionAndAdam(pion, adam, pions, list(stored))
 
 
 def _stored(leaf: DistributedOptimizer) -> list[tuple[Any, torch.Tensor]]:
@@ -198,7 +199,7 @@ def _ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
     bucket, ranks = buffer.buckets[number], leaf.data_parallel_group.size()
     share = bucket.grad_data.numel() // ranks
     ends = [min(max(bucket.offset + rank * share, start), stop) for rank in range(ranks + 1)]
-    ranges = tuple((a - start, b - start) for a, b in zip(ends, ends[1:], strict=False))
+    ranges = tuple((a - start, b - start) for a, b in pairwise(ends))
     own = (0, 0)
     if param in leaf.model_param_gbuf_map:
         found = leaf._get_model_param_range_map(param)["param"]

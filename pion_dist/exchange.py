@@ -119,9 +119,10 @@ class _Wave:
         )
 
     def _move(self, got: list[int], sent: list[int]) -> dist.Work | None:
-        return dist.all_to_all_single(
+        work: dist.Work | None = dist.all_to_all_single(
             self.received, self.sent, got, sent, group=self.group, async_op=True
         )
+        return work
 
     def compute(self, compute: Compute, *, back: bool) -> None:
         _wait(self.work)

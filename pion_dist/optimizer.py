@@ -484,22 +484,26 @@ class Pion(torch.optim.Optimizer):
             group["step"] += 1
         if not due and not any(self._routes):
             return loss
-        grads_finite = self._grads_finite(due)
-        grads_finite = exchange.agree(grads_finite, self.groups)
-        if self.config.direction == "polar":
+        self._step(due)
+        return loss
+
+    def _step(self, due: Sequence[Tensor]) -> None:
+        """Step what has gradients, where it is stored and then where it travels to."""
+        grads_finite = exchange.agree(self._grads_finite(due), self.groups)
+        polar = self.config.direction == "polar"
+        if polar:
             self._factors.begin(due)
             self._refuse_changes()
         for batch in self._in_place:
             if some := self._with_gradients(batch):
                 self._step_in_place(some, grads_finite)
-        for index in range(len(self.groups)):
-            if self._routes[index]:
+        for index, routes in enumerate(self._routes):
+            if routes:
                 self._step_exchanged(index, grads_finite)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
-        if self.config.direction == "polar":
+        if polar:
             self._factors.end(due)
-        return loss
 
     def _grads_finite(self, due: Sequence[Tensor]) -> Tensor:
         if not due:  # other ranks store all of the weights that this one computes

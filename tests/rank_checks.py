@@ -833,8 +833,38 @@ PRODUCTS: tuple[dict[str, object], ...] = (
 )
 
 
+TRIED: tuple[tuple[Callable[..., None], Sequence[dict[str, object]]], ...] = (
+    (check_reference, ({}, {"nesterov": False})),
+    (check_float32, ORTHOGONAL),
+    (check_nan, FEW),
+    (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
+    (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
+    (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
+    (check_diagnostics, FEW),
+    (check_work, PRODUCTS),
+    (check_nothing_shared, FEW[:3]),
+    (check_part_of_the_ranks, FEW[:3]),
+    (check_two_groups, FEW[:3]),
+    (check_conversion, FEW[:3]),
+)
+
+
 def mode_options(mode: str, ranks: int) -> dict[str, object]:
     return {"tp_mode": mode, "blocks": 2 * ranks} if mode == "blockwise" else {"tp_mode": mode}
+
+
+def stored_configs(ranks: int) -> Iterator[PionConfig]:
+    """Half of the ranks are tensor parallel, and there are as many blocks."""
+    for mode, options in itertools.product(MODES, FEW):
+        if mode != "blockwise" or "direction" in options:  # polar has no blocks
+            yield PionConfig(**options, **mode_options(mode, ranks // 2))
+
+
+def tried_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]]:
+    for check, tried in TRIED:
+        for mode, options in itertools.product(MODES, tried):
+            if mode != "blockwise" or "direction" in options:  # polar has no blocks
+                yield check, PionConfig(**options, **mode_options(mode, ranks))
 
 
 def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
@@ -853,36 +883,15 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for *options, (mode, blocks) in covering(*VALUES, modes, together=3 if ranks == 2 else 2):
         config = config_of(*options, tp_mode=mode, blocks=blocks)
         add(check_reference, named(config), config)
-    for check, tried in (
-        (check_reference, ({}, {"nesterov": False})),
-        (check_float32, ORTHOGONAL),
-        (check_nan, FEW),
-        (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
-        (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
-        (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
-        (check_diagnostics, FEW),
-        (check_work, PRODUCTS),
-        (check_nothing_shared, FEW[:3]),
-        (check_part_of_the_ranks, FEW[:3]),
-        (check_two_groups, FEW[:3]),
-        (check_conversion, FEW[:3]),
-    ):
-        for mode, options in itertools.product(MODES, tried):
-            if mode == "blockwise" and "direction" not in options:
-                continue  # polar has no blocks
-            config = PionConfig(**options, **mode_options(mode, ranks))
-            add(check, named(config), config)
+    for check, config in tried_configs(ranks):
+        add(check, named(config), config)
     for options in FEW[:3]:
         config = PionConfig(**options)
         add(check_exact_volume, named(config), config)
         coded = PionConfig(**options, state_dtype="int8")
         for check in check_resume, check_collectives, check_nan:
             add(check, named(coded), coded)
-    for mode, options in itertools.product(MODES, FEW):
-        if mode == "blockwise" and "direction" not in options:
-            continue
-        # As many blocks as tensor-parallel ranks.
-        config = PionConfig(**options, **mode_options(mode, ranks // 2))
+    for config in stored_configs(ranks):
         for check in check_stored, check_stored_state:
             add(check, named(config), config)
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
