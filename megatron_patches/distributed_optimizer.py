@@ -23,6 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from pion_dist.slots import Storage
 
 from . import seams
+from .parameters import of_all_ranks
 from .sharded_state import CheckpointedPion
 
 # Set on the config that Megatron makes its optimizer with, which says Adam.
@@ -104,11 +105,10 @@ def make(
         overrides = core.get_standard_config_overrides(own)
     overrides = {**overrides, not_pion: {"optimizer": "adam"}}
     optimizer = original(**{**given.arguments, "config": own, "config_overrides": overrides})
-    grids = Grids()
     groups = given.arguments["pg_collection"]
     for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not leaf.is_stub_optimizer:
-            _put_pion(leaf, kwargs_of(config, leaf.model_chunks, groups), overrides, grids)
+            _put_pion(leaf, kwargs_of(config, leaf.model_chunks, groups), overrides)
     return optimizer
 
 
@@ -146,7 +146,7 @@ class PionAndAdam:
         self.adam.step()
 
 
-def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids) -> None:
+def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     """Replace the optimizer in a distributed one (modified in place); a collective of all ranks."""
     core: Any = importlib.import_module("megatron.core.optimizer")
     adam = leaf.optimizer
@@ -160,7 +160,8 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids
     mine, others = (
         [i for i, of_pion in enumerate(pions) if of_pion == wanted] for wanted in (True, False)
     )
-    tensors = dict(_stored(leaf))
+    tensors, dp = dict(_stored(leaf)), leaf.data_parallel_group
+    grid = _grid(leaf.expert_tp_group if expert else leaf.tp_group, dp)
     stored = {}
     for p in (p for i in mine for p in groups[i]["params"]):
         tp = kwargs["shards"].get(p)
@@ -169,7 +170,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any, grids: Grids
         if data is None:
             data = torch.empty(0, dtype=torch.float32, device=p.device)
         ranges = _ranges(leaf, p)
-        group = grids.group(tp if cut else None, leaf.data_parallel_group)
+        group = grid if cut else (dp if dp.size() > 1 else None)
         stored[p] = Storage(data, group, ranges if len(ranges) > 1 else ())
     pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
     for i, own in zip(mine, pion.param_groups, strict=True):
@@ -213,38 +214,31 @@ def _ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
     return ranges
 
 
-class Grids:
-    """Process groups of all ranks that store a weight: tensor-parallel times data-parallel."""
+def _grid(tp: Any, dp: Any) -> Any:
+    """The process group of all ranks that store a weight; a collective of all ranks of the run.
 
-    def __init__(self) -> None:
-        """Start without one."""
-        self._made: dict[tuple[Any, Any], Any] = {}
+    Args:
+        tp: the ranks that have the other shards.
+        dp: the ranks that divide a shard.
 
-    def group(self, tp: Any, dp: Any) -> Any:
-        """The group, made where there is none; a collective of its ranks.
+    Returns:
+        The group, whose rank r has shard r % tp.size(); None for this rank alone.
 
-        Args:
-            tp: the ranks that have the other shards; None where nothing is cut.
-            dp: the ranks that divide a shard.
-
-        Returns:
-            The group, whose rank r has shard r % tp.size(); None for this rank alone.
-
-        Raises:
-            RuntimeError: ranks are in another order.
-        """
-        if tp is None or tp.size() == 1:
-            return dp if dp.size() > 1 else None
-        if dp.size() == 1:
-            return tp
-        if (tp, dp) not in self._made:
-            columns: list[Any] = [None] * tp.size()
-            dist.all_gather_object(columns, dist.get_process_group_ranks(dp), group=tp)
-            ranks = [column[place] for place in range(dp.size()) for column in columns]
-            if ranks != sorted(ranks):
-                raise RuntimeError(
-                    f"--optimizer pion with --use-distributed-optimizer: ranks {ranks} store a "
-                    "weight together; tensor-parallel ranks must be neighbours"
-                )
-            self._made[tp, dp] = dist.new_group(ranks, use_local_synchronization=True)
-        return self._made[tp, dp]
+    Raises:
+        RuntimeError: ranks are in another order.
+    """
+    if tp.size() == 1:
+        return dp if dp.size() > 1 else None
+    if dp.size() == 1:
+        return tp
+    columns: list[Any] = [None] * tp.size()
+    dist.all_gather_object(columns, dist.get_process_group_ranks(dp), group=tp)
+    mine = tuple(column[place] for place in range(dp.size()) for column in columns)
+    if mine != tuple(sorted(mine)):
+        raise RuntimeError(
+            f"--optimizer pion with --use-distributed-optimizer: ranks {mine} store a weight "
+            "together; tensor-parallel ranks must be neighbours"
+        )
+    # Every rank makes every group, in one order, as Megatron makes its own.
+    made = {ranks: dist.new_group(ranks) for ranks in sorted(set(of_all_ranks(mine)))}
+    return made[mine]
