@@ -61,8 +61,27 @@ def apply() -> None:
 
     dist_checkpointing.load = load
     if seams.has_training():
+        metadata = dist_checkpointing.load_content_metadata
+        dist_checkpointing.load_content_metadata = _reshardable(metadata)
         checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
         checkpointing._load_base_checkpoint = _with_optimizer(checkpointing._load_base_checkpoint)
+
+
+def _reshardable(original: Any) -> Any:
+    """Say of every checkpoint that a distributed optimizer's state loads into any layout.
+
+    Megatron refuses another TP or PP where its own form of the state would not.
+    """
+
+    @functools.wraps(original)
+    def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        training: Any = importlib.import_module("megatron.training")
+        if found is None or training.get_args().optimizer != "pion":
+            return found
+        return {**found, "distrib_optim_sharding_type": "fully_reshardable"}
+
+    return load_content_metadata
 
 
 def _with_optimizer(original: Any) -> Any:

@@ -175,6 +175,11 @@ CORE = (
 
 TRAINING = (
     Seam(
+        "megatron.core.dist_checkpointing",
+        "load_content_metadata",
+        "loads a distributed optimizer's state into any layout",
+    ),
+    Seam(
         "megatron.training.arguments",
         "add_megatron_arguments",
         "adds the flags",
