@@ -18,7 +18,7 @@ from pion_dist.config import Axis
 from pion_dist.cost import step_flop, traffic
 from pion_dist.iterations import NEWTON_SCHULZ
 from pion_dist.scale.__main__ import main
-from pion_dist.scale.dealing import Weight, dealt, packed, weights
+from pion_dist.scale.dealing import Weight, dealt, packed, plan_of, weights
 from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
 from pion_dist.scale.predict import Method, Prediction, _Group, predict, priced
 from pion_dist.scale.report import best, exact, limits, methods
@@ -180,24 +180,28 @@ def test_tensor_parallel_traffic_is_what_cost_counts(mode: str) -> None:
     assert {op: size for op, size in p.moved.items() if op.startswith("tp ")} == expected
 
 
-def test_owners_exchange_three_times_the_weights() -> None:
-    """W and G to the owner and W back: test_ranks.py's check_exact_volume, at one DP rank."""
-    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1))
-    local = sum(w.numel for w in weights(SMALL, Layout(gpus=2, tp=2), PionConfig())[0])
+@pytest.mark.parametrize(("options", "times"), [({}, 2), (MSIGN, 3)], ids=["polar", "transported"])
+def test_owners_exchange_gradients_and_weights(options: dict[str, object], times: int) -> None:
+    """G to the owner, W too where its factors do not tell it, and W back; polar's with flags."""
+    config = PionConfig(**options)
+    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), **options)
+    items = weights(SMALL, Layout(gpus=2, tp=2), config)[0]
+    local = sum(w.numel for w in items)
+    plan = plan_of(items, config, 2)
+    sent = [plan.collectives([rank], 1)["all_to_all"].bytes for rank in (0, 1)]
+    # An element that says whether a matrix has moved goes back with each rank's share of it.
+    matrices = sum(x.batch for x in plan.matrices)
+    assert sum(sent) == 4 * (2 * times * local + (2 * matrices if times == 2 else 0))
     # Matrices pair off in SMALL, so that both owners have half.
-    assert p.moved["tp all_to_all"] == pytest.approx(3 * 4 * local, rel=0.1)
+    assert p.moved["tp all_to_all"] == max(sent) == pytest.approx(times * 4 * local, rel=0.1)
     assert p.moved["dp reduce_scatter"] == 4 * local and p.moved["dp all_gather"] == 2 * local
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 64, 100])
 @pytest.mark.parametrize("bucket_size", [None, 5_000_000])
-def test_weights_are_dealt_as_megatron_and_the_patches_deal_them(
-    ranks: int, bucket_size: int | None
-) -> None:
+def test_weights_are_packed_as_megatron_packs_them(ranks: int, bucket_size: int | None) -> None:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-
-    from megatron_patches.layer_wise import balance
 
     rng = random.Random(ranks)
     model = replace(SMALL, hidden=1000, ffn=2600, heads=10, head_dim=100)
@@ -205,23 +209,28 @@ def test_weights_are_dealt_as_megatron_and_the_patches_deal_them(
     items, _ = weights(model, Layout(gpus=1), config)
     items = rng.sample(items * 3, 40)
     params = [torch.nn.Parameter(torch.empty(w.numel, device="meta")) for w in items]
-    costs = [w.flop(config) for w in items]
     default = max(40_000_000, 1_000_000 * ranks)
     layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
         params, bucket_size or default, ranks, DistributedDataParallelConfig()
     )
     buckets, buffer = packed([w.numel for w in items], ranks, bucket_size)
     assert buffer == layout.bucket_indices[-1][1] and len(buckets) == len(layout.bucket_indices)
-    if bucket_size is not None:
-        return
-    if ranks > 1:
-        balance(layout, ranks, dict(zip(params, costs, strict=True)))
-    found = dealt(items, ranks, costs, "layout")
-    for rank, own in enumerate(found.owned):
-        for i in own:
-            start, _, bucket = layout.param_index_map[params[i]]
-            first, last = layout.bucket_indices[bucket]
-            assert (start - first) // ((last - first) // ranks) == rank
+    for number, (bucket, (first, last)) in enumerate(
+        zip(buckets, layout.bucket_indices, strict=True)
+    ):
+        for place, shard in enumerate(bucket):
+            for i in shard:
+                start, _, held_in = layout.param_index_map[params[i]]
+                assert held_in == number
+                assert (start - first) // ((last - first) // ranks) == place
+    assert sorted(i for bucket in buckets for shard in bucket for i in shard) == list(range(40))
+    if bucket_size is None:  # ranks change places in a bucket, and its shards stay as they are
+        found = dealt(items, ranks, [w.flop(config) for w in items], "layout")
+        shards = {tuple(shard) for bucket in buckets for shard in bucket}
+        for own in map(set, found.owned):
+            mine = [shard for shard in shards if shard and own & set(shard)]
+            assert own == {i for shard in mine for i in shard}
+            assert len(mine) <= len(buckets)
 
 
 def test_where_there_are_more_ranks_than_weights_ranks_idle_and_it_is_said() -> None:

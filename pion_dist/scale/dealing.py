@@ -196,17 +196,21 @@ def plan_of(items: Sequence[Weight], config: PionConfig, tp: int) -> StepPlan:
         config: the run's options.
         tp: ranks of the group.
     """
-    matrices = [
-        MatrixPlan(
-            weight=w.name,
-            part=part,
-            batch=batch,
-            m=m,
-            n=n,
-            axis=w.rotated.view.axis,
-            group=0 if w.rotated.ranks > 1 else None,
-        )
-        for w in items
-        for part, (batch, m, n) in w.rotated.view.whole_shapes(w.rotated.ranks).items()
-    ]
+    matrices = []
+    for w in items:
+        axis, ranks = w.rotated.view.axis, w.rotated.ranks
+        cut = ranks > 1 and axis is not None  # others are a rank's own: whole, or dealt
+        matrices += [
+            MatrixPlan(
+                weight=w.name,
+                part=part,
+                batch=batch,
+                m=m,
+                n=n,
+                axis=axis,
+                group=0 if cut else None,
+                cut=tp if cut else 1,
+            )
+            for part, (batch, m, n) in w.rotated.view.whole_shapes(ranks).items()
+        ]
     return build_plan(matrices, [tp] if tp > 1 else [], config)

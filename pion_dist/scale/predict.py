@@ -316,24 +316,24 @@ Work = tuple[int, int, int, Literal["rows", "cols"] | None, int]
 
 def _work(plan: StepPlan, rank: int) -> Iterable[Work]:
     """Batches that a rank computes: B, m, n, axis of a cut, ranks that share the computation."""
-    divided = plan.config.tp_mode in ("distributed", "blockwise")
-    owned = [
-        [i]
-        for i, x in enumerate(plan.matrices)
-        if x.shared and not divided and x.owner in (None, rank)
-    ]
-    for batch in [*plan.own_batches(plan.own(), "cuda"), *owned]:
+    for batch in _batches(plan, rank):
         x = plan.matrices[batch[0]]
+        left = _count(plan, batch)
+        if len(x.team) > 1:
+            yield left, x.m, x.n, x.axis, len(x.team)
+            continue
         axis = x.axis if plan.config.tp_mode == "blockwise" else None
-        left, most = _count(plan, batch), plan.batch_size(x, "cuda")
+        most = plan.batch_size(x, "cuda")
         while left > 0:
             yield min(left, most), x.m, x.n, axis, 1
             left -= most
-    if divided:
-        for group, size in enumerate(plan.sizes):
-            for batch in plan.batches(group):
-                x = plan.matrices[batch[0]]
-                yield _count(plan, batch), x.m, x.n, x.axis, size
+
+
+def _batches(plan: StepPlan, rank: int) -> Iterable[list[int]]:
+    """Batches of matrices that a rank computes: where they are stored, then wave by wave."""
+    waves = [wave for group in range(len(plan.sizes)) for wave in plan.waves(group)]
+    for some in (plan.in_place(), *waves):
+        yield from plan.batches(plan.computed(some, [rank] * len(plan.sizes)), "cuda")
 
 
 def _count(plan: StepPlan, batch: Sequence[int]) -> int:
@@ -343,20 +343,22 @@ def _count(plan: StepPlan, batch: Sequence[int]) -> int:
 def _copied(plan: StepPlan, rank: int) -> float:
     """Bytes read and written to join batches and to pack what travels, and to take both apart."""
     found = 0.0
-    for batch in plan.own_batches(plan.own(), "cuda"):
-        if len(batch) > 1:  # weight, gradient and moment joined; two taken apart
-            found += sum(2 * 5 * plan.matrices[i].itemsize * plan.matrices[i].numel for i in batch)
-    for group, size in enumerate(plan.sizes):
-        for i in plan.of_group(group):
-            x = plan.matrices[i]
-            shard = x.itemsize * x.numel / size
-            if plan.config.tp_mode in ("distributed", "blockwise"):
-                found += 2 * 5 * shard
-                continue
-            # W and G packed; W taken back. Where it is computed W and G joined and W packed.
-            whole = x.itemsize * x.numel if x.owner in (None, rank) else 0
-            found += 2 * 3 * shard + 2 * 3 * whole
+    for batch in _batches(plan, rank):
+        divided = len(plan.matrices[batch[0]].team) > 1
+        if divided or len(batch) > 1:  # weight, gradient and moment joined; two taken apart
+            for x in (plan.matrices[i] for i in batch):
+                found += 2 * 5 * x.itemsize * (x.shard_numel if divided else x.numel)
+    for group in range(len(plan.sizes)):
+        for x in (plan.matrices[i] for wave in plan.waves(group) for i in wave):
+            # What travels packed; W taken back. Where it is computed that joined and W packed.
+            whole = x.numel if rank in x.team else 0
+            found += 2 * _travelling(plan) * x.itemsize * (x.shard_numel + whole)
     return found
+
+
+def _travelling(plan: StepPlan) -> int:
+    """Times that an exchanged matrix travels: W, where its team needs it, and G there, W back."""
+    return 3 if plan.sends_weights else 2
 
 
 def _exchange(plan: StepPlan, step: int, cluster: Cluster, compute: float) -> float:
@@ -364,17 +366,16 @@ def _exchange(plan: StepPlan, step: int, cluster: Cluster, compute: float) -> fl
     total = 0.0
     for number, size in enumerate(plan.sizes):
         group = _Group(size, cluster, within=size <= cluster.node)
-        shared = [plan.matrices[i] for i in plan.of_group(number)]
-        if not shared:
+        if not plan.of_group(number):
             continue
-        if plan.config.tp_mode == "owner":
-            waves = len(plan.waves(number))
-            # The busiest owner takes in W and G of its matrices and sends W.
-            owned: Counter[int | None] = Counter()
-            for x in shared:
-                owned[x.owner] += x.itemsize * x.numel
-            moving = group.seconds("all_to_all", 3 * max(owned.values()), 2 * waves)
-            hidden = min(moving, compute) * (waves - 1) / waves
+        if waves := plan.waves(number):
+            # The busiest owner takes in what travels of its matrices and sends W.
+            owned: Counter[tuple[int, ...]] = Counter()
+            for x in (plan.matrices[i] for wave in waves for i in wave):
+                owned[x.team] += x.itemsize * x.numel
+            busiest = _travelling(plan) * max(owned.values())
+            moving = group.seconds("all_to_all", busiest, 2 * len(waves))
+            hidden = min(moving, compute) * (len(waves) - 1) / len(waves)
             total += moving - hidden
             continue
         for op, moved in plan.collectives([0] * len(plan.sizes), step).items():
