@@ -198,7 +198,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("mode", ["owner", "distributed"])
 @pytest.mark.parametrize("options", [{}, PUBLISHED, MSIGN], ids=["default", "published", "msign"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_bytes_work_and_state_are_the_plans_on_every_rank(
+def test_bytes_and_state_are_the_plans_on_every_rank(
     name: str, options: dict[str, object], mode: str
 ) -> None:
     """tests/rank_checks.py compares the same plans with what ranks on gloo exchange and hold."""

@@ -239,16 +239,27 @@ def _combined(
     )
 
 
-def largest_matrix(model: Model, layout: Layout, cluster: Cluster, config: PionConfig) -> float:
-    """Seconds of the costliest matrix on one rank: no dealing of whole matrices is below it."""
-    alone = replace(config, tp_mode="owner", blocks=1)
+def largest_matrix(
+    model: Model, layout: Layout, cluster: Cluster, config: PionConfig, *, ranks: int
+) -> float:
+    """Seconds of the costliest matrix: no dealing of matrices to such teams is below it.
+
+    Args:
+        model: what is trained.
+        layout: on which ranks.
+        cluster: their rates.
+        config: Pion's options.
+        ranks: of its team; 1, or the tensor-parallel ranks, if these cut the matrix.
+    """
+    here = replace(config, tp_mode="distributed" if ranks > 1 else "owner", blocks=1)
     shapes = {
-        (m, n)
-        for pool in pools(model, layout, alone)
+        (m, n, view.axis, ranks if w.rotated.ranks > 1 and view.axis is not None else 1)
+        for pool in pools(model, layout, here)
         for w in pool.items
-        for _, m, n in w.rotated.view.whole_shapes(w.rotated.ranks).values()
+        for view in (w.rotated.view,)
+        for _, m, n in view.whole_shapes(w.rotated.ranks).values()
     }
     return max(
-        sum(pion.matrices_work(1, m, n, alone, None, 1, s, cluster).total for s in (1, 2)) / 2
-        for m, n in shapes
+        sum(pion.matrices_work(1, m, n, here, axis, team, s, cluster).total for s in (1, 2)) / 2
+        for m, n, axis, team in shapes
     )

@@ -119,7 +119,7 @@ PRECISIONS: tuple[MatmulPrecision, ...] = ("highest", "high", "bf16")
 
 def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> str:
     """The best exact mode at every matmul precision, and what bounds it."""
-    rows = []
+    rows, teams = [], (1, layout.tp) if layout.tp > 1 else (1,)
     for precision in PRECISIONS:
         here = {
             name: (other, predict(model, layout, cluster, other))
@@ -142,12 +142,16 @@ def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> 
                 f"{p.share:.1%}",
                 milliseconds(mean),
                 f"{mean / (p.model + mean):.1%}",
-                milliseconds(largest_matrix(model, layout, cluster, owner)),
+                *(
+                    milliseconds(largest_matrix(model, layout, cluster, owner, ranks=ranks))
+                    for ranks in teams
+                ),
             )
         )
     head = ("--pion-matmul-precision", "best exact mode", "step", "share")
-    even = ("dealt evenly over all ranks", "share if that were all", "largest matrix on one rank")
-    return table((*head, *even), rows)
+    even = ("dealt evenly over all ranks", "share if that were all")
+    largest = ("largest matrix on one rank", *(f"on each of {ranks}" for ranks in teams[1:]))
+    return table((*head, *even, *largest), rows)
 
 
 def _at(precision: MatmulPrecision, config: PionConfig) -> PionConfig:
