@@ -261,6 +261,16 @@ def test_waves_hide_what_travels_behind_what_is_computed() -> None:
     assert pipelined([], [], links) == 0.0
 
 
+@pytest.mark.parametrize(("gpus", "ep", "leaves"), [(8, 2, False), (16, 2, True), (16, 4, True)])
+def test_an_exchange_leaves_the_node_where_its_ranks_do(gpus: int, ep: int, leaves: bool) -> None:
+    """Experts' data-parallel ranks are ep apart: 4 or 8 of them within 8 GPUs or beyond."""
+    config, layout = PionConfig(), Layout(gpus=gpus, ep=ep, batch=gpus)
+    _, experts = pools(MIXED, layout, config)
+    slow = replace(H100, network=H100.network / 2)
+    found = [step_of(experts, planned(experts, config), c, 1)[1] for c in (H100, slow)]
+    assert (found[0] < found[1]) == leaves
+
+
 def test_the_real_70b_is_dealt_and_works_as_one_process_does() -> None:
     """Over the 256 ranks of a stage on 1,024 GPUs; sums of 140 float64 to a rounding each."""
     model, config = MODELS["llama-70b"], PionConfig()
@@ -292,7 +302,7 @@ def test_weights_lie_in_buffers_as_megatron_lays_them(
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 
     layer_wise = layer_wise_optimizer.LayerWiseDistributedOptimizer
-    model = replace(SMALL, hidden=1000, ffn=2600, heads=10, head_dim=100)
+    model = replace(SMALL, hidden=1001, ffn=2600, heads=10, head_dim=100)  # sizes to align
     items, _ = weights(model, Layout(gpus=1), PionConfig())
     items = random.Random(ranks).sample(items * 3, 40)
     params = [torch.nn.Parameter(torch.empty(w.numel, device="meta")) for w in items]

@@ -121,7 +121,7 @@ def pipelined(waves: Sequence[Wave], works: Sequence[Sequence[Work]], links: Gro
     free = [0.0] * links.size
     back = arrived
     for wave, work, arrival in zip(waves, works, arrivals, strict=True):
-        free = [t + x.total for t, x in zip(free, work, strict=True)]
+        free = [max(t, arrival) + x.total for t, x in zip(free, work, strict=True)]
         back = max(back, *free)
         back += links.seconds("all_to_all", max(*wave.returned, *wave.taken), 1)
     return back
