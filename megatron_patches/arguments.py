@@ -222,8 +222,6 @@ FLAGS = (
 )
 
 # Of weights kept in FP8 (transformer_engine.py says why not the others).
-FP8_WEIGHT_RECIPES = ("delayed", "tensorwise", "blockwise")
-
 # Megatron's own arguments that its OptimizerConfig does not carry: its new field, the argument and
 # a default. The one for --pion-init, the other for checkpoints.
 CARRIED = (
@@ -402,6 +400,11 @@ def check(args: argparse.Namespace) -> None:
         "--optimizer-cuda-graph": getattr(args, "optimizer_cuda_graph", False),
         "--fp4-param-gather": getattr(args, "fp4_param_gather", False),
         "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
+        "--use-megatron-fsdp": getattr(args, "use_megatron_fsdp", False),
+        "--use-torch-fsdp2": getattr(args, "use_torch_fsdp2", False),
+        "--overlap-param-gather-with-optimizer-step": getattr(
+            args, "overlap_param_gather_with_optimizer_step", False
+        ),
     }
     for flag, given in refused.items():
         if given:
@@ -414,7 +417,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if getattr(args, "use_distributed_optimizer", False):
         _check_distributed_optimizer(args)
-    _check_fp8_weights(args)
+    elif getattr(args, "fp8_param_gather", False):
+        raise ValueError(
+            "--optimizer pion with --fp8-param-gather needs --use-distributed-optimizer: set it"
+        )
 
 
 def _check_spectrum(args: argparse.Namespace) -> None:
@@ -453,36 +459,14 @@ def _check_positive(args: argparse.Namespace, name: str) -> None:
 
 
 def _check_distributed_optimizer(args: argparse.Namespace) -> None:
-    """Demand what Megatron's layer-wise distributed optimizer needs, before it is found out late.
-
-    Raises:
-        ValueError: says which flag to add or to leave out.
-    """
-    what = "--optimizer pion with --use-distributed-optimizer"
-    if (args.save or args.load) and args.ckpt_format != "torch_dist":
-        raise ValueError(f"{what} needs --ckpt-format torch_dist")
-
-
-def _check_fp8_weights(args: argparse.Namespace) -> None:
-    """Demand what Pion needs to write weights that are kept in FP8.
+    """Demand checkpoints that have ranges of weights as whole ones.
 
     Raises:
         ValueError: says which flag to change.
     """
-    if not getattr(args, "fp8_param_gather", False):
-        return
-    what = "--optimizer pion with --fp8-param-gather"
-    if args.fp8_recipe not in FP8_WEIGHT_RECIPES:
+    if (args.save or args.load) and args.ckpt_format != "torch_dist":
         raise ValueError(
-            f"{what} does not support --fp8-recipe {args.fp8_recipe}: choose one of "
-            f"{', '.join(FP8_WEIGHT_RECIPES)}, or leave --fp8-param-gather out"
-        )
-    if not args.use_distributed_optimizer:
-        raise ValueError(f"{what} needs --use-distributed-optimizer")
-    if not getattr(args, "use_layer_wise_param_layout", False):
-        raise ValueError(
-            f"{what} needs the layer-wise optimizer's parameter layout: leave "
-            "--no-use-layer-wise-param-layout out, or leave --fp8-param-gather out"
+            "--optimizer pion with --use-distributed-optimizer needs --ckpt-format torch_dist"
         )
 
 

@@ -26,18 +26,20 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 from pion_dist import Pion
 from pion_dist.state import identity, is_start
 
 from . import groups, seams, stacks
 from .arguments import pion_config
+from .distributed_optimizer import PionAndAdam
 from .parameters import of_all_ranks, pieces
+from .sharded_state import record
 
 _MARK = "pion"  # in the optimizer's state: identity() of the options that it was saved with
 _NEW_RATES = "new_rates"  # in what is loaded: whether --override-opt-param-scheduler is given
 _MASTER = "fp32_param"
+_ADAMS = ("exp_avg", "exp_avg_sq")
 # The option that decides an entry of identity(), where it is not of the same name.
 _FLAGS = {"second_moment": "direction", "sides": "side", "split_gate": "no-split-gate"}
 _FRESH = (
@@ -59,8 +61,27 @@ def apply() -> None:
 
     dist_checkpointing.load = load
     if seams.has_training():
+        metadata = dist_checkpointing.load_content_metadata
+        dist_checkpointing.load_content_metadata = _reshardable(metadata)
         checkpointing: Any = importlib.import_module("megatron.training.checkpointing")
         checkpointing._load_base_checkpoint = _with_optimizer(checkpointing._load_base_checkpoint)
+
+
+def _reshardable(original: Any) -> Any:
+    """Say of every checkpoint that a distributed optimizer's state loads into any layout.
+
+    Megatron refuses another TP or PP where its own form of the state would not.
+    """
+
+    @functools.wraps(original)
+    def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        training: Any = importlib.import_module("megatron.training")
+        if found is None or training.get_args().optimizer != "pion":
+            return found
+        return {**found, "distrib_optim_sharding_type": "fully_reshardable"}
+
+    return load_content_metadata
 
 
 def _with_optimizer(original: Any) -> Any:
@@ -110,9 +131,9 @@ def _forgetting(optimizer: Any) -> Any:
     @functools.wraps(original)
     def reload_model_params(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        for leaf, _ in leaves(optimizer):
-            if isinstance(leaf.optimizer, Pion):
-                leaf.optimizer.forget_factors()
+        for leaf in leaves(optimizer):
+            if (pion := pion_of(leaf)) is not None:
+                pion.forget_factors()
 
     return reload_model_params
 
@@ -128,13 +149,10 @@ def _sharded_state_dict(
     """The common form: a collective of all ranks, whose keys and groups are the whole model's."""
     states: dict[int, Any] = {}
     here: groups.Groups = {}
-    for index, (leaf, sole) in enumerate(leaves(optimizer)):
+    for index, leaf in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
-        record = _flat_state if distributed else _whole_state
-        states[index], recorded = record(leaf, model_sharded_state_dict, is_loading)
-        if sole:
-            for each in nested_values(states[index]):
-                each.replica_id = (*each.replica_id[:2], 0)
+        state_of = _flat_state if distributed else _whole_state
+        states[index], recorded = state_of(leaf, model_sharded_state_dict, is_loading)
         for group, saved in zip(leaf.param_groups, recorded, strict=True):
             here[groups.name(group)] = (bool(group["params"]), saved)
     everyone = of_all_ranks((here, stacks.stacks(states.values())))
@@ -149,13 +167,21 @@ def _sharded_state_dict(
     return common
 
 
-def leaves(optimizer: Any, sole: bool = False) -> Iterator[tuple[Any, bool]]:
-    """The optimizers of a chain, and whether this rank alone among the replicas has the state."""
+def leaves(optimizer: Any) -> Iterator[Any]:
+    """The optimizers of a chain that hold something."""
     chain = getattr(optimizer, "chained_optimizers", None)
     if chain is None:
-        yield optimizer, sole
-    for each in chain or ():
-        yield from leaves(each, sole or isinstance(optimizer, LayerWiseDistributedOptimizer))
+        if not getattr(optimizer, "is_stub_optimizer", False):
+            yield optimizer
+        return
+    for each in chain:
+        yield from leaves(each)
+
+
+def pion_of(leaf: Any) -> Pion | None:
+    """Pion in one of ``leaves``, if it is there."""
+    inner = leaf.optimizer.pion if isinstance(leaf.optimizer, PionAndAdam) else leaf.optimizer
+    return inner if isinstance(inner, Pion) else None
 
 
 def _whole_state(
@@ -178,21 +204,51 @@ def _whole_state(
 def _flat_state(
     leaf: Any, model_sharded_state_dict: Any, is_loading: bool
 ) -> tuple[dict[int, Any], list[dict[str, Any]]]:
-    """Records and groups of a distributed optimizer, whose ranks have ranges of parameters."""
+    """Records and groups of a distributed optimizer, whose ranks have ranges of parameters.
+
+    Adam's state and the masters are joined on one rank each, which alone records them. When they
+    are loaded every rank that has a range asks for the whole.
+    """
     params = _flat_parameters(leaf)
     places = get_param_id_to_sharded_param_map(model_sharded_state_dict, params)
-    state = {
-        index: {
-            key: make_sharded_optimizer_tensor(
-                places[index],
-                torch.empty(param.shape) if is_loading else _joined(leaf, param, key),
-                prefix=f"optimizer.state.{key}",
-            )
-            for key in _keys(param)
-        }
-        for index, param in enumerate(params)
-    }
-    return state, leaf.state_dict()["optimizer"]["param_groups"]
+    pion, adam = _inner(leaf)
+    ranks, rank = leaf.data_parallel_group.size(), leaf.data_parallel_group.rank()
+    state: dict[int, Any] = {}
+    for index, param in enumerate(params):
+        for key in _keys(param, of_pion=param in pion):
+            if is_loading:
+                whole = torch.empty(param.shape) if param in leaf.model_param_gbuf_map else None
+            else:
+                whole = _joined(leaf, param, key, to=index % ranks)
+                whole = whole if rank == index % ranks else None
+            if whole is not None:
+                prefix = f"optimizer.state.{key}"
+                entry = make_sharded_optimizer_tensor(places[index], whole, prefix=prefix)
+                state.setdefault(index, {})[key] = entry
+        for key, moment in pion.get(param, {}).items():
+            entry = record(places[index], moment, f"optimizer.state.{key}")
+            state.setdefault(index, {})[key] = entry
+    for entry in nested_values(state):
+        entry.replica_id = (*entry.replica_id[:2], leaf.distributed_optimizer_instance_id)
+    groups_of = [{k: v for k, v in g.items() if k != "params"} for g in leaf.param_groups]
+    step = _adam_step(adam)
+    return state, [group if _MARK in group else {**group, "step": step} for group in groups_of]
+
+
+def _inner(leaf: Any) -> tuple[dict[torch.Tensor, dict[str, torch.Tensor]], Any]:
+    """Pion's moments that this rank has, by model parameter, and Adam."""
+    if not isinstance(leaf.optimizer, PionAndAdam):
+        return {}, leaf.optimizer
+    moments = leaf.optimizer.pion.state_dict()["state"]
+    weights = enumerate(leaf.optimizer.weights)
+    return {param: moments.get(index, {}) for index, param in weights}, leaf.optimizer.adam
+
+
+def _adam_step(adam: Any) -> int | None:
+    """Steps that Adam has taken; torch counts them by parameter, FusedAdam by group."""
+    steps = [group["step"] for group in adam.param_groups if group["params"] and "step" in group]
+    steps += [int(state["step"]) for state in adam.state.values() if "step" in state]
+    return max(steps, default=None)
 
 
 def _flat_parameters(leaf: Any) -> list[torch.nn.Parameter]:
@@ -200,19 +256,27 @@ def _flat_parameters(leaf: Any) -> list[torch.nn.Parameter]:
     return [param for buffer in leaf.buffers for param in buffer.param_index_map]
 
 
-def _keys(param: torch.Tensor) -> tuple[str, ...]:
+def _keys(param: torch.Tensor, *, of_pion: bool) -> tuple[str, ...]:
     masters = () if param.dtype == torch.float32 else (_MASTER,)
-    return (*masters, "exp_avg", "exp_avg_sq")
+    return masters if of_pion else (*masters, *_ADAMS)
 
 
-def _joined(leaf: Any, param: torch.Tensor, key: str) -> torch.Tensor:
-    """A state tensor in its parameter's shape, from all ranks' ranges; on the CPU."""
+def _joined(leaf: Any, param: torch.Tensor, key: str, *, to: int) -> torch.Tensor:
+    """A state tensor in its parameter's shape, from all ranks' ranges, on rank ``to`` alone."""
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in leaf.model_param_gbuf_map:
-        tensors = leaf._get_main_param_and_optimizer_states(param)
-        whole[_range(leaf, param)] = tensors["param" if key == _MASTER else key].detach().float()
-    torch.distributed.all_reduce(whole, group=leaf.data_parallel_group)  # the others have zeros
+        main = _main(leaf, param)
+        tensor = main if key == _MASTER else leaf.optimizer.state[main][key]
+        whole[_range(leaf, param)] = tensor.detach().float()
+    torch.distributed.reduce(whole, group_dst=to, group=leaf.data_parallel_group)
     return whole.cpu().view(param.shape)
+
+
+def _main(leaf: Any, param: torch.Tensor) -> torch.Tensor:
+    """What this rank steps of a parameter."""
+    group, order = leaf.model_param_group_index_map[param]
+    main: torch.Tensor = leaf.optimizer.param_groups[group]["params"][order]
+    return main
 
 
 def _range(leaf: Any, param: torch.Tensor) -> slice:
@@ -222,7 +286,7 @@ def _range(leaf: Any, param: torch.Tensor) -> slice:
 
 def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
-    every = [leaf for leaf, _ in leaves(optimizer)]
+    every = [leaf for leaf in leaves(optimizer)]
     mine = [group for leaf in every for group in leaf.param_groups]
     saved = state_dict["param_groups"].values()
     matched = groups.match(mine, saved, new_rates=state_dict[_NEW_RATES])
@@ -245,7 +309,7 @@ def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: boo
     where = "--load: the checkpoint"
     members = state_dict if isinstance(state_dict, list) else [state_dict]  # of a chain
     saved = [member.get("optimizer", member).get("param_groups", []) for member in members]
-    mine = [leaf.param_groups for leaf, _ in leaves(optimizer)]
+    mine = [leaf.param_groups for leaf in leaves(optimizer)]
     theirs = [group[_MARK] for each in saved for group in each if _MARK in group]
     if theirs:
         _refuse_other_options(where, own, theirs[0])
@@ -296,14 +360,41 @@ def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> 
 
 @torch.no_grad()
 def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
-    leaf.load_state_dict({"optimizer": {"param_groups": saved}})
+    """Load ``_flat_state`` into a distributed optimizer (modified in place)."""
+    found: dict[torch.Tensor, dict[str, Any]] = {}
     for index, param in enumerate(_flat_parameters(leaf)):
+        found[param] = dict(state.get(index, {}))
         if param in leaf.model_param_gbuf_map:
-            tensors = dict(leaf._get_main_param_and_optimizer_states(param))
-            for key, whole in state[index].items():
-                name = "param" if key == _MASTER else key
-                tensors[name] = whole.flatten()[_range(leaf, param)].to(param.device)
-            leaf._set_main_param_and_optimizer_states(param, tensors)
+            main, place = _main(leaf, param), _range(leaf, param)
+            if (master := found[param].pop(_MASTER, None)) is not None:
+                main.copy_(master.flatten()[place])
+            for key in _ADAMS:
+                if (whole := found[param].pop(key, None)) is not None:
+                    part = whole.flatten()[place].to(param.device)
+                    found.setdefault(main, {})[key] = part
+    inner = leaf.optimizer
+    pions = [group for group in saved if _MARK in group]
+    if isinstance(inner, PionAndAdam):
+        count = itertools.count()
+        own = [
+            {**group, "params": [next(count) for _ in members]}
+            for group, members in zip(pions, inner.pion.members(), strict=True)
+        ]
+        moments = {index: found[param] for index, param in enumerate(inner.weights)}
+        inner.pion.load_state_dict({"state": moments, "param_groups": own})
+    adam = inner.adam if isinstance(inner, PionAndAdam) else inner
+    adams = [group for group in saved if _MARK not in group]
+    count = itertools.count()
+    numbers = [[next(count) for _ in group["params"]] for group in adam.param_groups]
+    own = [{**group, "params": each} for group, each in zip(adams, numbers, strict=True)]
+    mains = [main for group in adam.param_groups for main in group["params"]]
+    counted = isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
+    steps = {index: group["step"] for group in own for index in group["params"]}
+    moments = {
+        index: {**found[main], **({"step": torch.tensor(float(steps[index]))} if counted else {})}
+        for index, main in enumerate(mains)
+    }
+    adam.load_state_dict({"state": moments, "param_groups": own})
 
 
 def _leave_out_missing_starts(state: dict[int, Any], have: set[str]) -> None:

@@ -29,7 +29,7 @@ def apply() -> None:
     if _applied:
         return
     seams.check()
-    from . import diagnostics, layer_wise, optimizer_state, sharded_state
+    from . import diagnostics, distributed_optimizer, optimizer_state, sharded_state
     from .arguments import add_pion_arguments, extend_config
 
     config_module = importlib.import_module("megatron.core.optimizer.optimizer_config")
@@ -37,7 +37,7 @@ def apply() -> None:
     _register()
     sharded_state.apply()
     optimizer_state.apply()
-    layer_wise.apply()
+    distributed_optimizer.apply()
     _use_compiled_helpers()
     core = importlib.import_module("megatron.core.optimizer")
     core.get_megatron_optimizer = _with_pion(core.get_megatron_optimizer)  # type: ignore[attr-defined]
@@ -64,19 +64,24 @@ def _register() -> None:
         _EMERGING_OPTIMIZERS,
         EmergingOptimizerEntry,
     )
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    from .parameters import is_scalar
     from .sharded_state import CheckpointedPion
 
     _EMERGING_OPTIMIZERS["pion"] = EmergingOptimizerEntry(
         optimizer_cls=CheckpointedPion,
         init_state_fn=_state_exists,
         config_to_kwargs=_pion_kwargs,
-        default_param_overrides={
-            ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar)): {"optimizer": "adam"}
-        },
+        default_param_overrides={_not_pion(): {"optimizer": "adam"}},
     )
+
+
+def _not_pion() -> Any:
+    """Megatron's key of the parameters that are Adam's."""
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    from .parameters import is_scalar
+
+    return ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar))
 
 
 def _use_compiled_helpers() -> None:
@@ -99,6 +104,10 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
     from .arguments import pion_config
     from .parameters import decided, is_expert
 
+    if pg_collection is None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     views, names, shards = {}, {}, {}
     for p in (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad):
         info, decision = decided(p)
@@ -125,7 +134,7 @@ def _with_pion(original: Any) -> Any:
     ) -> Any:
         if config.optimizer != "pion" and config.pion_init == "keep":
             return original(config, model_chunks, *args, **kwargs)
-        from . import diagnostics, layer_wise, optimizer_state, transformer_engine
+        from . import diagnostics, distributed_optimizer, optimizer_state, transformer_engine
         from .arguments import pion_config
         from .initialization import draw
         from .parameters import decide
@@ -137,7 +146,7 @@ def _with_pion(original: Any) -> Any:
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
         transformer_engine.check(model_chunks, decisions)
         if config.optimizer == "pion":
-            transformer_engine.refuse_unwritable(model_chunks, decisions, config)
+            transformer_engine.refuse_unwritable(decisions, config)
         if config.pion_init != "keep":
             draw(
                 model_chunks,
@@ -149,10 +158,19 @@ def _with_pion(original: Any) -> Any:
             )
         if config.optimizer != "pion":
             return original(config, model_chunks, *args, **kwargs)
-        optimizer = original(config, model_chunks, *args, **kwargs)
-        layer_wise.leave_out_empty(optimizer)
-        _adopt_masters(optimizer)
-        transformer_engine.attach(optimizer, decisions)
+        if config.use_distributed_optimizer:
+            optimizer = distributed_optimizer.make(
+                original,
+                config,
+                model_chunks,
+                *args,
+                kwargs_of=_pion_kwargs,
+                not_pion=_not_pion(),
+                **kwargs,
+            )
+        else:
+            optimizer = original(config, model_chunks, *args, **kwargs)
+            _adopt_masters(optimizer)
         optimizer_state.attach(optimizer, config)
         diagnostics.attach(
             optimizer,
@@ -170,11 +188,13 @@ def _with_pion(original: Any) -> Any:
 
 def _with_lr_mult(original: Any) -> Any:
     """_get_param_groups with --pion-lr-mult, on top of what overrides say of a group."""
+    from .distributed_optimizer import WITH_PION
 
     @functools.wraps(original)
     def get_param_groups(model_chunks: Any, config: Any, config_overrides: Any) -> Any:
         groups = original(model_chunks, config, config_overrides)
-        if config.optimizer != "pion" or config.pion_lr_mult == 1.0:
+        with_pion = config.optimizer == "pion" or getattr(config, WITH_PION, False)
+        if not with_pion or config.pion_lr_mult == 1.0:
             return groups
         pions = [group for group in groups if group.get("optimizer", "pion") == "pion"]
         others = [group for group in groups if group.get("optimizer", "pion") != "pion"]
@@ -253,16 +273,17 @@ def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> Non
             f"pion_recipe={name!r} alone sets nothing in a config: "
             f"OptimizerConfig(**megatron_patches.recipe({name!r}), ...)"
         )
+    if config.use_layer_wise_distributed_optimizer:
+        raise ValueError(
+            "optimizer='pion' with use_layer_wise_distributed_optimizer=True: set it to False, and "
+            "use_distributed_optimizer=True here and in DistributedDataParallelConfig"
+        )
     ddp = (getattr(chunk, "ddp_config", None) for chunk in model_chunks)
     sharded = any(getattr(each, "use_distributed_optimizer", False) for each in ddp)
-    # Adam's, in which Pion would get gradients that are summed in its rank's shard alone.
-    if (
-        sharded or config.use_distributed_optimizer
-    ) and not config.use_layer_wise_distributed_optimizer:
+    if sharded != config.use_distributed_optimizer:
         raise ValueError(
-            "optimizer='pion' with use_distributed_optimizer=True: set it to False, in "
-            "DistributedDataParallelConfig too, and use_layer_wise_distributed_optimizer=True in "
-            "OptimizerConfig"
+            f"optimizer='pion' with use_distributed_optimizer={config.use_distributed_optimizer} "
+            f"and {sharded} in DistributedDataParallelConfig: set both alike"
         )
 
 
@@ -293,24 +314,21 @@ def _adopt_masters(optimizer: Any) -> None:
 
     from . import optimizer_state
 
-    for each, _ in optimizer_state.leaves(optimizer):
+    for each in optimizer_state.leaves(optimizer):
         if isinstance(each.optimizer, Pion):
             masters = {}
             if isinstance(each, Float16OptimizerWithFloat16Params):
                 pairs = zip(each.float16_groups, each.fp32_from_float16_groups, strict=True)
                 masters = {w: master for group in pairs for w, master in zip(*group, strict=True)}
-            # Also settles it: the layer-wise optimizer has taken other ranks' weights out.
             each.optimizer.adopt(masters)
 
 
 def _pions(optimizer: Any) -> list[Any]:
     """Every Pion on this rank."""
-    from pion_dist import Pion
-
     from . import optimizer_state
 
-    leaves = optimizer_state.leaves(optimizer)
-    return [leaf.optimizer for leaf, _ in leaves if isinstance(leaf.optimizer, Pion)]
+    found = (optimizer_state.pion_of(leaf) for leaf in optimizer_state.leaves(optimizer))
+    return [pion for pion in found if pion is not None]
 
 
 def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:

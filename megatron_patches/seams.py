@@ -131,32 +131,16 @@ CORE = (
     ),
     Seam(
         "megatron.core.optimizer.optimizer",
-        "FP32Optimizer",
-        "holds Pion in the layer-wise optimizer in float32",
-        parameters=("optimizer", "config", "init_state_fn"),
-    ),
-    Seam(
-        "megatron.core.optimizer.optimizer",
         "param_group_identifier_keys",
         "names parameter groups in checkpoints",
         attributes=("__iter__",),
     ),
     Seam(
-        "megatron.core.optimizer.layer_wise_optimizer",
-        "LayerWiseDistributedOptimizer",
-        "works in float32 too and deals weights by cost",
-        parameters=("optimizers", "config", "pg_collection", "init_state_fn_list", "model_chunks"),
-        attributes=("_shard_params_ping_pong", "_compute_per_buffer_param_layout"),
-    ),
-    Seam(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer",
-        "has its state recorded as the plain optimizers' is",
-        attributes=(
-            "_get_main_param_and_optimizer_states",
-            "_set_main_param_and_optimizer_states",
-            "_get_model_param_range_map",
-        ),
+        "holds Pion beside Adam, and tells which ranges of weights this rank stores",
+        parameters=("optimizer", "per_model_buffers", "data_parallel_group"),
+        attributes=("_get_model_param_range_map",),
     ),
     Seam(
         "megatron.core.dist_checkpointing",
@@ -191,6 +175,11 @@ CORE = (
 
 TRAINING = (
     Seam(
+        "megatron.core.dist_checkpointing",
+        "load_content_metadata",
+        "loads a distributed optimizer's state into any layout",
+    ),
+    Seam(
         "megatron.training.arguments",
         "add_megatron_arguments",
         "adds the flags",
@@ -203,16 +192,22 @@ TRAINING = (
         parameters=("config", "model_chunks"),
     ),
     Seam(
+        "megatron.training.arguments",
+        "validate_args",
+        "takes --use-distributed-optimizer as Adam's",
+        parameters=("args", "defaults"),
+    ),
+    Seam(
+        "megatron.training.arguments",
+        "_print_args",
+        "takes --use-distributed-optimizer as Adam's",
+        parameters=("title", "args"),
+    ),
+    Seam(
         "megatron.training.training",
         "get_mup_config_overrides",
         "the name by which pretrain() asks for muP's learning rates",
         parameters=("config", "mup_width_mult", "optimizer_type"),
-    ),
-    Seam(
-        "megatron.training.training",
-        "tag_params_for_buffer_routing",
-        "sends parameters to Pion's buffer or to Adam's",
-        parameters=("model_chunks",),
     ),
     Seam(
         "megatron.training.training",

@@ -113,19 +113,11 @@ class Diagnostics:
 
     @torch.no_grad()
     def _measured(self) -> dict[int, Tensor]:
-        """Measure this rank's matrices: singular values or norms, by number in the plan.
+        """Measure matrices, each on one of the ranks that store it, by number in the plan."""
+        return self._optimizer.measured(self._numbers, self._measure)
 
-        Among ranks that share a matrix the owner measures it; without one they take turns.
-        """
-        pion, measured = self._optimizer, {}
-        for i in self._numbers:
-            x, whole = pion.plan.matrices[i], pion.whole(i)
-            if x.shared and x.group is not None:
-                group = pion.groups[x.group]
-                if group.rank() != (i % group.size() if x.owner is None else x.owner):
-                    continue
-            if self._is_exact(i):
-                measured[i] = spectrum.values_of(spectrum.gram(whole))
-            else:
-                measured[i] = spectrum.norms_of(whole)
-        return measured
+    def _measure(self, i: int, matrices: Tensor) -> Tensor:
+        """Compute singular values or norms."""
+        if self._is_exact(i):
+            return spectrum.values_of(spectrum.gram(matrices))
+        return spectrum.norms_of(matrices)

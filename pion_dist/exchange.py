@@ -1,15 +1,16 @@
-"""The communication of ranks that share matrices; it knows no optimizer.
+"""The communication of ranks that store matrices together; it knows no optimizer.
 
-``run`` brings the shards of matrices together and sends them back, in a constant number of
-collectives however many there are: it takes what to send, what to do with whole matrices, and where
-results go. ``GroupPeers`` is what shards need of each other where none has a whole matrix.
+``run`` brings what ranks store of matrices to the teams that compute them and takes the results
+back, in a constant number of collectives however many matrices there are: it takes what to send,
+what to do with the matrices, and where results go. ``GroupPeers`` is what the ranks of a team need
+of each other where none has a whole matrix.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,111 +18,169 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup as ProcessGroup
 
-from .plan import differences
+from .plan import MatrixPlan, differences
+
+Stored = Callable[[int], list[Tensor]]
+Given = dict[int, list[Tensor]]
+Computed = dict[int, tuple[Tensor, Tensor | None]]
+Compute = Callable[[Given], Computed]
+Finalize = Callable[[int, Tensor, Tensor | None], None]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rank's shard of a part whose matrices are cut; the same on every rank but for the data.
+class Route:
+    """What a rank sends and gets of a wave of matrices; made once, used in every step."""
 
-    Attributes:
-        shape: [B, m, n] of the shard.
-        dim: of the shape, where the shards join.
-        owner: the rank that computes it.
-    """
+    def __init__(
+        self, pieces: Mapping[int, MatrixPlan], flags: Mapping[int, int], *, rank: int, size: int
+    ) -> None:
+        """Work out the counts.
 
-    shape: tuple[int, int, int]
-    dim: int
-    owner: int
+        Args:
+            pieces: matrices by number; the same, in the same order, on every rank of the group.
+            flags: elements that travel back beside each one's weights.
+            rank: this one's in the group.
+            size: of the group.
+        """
+        self.pieces, self.flags, self.rank, self.size = pieces, flags, rank, size
+        self.mine = [i for i, x in pieces.items() if rank in x.team]
+        stored = [(x.member(rank), i) for i, x in pieces.items() if x.flow(rank, x.member(rank))]
+        # To each rank, in its order of pieces: what it computes of this rank's.
+        self.sent = [i for _, i in sorted(stored, key=lambda each: each[0])]
+        self.sent_to = [0] * size
+        self.back_from = [0] * size
+        for member, i in stored:
+            count = pieces[i].flow(rank, member)
+            self.sent_to[member] += count
+            self.back_from[member] += count + flags[i]
+        # From each rank: pieces that this one computes, with their elements.
+        self.got = [
+            [(i, count) for i in self.mine if (count := pieces[i].flow(other, rank))]
+            for other in range(size)
+        ]
+        self.got_from = [sum(count for _, count in each) for each in self.got]
+        self.back_to = [sum(count + flags[i] for i, count in each) for each in self.got]
 
-    @property
-    def numel(self) -> int:
-        """Elements of the shard."""
-        b, m, n = self.shape
-        return b * m * n
-
-
-Prepare = Callable[[int], tuple[Tensor, Tensor]]
-Compute = Callable[[int, Tensor, Tensor], None]
-Finalize = Callable[[int, Tensor], None]
+    def stored(self, i: int) -> int:
+        """Elements of a piece that this rank stores."""
+        return self.pieces[i].flow(self.rank, self.pieces[i].member(self.rank))
 
 
 def run(
-    waves: Sequence[Mapping[int, Piece]],
-    prepare: Prepare,
+    routes: Sequence[Route],
+    tensors: int,
+    stored: Stored,
     compute: Compute,
-    finalize: Finalize,
+    finalize: Finalize | None,
     *,
+    like: Tensor,
     group: ProcessGroup,
 ) -> None:
-    """Have every piece's matrices computed whole by its owner, and hand back the shards.
+    """Have every piece's matrices computed by its team, and hand back what each rank stores.
 
-    Two all-to-alls a wave. What a wave needs travels while the wave before it is computed.
+    An all-to-all a wave each way. What a wave needs travels while the wave before it is computed.
 
     Args:
-        waves: pieces by number; the same, in the same order, on every rank of the group.
-        prepare: shards [B, m, n] of weight and gradient of piece i.
-        compute: steps piece i, given whole: weight (modified in place) and gradient.
-        finalize: takes the stepped shard of piece i.
-        group: the ranks that share the pieces.
+        routes: of the waves; made alike on every rank of the group.
+        tensors: that travel to the teams, of each piece.
+        stored: so many flat tensors, of what this rank stores of piece i.
+        compute: takes the tensors of the pieces that this rank computes, whole or its shards, and
+            returns weights of the same shape; and of each piece flags, if it has any.
+        finalize: takes the flat weights that this rank stores of piece i, and its flags. Without it
+            nothing travels back.
+        like: a tensor of the dtype and on the device of what travels.
+        group: the ranks that store the pieces.
     """
-    computed: list[_Wave] = []
+    waves: list[_Wave] = []
     coming: _Wave | None = None
-    for wave in [*waves, None]:
+    for route in [*routes, None]:
         current, coming = coming, None
-        if wave is not None:
-            coming = _Wave(wave, prepare, group)
+        if route is not None:
+            coming = _Wave(route, tensors, stored, like, group)
         if current is not None:
-            current.compute(compute)
-            computed.append(current)
-    for each in computed:
-        each.finish(finalize)
+            current.compute(compute, back=finalize is not None)
+            waves.append(current)
+    if finalize is not None:
+        for each in waves:
+            each.finish(finalize)
 
 
 class _Wave:
-    """A wave of pieces that each travel to their owner and back."""
+    """A wave of pieces that each travel to their team and back."""
 
-    def __init__(self, pieces: Mapping[int, Piece], prepare: Prepare, group: ProcessGroup) -> None:
-        self.pieces, self.group = pieces, group
-        self.size, self.rank = group.size(), group.rank()
-        owned = [[i for i, p in pieces.items() if p.owner == r] for r in range(self.size)]
-        self.mine, self.order = owned[self.rank], [i for indices in owned for i in indices]
-        self.counts = [sum(pieces[i].numel for i in indices) for indices in owned]
-        self.sent = _packed(shard for i in self.order for shard in prepare(i))
-        self.received = self.sent.new_empty(self.size, 2 * self.counts[self.rank])
-        self.work = dist.all_to_all_single(
-            self.received.view(-1),
-            self.sent,
-            [2 * self.counts[self.rank]] * self.size,
-            [2 * count for count in self.counts],
-            group=group,
-            async_op=True,
+    def __init__(
+        self, route: Route, tensors: int, stored: Stored, like: Tensor, group: ProcessGroup
+    ) -> None:
+        self.route, self.tensors, self.group = route, tensors, group
+        self.sent = _packed([x for i in route.sent for x in stored(i)], like)
+        self.received = like.new_empty(tensors * sum(route.got_from))
+        self.work = self._move(
+            [tensors * count for count in route.got_from],
+            [tensors * count for count in route.sent_to],
         )
 
-    def compute(self, compute: Compute) -> None:
+    def _move(self, got: list[int], sent: list[int]) -> dist.Work | None:
+        work: dist.Work | None = dist.all_to_all_single(
+            self.received, self.sent, got, sent, group=self.group, async_op=True
+        )
+        return work
+
+    def compute(self, compute: Compute, *, back: bool) -> None:
         _wait(self.work)
-        stepped: list[tuple[Tensor, ...]] = []
-        for i, whole in _joined(self.received, [(i, self.pieces[i]) for i in self.mine]):
-            weight, grad = whole
-            compute(i, weight, grad)
-            stepped.append(weight.chunk(self.size, self.pieces[i].dim))
-        shards = (shards[r] for r in range(self.size) for shards in stepped)
-        self.sent = _packed(shards, like=self.received)
-        self.received = self.sent.new_empty(sum(self.counts))
-        self.work = dist.all_to_all_single(
-            self.received,
-            self.sent,
-            self.counts,
-            [self.counts[self.rank]] * self.size,
-            group=self.group,
-            async_op=True,
-        )
+        results = compute(self._joined())
+        if not back:
+            return
+        route = self.route
+        self.sent = _packed(list(self._taken_apart(results)), self.received)
+        self.received = self.sent.new_empty(sum(route.back_from))
+        self.work = self._move(route.back_from, route.back_to)
+
+    def _joined(self) -> Given:
+        """The tensors of each piece, whole or this rank's shard of it, from what ranks sent."""
+        whole: dict[int, list[list[list[Tensor]]]] = {}
+        for i in self.route.mine:
+            x = self.route.pieces[i]
+            shards = x.cut if len(x.team) == 1 else 1
+            whole[i] = [[[] for _ in range(shards)] for _ in range(self.tensors)]
+        start = 0
+        for other, pieces in enumerate(self.route.got):
+            for i, count in pieces:
+                x = self.route.pieces[i]
+                shard = other % x.cut if len(x.team) == 1 else 0
+                for t in range(self.tensors):
+                    whole[i][t][shard].append(self.received[start : start + count])
+                    start += count
+        return {
+            i: [self._matrices(self.route.pieces[i], shards) for shards in tensors]
+            for i, tensors in whole.items()
+        }
+
+    @staticmethod
+    def _matrices(x: MatrixPlan, shards: list[list[Tensor]]) -> Tensor:
+        joined = [torch.cat(each).view(x.shard_shape) for each in shards]
+        return joined[0] if len(joined) == 1 else torch.cat(joined, x.cut_dim)
+
+    def _taken_apart(self, results: Computed) -> Iterator[Tensor]:
+        """What each rank stores of the results, in the order in which they travel back."""
+        shards: dict[int, list[Tensor]] = {}
+        for i, (weight, _) in results.items():
+            x = self.route.pieces[i]
+            cut = weight.chunk(x.cut, x.cut_dim) if len(x.team) == 1 else (weight,)
+            shards[i] = [each.reshape(-1) for each in cut]
+        for other, pieces in enumerate(self.route.got):
+            for i, _ in pieces:
+                x = self.route.pieces[i]
+                if (moved := results[i][1]) is not None:
+                    yield moved
+                start, stop = x.interval(other)
+                yield shards[i][other % x.cut if len(x.team) == 1 else 0][start:stop]
 
     def finish(self, finalize: Finalize) -> None:
         _wait(self.work)
-        shards = torch.split(self.received, [self.pieces[i].numel for i in self.order])
-        for i, shard in zip(self.order, shards, strict=True):
-            finalize(i, shard.view(self.pieces[i].shape))
+        counts = [(self.route.flags[i], self.route.stored(i)) for i in self.route.sent]
+        parts = iter(torch.split(self.received, list(itertools.chain(*counts))))
+        for i, (flags, _) in zip(self.route.sent, counts, strict=True):
+            moved = next(parts)
+            finalize(i, next(parts), moved if flags else None)
 
 
 def _wait(work: dist.Work | None) -> None:
@@ -130,25 +189,8 @@ def _wait(work: dist.Work | None) -> None:
     work.wait()
 
 
-def _packed(shards: Iterator[Tensor], *, like: Tensor | None = None) -> Tensor:
-    flat = [shard.reshape(-1) for shard in shards]
-    if not flat:
-        assert like is not None, "a rank that shares pieces has a shard of each"
-        return like.new_empty(0)
-    return torch.cat(flat)
-
-
-def _joined(
-    received: Tensor, pieces: Sequence[tuple[int, Piece]]
-) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Weight and gradient of each piece from what all ranks [ranks, elements] sent of it."""
-    start = 0
-    for i, piece in pieces:
-        columns = received[:, start : start + 2 * piece.numel]
-        start += 2 * piece.numel
-        shards = columns.view(-1, 2, *piece.shape)
-        weight, grad = torch.cat(list(shards), dim=1 + piece.dim)
-        yield i, (weight, grad)
+def _packed(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in parts]) if parts else like.new_empty(0)
 
 
 def agree(grads_finite: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:

@@ -80,11 +80,14 @@ class Factors:
 
     Attributes:
         matrices: number of matrices that this rank computes, for the lines of progress.
+        doubt: whether every weight is checked in the next step. It is the same on all ranks that
+            share weights, which ``forget`` at the same time.
     """
 
     def __init__(self) -> None:
         """Start with all weights in doubt."""
         self.matrices = 0
+        self.doubt = True
         self._versions: dict[Tensor, int] = {}
         self._unsure: set[Tensor] = set()
         self._done = 0
@@ -92,6 +95,7 @@ class Factors:
 
     def forget(self) -> None:
         """Have every weight checked in the next step, since weights or state were loaded."""
+        self.doubt = True
         self._versions.clear()
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -101,6 +105,7 @@ class Factors:
 
     def end(self, params: Iterable[Tensor]) -> None:
         """End a step: note the parameters as it has left them."""
+        self.doubt = False
         self._versions.update((p, p._version) for p in params)
 
     def unsure(self, p: Tensor) -> bool:

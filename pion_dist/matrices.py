@@ -115,6 +115,31 @@ class MatrixView:
         part = next(part for part in self.parts if part.name == name)
         return self._rows(weight_RC, part).reshape(self.shape_of(part))
 
+    def position(self, name: str, element: int) -> int:
+        """Count the elements of one part among the weight's first ``element``, flat.
+
+        A part's matrices have its elements in the weight's order.
+        """
+        part = next(part for part in self.parts if part.name == name)
+        turns, rest = divmod(element, part.period * self.cols)
+        inside = min(max(rest - part.offset * self.cols, 0), part.length * self.cols)
+        return turns * part.length * self.cols + inside
+
+    def spans(self, name: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return where one part's elements lie among the weight's [start, stop), flat.
+
+        Returns:
+            Intervals [start, stop) of the weight's elements, in order.
+        """
+        part = next(part for part in self.parts if part.name == name)
+        first, last = (row // self.cols // part.period for row in (start, max(start, stop - 1)))
+        rows = (turn * part.period + part.offset for turn in range(first, last + 1))
+        clipped = (
+            (max(start, row * self.cols), min(stop, (row + part.length) * self.cols))
+            for row in rows
+        )
+        return [(a, b) for a, b in clipped if a < b]
+
     def nonzero(self, weight_RC: Tensor, name: str) -> Tensor:
         """Tell whether each matrix of one part has an element other than zero, [B]."""
         return self.matrices(weight_RC, name).any(-1).any(-1)

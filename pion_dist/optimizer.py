@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from . import cost, exchange, spectrum, state, storage
 from .checkpoint import Record
 from .config import SIDE_OF, Axis, PionConfig
-from .exchange import GroupPeers, Piece, ProcessGroup
+from .exchange import GroupPeers, ProcessGroup, Route
 from .factors import Factors, Rows
 from .guard import Guard
 from .matrices import MatrixView, as_rows, stacked, whole
-from .plan import MatrixPlan, StepPlan, build_plan, due
+from .plan import StepPlan, build_plan, due
+from .slots import Slot, Storage
 from .storage import compute_dtype
 from .update import polar
 from .update.layout import Blocks, Divided, Layout
@@ -37,25 +38,6 @@ _OPTIONS_OF_OTHERS = {
 } - {"params", "lr", "defaults"}
 # What a copy takes over. It makes its plan, its guard and its readings anew.
 _COPIED = ("config", "_names", "_views", "_slots", "_started")
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """What the optimizer knows of a parameter."""
-
-    name: str
-    view: MatrixView
-    group: ProcessGroup | None = None
-
-    @property
-    def ranks(self) -> int:
-        """That share the weight."""
-        return self.group.size() if self.group is not None else 1
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """[B, m, n] of every part's matrices, whole."""
-        return self.view.whole_shapes(self.ranks)
 
 
 class Pion(torch.optim.Optimizer):
@@ -83,6 +65,8 @@ class Pion(torch.optim.Optimizer):
             matrix is cut evenly along its view's axis, or, where that is None, the ranks have
             matrices of their own. The same ones, in the same order, on every rank of the group,
             and to be made on all of them at a time.
+        stored: parameters of which this rank stores a part alone, which is stepped in their place:
+            for wrappers that divide weights over data-parallel ranks. All of a group, or none.
 
     Raises:
         ValueError: a parameter is neither 2-D nor contiguous and 3-D, is not real floating point,
@@ -107,13 +91,17 @@ class Pion(torch.optim.Optimizer):
         views: Mapping[Tensor, MatrixView] | None = None,
         names: Mapping[Tensor, str] | None = None,
         shards: Mapping[Tensor, ProcessGroup] | None = None,
+        stored: Mapping[Tensor, Storage] | None = None,
     ) -> None:
         """See the class."""
         self._names = dict(names or {})
         self._shards = dict(shards or {})
         self.config = config if config is not None else PionConfig()
         self._views = dict(views or {})
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
+        self._stored = dict(stored or {})
+        # The data of a group's weights, where wrappers show some of it in param_groups.
+        self._members: dict[int, list[Tensor]] = {}
         self._guard = Guard()
         self._factors = Factors()
         self.plan = StepPlan(self.config, (), ())
@@ -145,12 +133,16 @@ class Pion(torch.optim.Optimizer):
         group["step"] = 0
         group["pion"] = state.identity(self.config)
         super().add_param_group(group)
+        if some := {p: each for p, slot in slots.items() if (each := slot.storage) is not None}:
+            self._members[len(self.param_groups) - 1] = [each.data for each in some.values()]
+            group["params"] = [each.data for each in some.values() if each.data.numel()]
+            slots = {each.data: slots[p] for p, each in some.items()}
         self._slots.update(slots)
         if self._constructed:
             self.settle()
             self._warn_of_zeros(slots)
 
-    def _slot(self, p: Any, name: str) -> _Slot:
+    def _slot(self, p: Any, name: str) -> Slot:
         if not isinstance(p, Tensor):
             raise TypeError(f"{name}: a parameter must be a tensor, not {type(p).__name__}")
         view = self._views.get(p)
@@ -175,9 +167,9 @@ class Pion(torch.optim.Optimizer):
                 view = stacked(rows, cols, name="expert", count=len(p), axis=axis)
             else:
                 view = whole(rows, cols, axis=axis)
-        slot = _Slot(name, view, self._shards.get(p))
+        slot = Slot(name, view, self._shards.get(p), self._stored.get(p))
         for _, m, n in slot.shapes.values():
-            if why := state.unfit(m, n, self.config, view.axis, slot.ranks):
+            if why := state.unfit(m, n, self.config, view.axis, slot.cut):
                 raise ValueError(f"{name}: {why}")
         return slot
 
@@ -187,12 +179,10 @@ class Pion(torch.optim.Optimizer):
         nonzero = {
             i: self._slots[p].view.nonzero(as_rows(p.detach()), part)
             for i, (p, part) in enumerate(self._places)
-            if p in asked and not p.is_meta
+            if p in asked and not p.is_meta and self._slots[p].storage is None
         }
         for index, group in enumerate(self.groups):
-            cut = [i for i in nonzero if self.plan.matrices[i].group == index]
-            cut = [i for i in cut if self.plan.matrices[i].shared]
-            if cut:
+            if cut := [i for i in nonzero if self.plan.matrices[i].group == index]:
                 flags = torch.cat([nonzero[i] for i in cut]).int()
                 flags = GroupPeers(group).all_reduce_max(flags).bool()
                 sizes = [len(nonzero[i]) for i in cut]
@@ -230,7 +220,7 @@ class Pion(torch.optim.Optimizer):
         Raises:
             TypeError: there are shards, whose process groups are of this process alone.
         """
-        if self._shards:
+        if self._shards or self._stored:
             raise TypeError(
                 "Pion with shards= cannot be copied or pickled, since their process groups cannot: "
                 "take state_dict(), and load it into a Pion that is made on all ranks"
@@ -243,6 +233,7 @@ class Pion(torch.optim.Optimizer):
         super().__setstate__(state)
         if state.keys() >= set(_COPIED):
             self._shards, self._guard, self.readings = {}, Guard(), None
+            self._stored, self._members = {}, {}
             self._factors = Factors()
             self._constructed = True
             self._plan()
@@ -251,23 +242,23 @@ class Pion(torch.optim.Optimizer):
         """Make the plan, compare it with other ranks', and make the state this rank holds.
 
         Done at construction, and to be done again by a wrapper that has taken parameters out of the
-        groups: their state is freed. A collective of each group that shares parameters.
+        groups: their state is freed. A collective of each group that stores weights together.
 
         Raises:
             RuntimeError: ranks have other plans, or matrices that ranks share would be dealt anew
                 after the first step.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         self._slots = {p: self._slots[p] for p in params}
         for p in set(self.state) - set(params):
             del self.state[p]
         self._started &= set(params)
         self._factors.forget()  # it would hold parameters that have left
-        old = {(x.weight, x.part): x.owner for x in self.plan.matrices}
+        old = {(x.weight, x.part): x.team for x in self.plan.matrices}
         self._plan()
         stepped = any(group["step"] for group in self.param_groups)
         if stepped and any(
-            old.get((x.weight, x.part), x.owner) != x.owner for x in self.plan.matrices
+            old.get((x.weight, x.part), x.team) != x.team for x in self.plan.matrices
         ):
             raise RuntimeError("add or convert sharded parameters before the first step")
         self._compare()
@@ -283,40 +274,55 @@ class Pion(torch.optim.Optimizer):
         self.groups: list[ProcessGroup] = []
         self._places: list[tuple[Tensor, str]] = []
         found = []
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
+        for number in range(len(self.param_groups)):
+            for p in self._params_of(number):
                 slot = self._slots[p]
                 if slot.group is not None and slot.group not in self.groups:
                     self.groups.append(slot.group)
-                for part, (batch, m, n) in slot.shapes.items():
+                for part in slot.view.shapes:
                     self._places.append((p, part))
-                    found.append(
-                        MatrixPlan(
-                            weight=slot.name,
-                            part=part,
-                            batch=batch,
-                            m=m,
-                            n=n,
-                            axis=slot.view.axis,
-                            group=None if slot.group is None else self.groups.index(slot.group),
-                            param_group=number,
-                            itemsize=compute_dtype(p).itemsize,
-                        )
-                    )
+                    found.append(slot.plan(part, p, groups=self.groups, param_group=number))
         self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}
-        joins = self.config.tp_mode == "owner"
-        together = self.plan.waves if joins else self.plan.batches
-        self._together = [together(index) for index in range(len(self.groups))]
         on: dict[torch.device, list[int]] = {}
-        for i in self.plan.own():
+        for i in self.plan.computed(self.plan.in_place(), self.ranks):
             on.setdefault(self._places[i][0].device, []).append(i)
-        self._own = [
-            batch
-            for device, mine in on.items()
-            for batch in self.plan.own_batches(mine, device.type)
+        self._in_place = [
+            batch for device, mine in on.items() for batch in self.plan.batches(mine, device.type)
         ]
+        every = range(len(self.plan.matrices))
+        self._routes = [self._routes_of(index, every) for index in range(len(self.groups))]
+
+    def _routes_of(self, index: int, wanted: Collection[int]) -> list[Route]:
+        """What travels of some matrices in each wave of a group."""
+        group, matrices = self.groups[index], self.plan.matrices
+        waves = ([i for i in wave if i in wanted] for wave in self.plan.waves(index))
+        return [
+            Route(
+                {i: matrices[i] for i in wave},
+                {i: self.plan.flags(matrices[i]) for i in wave},
+                rank=group.rank(),
+                size=group.size(),
+            )
+            for wave in waves
+            if wave
+        ]
+
+    def _params_of(self, number: int) -> list[Tensor]:
+        """The tensors that are stepped of a group, of whose weights other ranks may store all."""
+        params: list[Tensor] = self.param_groups[number]["params"]
+        return self._members.get(number, params)
+
+    def members(self) -> list[list[Tensor]]:
+        """The tensors that are stepped of every group, of whose weights other ranks may store all.
+
+        They have the places in ``state_dict``.
+        """
+        return [self._params_of(number) for number in range(len(self.param_groups))]
+
+    def _params(self) -> list[Tensor]:
+        return [p for number in range(len(self.param_groups)) for p in self._params_of(number)]
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -335,10 +341,9 @@ class Pion(torch.optim.Optimizer):
         """A parameter's moments that this rank holds, and the ranks that share them, by key."""
         slot = self._slots[p]
         return {
-            state.key(name, part): (moment, slot.ranks)
+            state.key(name, part): (moment, slot.cut)
             for part in slot.view.shapes
-            if self.plan.matrices[self._numbers[p, part]].owner
-            in (None, slot.group.rank() if slot.group else None)
+            if self.plan.computed([self._numbers[p, part]], self.ranks)
             for name, moment in self._moments(p, part).items()
         }
 
@@ -369,27 +374,70 @@ class Pion(torch.optim.Optimizer):
     def forget_factors(self) -> None:
         """Look at every weight in the next step, as after a write that torch does not count.
 
-        Writes into ``p.data`` are such. Without it the next polar step would undo them.
+        Writes into ``p.data`` are such. Without it the next polar step would undo them. To be
+        called on all ranks that share weights.
         """
         self._factors.forget()
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
-        """Every matrix that Pion rotates, with a name: weight, part and place in its batch."""
+        """Every matrix that this rank stores, or its shard, with a name that is the same in every
+        layout: weight, part and place in its batch.
+        """
         for i, (p, part) in enumerate(self._places):
-            each = self._slots[p].view.matrices(as_rows(p.detach()), part)
-            yield from zip(self.names(i), each, strict=True)
+            slot = self._slots[p]
+            if not slot.ranges:
+                yield from zip(self.names(i), slot.matrices(p.detach(), part), strict=True)
 
     def names(self, i: int) -> list[str]:
         """Of the plan's matrices ``i`` on this rank, each the same in every layout."""
         x = self.plan.matrices[i]
-        dealt = self.groups[x.group].rank() if x.group is not None and x.axis is None else 0
-        return [x.name(dealt * x.batch + index) for index in range(x.batch)]
+        return [x.name(index) for index in range(x.batch)]
 
-    def whole(self, i: int) -> Tensor:
-        """The plan's matrices ``i``, [B, m, n]: a collective of the ranks that share them."""
-        p, part = self._places[i]
-        mine = self._slots[p].view.matrices(as_rows(p.detach()), part)
-        return self._joined(self.plan.matrices[i], mine)
+    def measured[T](
+        self, wanted: Collection[int], measure: Callable[[int, Tensor], T]
+    ) -> dict[int, T]:
+        """Measure whole matrices, each batch on one of the ranks that store it; a collective.
+
+        Args:
+            wanted: numbers in the plan; the same on all ranks of a group.
+            measure: takes a number and matrices [B, m, n].
+        """
+        found: dict[int, T] = {}
+
+        def take(i: int, shards: Tensor) -> None:
+            team = self.plan.matrices[i].team
+            matrices = self._complete(i, shards)
+            if len(team) == 1 or GroupPeers(self._tp(i)).rank == i % len(team):
+                found[i] = measure(i, matrices)
+
+        for i in sorted(set(wanted) & set(self.plan.in_place())):
+            p, part = self._places[i]
+            take(i, self._slots[p].matrices(p.detach(), part))
+
+        def stored(i: int) -> list[Tensor]:
+            p, part = self._places[i]
+            return [self._slots[p].stored(p.detach(), part)]
+
+        def compute(given: exchange.Given) -> exchange.Computed:
+            for i, (weight,) in given.items():
+                take(i, weight)
+            return {}
+
+        for index, group in enumerate(self.groups):
+            if routes := self._routes_of(index, wanted):
+                exchange.run(routes, 1, stored, compute, None, like=self._like(index), group=group)
+        return found
+
+    def _tp(self, i: int) -> ProcessGroup:
+        """The team's process group of matrices that ranks divide."""
+        group = self._slots[self._places[i][0]].tp
+        assert group is not None, "teams of several ranks are tensor parallelism's"
+        return group
+
+    def _like(self, index: int) -> Tensor:
+        """An empty tensor of the dtype and on the device of what a group exchanges."""
+        p = self._places[self.plan.of_group(index)[0]][0]
+        return torch.empty(0, dtype=compute_dtype(p), device=p.device)
 
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
@@ -399,12 +447,6 @@ class Pion(torch.optim.Optimizer):
             return sigma.double() if sigma.any() else None
         recorded = self.state[p].get(state.key(state.START, part))
         return recorded if p in self._started else None
-
-    def _joined(self, x: MatrixPlan, shards: Tensor) -> Tensor:
-        """Whole matrices of this rank's shards of them."""
-        if not x.shared or x.group is None:
-            return shards
-        return GroupPeers(self.groups[x.group]).all_gather(shards, 1 if x.axis == "rows" else 2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -440,112 +482,166 @@ class Pion(torch.optim.Optimizer):
         due = self._due()
         for group in self.param_groups:
             group["step"] += 1
-        if not due:
+        if not due and not any(self._routes):
             return loss
-        names = [self._slots[p].name for p in due]
-        grads_finite = self._guard.check(names, [p.grad for p in due if p.grad is not None])
-        grads_finite = exchange.agree(grads_finite, self.groups)
-        if self.config.direction == "polar":
+        self._step(due)
+        return loss
+
+    def _step(self, due: Sequence[Tensor]) -> None:
+        """Step what has gradients, where it is stored and then where it travels to."""
+        grads_finite = exchange.agree(self._grads_finite(due), self.groups)
+        polar = self.config.direction == "polar"
+        if polar:
             self._factors.begin(due)
-        for batch in self._own:
-            self._step_own([i for i in batch if self._places[i][0].grad is not None], grads_finite)
-        for index in range(len(self.groups)):
-            if self._together[index]:
-                self._step_shared(index, grads_finite)
+            self._refuse_changes()
+        for batch in self._in_place:
+            if some := self._with_gradients(batch):
+                self._step_in_place(some, grads_finite)
+        for index, routes in enumerate(self._routes):
+            if routes:
+                self._step_exchanged(index, grads_finite)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
-        if self.config.direction == "polar":
+        if polar:
             self._factors.end(due)
-        return loss
+
+    def _grads_finite(self, due: Sequence[Tensor]) -> Tensor:
+        if not due:  # other ranks store all of the weights that this one computes
+            return torch.ones((), dtype=torch.bool, device=self._params()[0].device)
+        names = [self._slots[p].name for p in due]
+        return self._guard.check(names, [p.grad for p in due if p.grad is not None])
+
+    def _refuse_changes(self) -> None:
+        """Refuse weights that travel to their factors only where all ranks know of a change.
+
+        Raises:
+            RuntimeError: names the weight.
+        """
+        if self._factors.doubt:
+            return
+        for routes in self._routes:
+            for i in (i for route in routes for i in route.pieces):
+                slot = self._slots[p := self._places[i][0]]
+                if slot.storage is None and self._factors.unsure(p):
+                    raise RuntimeError(
+                        f"{slot.name} was changed since Pion's last step: call forget_factors() "
+                        "after it, on all ranks that share the weight"
+                    )
 
     def _due(self) -> list[Tensor]:
         """The parameters that have a gradient."""
-        due = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        due = [p for p in self._params() if p.grad is not None]
         for p in due:
             if p.grad is not None and p.grad.is_sparse:
                 raise ValueError(f"{self._slots[p].name} has a sparse gradient")
         return due
 
-    def _step_own(self, batch: Sequence[int], grads_finite: Tensor) -> None:
-        """Step matrices of one shape that this rank has whole."""
-        if len(batch) > 1:
-            self._step_together(batch, grads_finite)
-            return
+    def _with_gradients(self, batch: Sequence[int]) -> list[int]:
+        """Those of some matrices that have gradients; of those that ranks share it is all."""
         for i in batch:
-            weight, grad = self._shard(i)
-            self._step_whole(i, weight, grad, grads_finite)
-            self._store(i, weight)
+            p = self._places[i][0]
+            if p.grad is None and self.plan.matrices[i].group is not None:
+                self._refuse_lack(p)
+        return [i for i in batch if self._places[i][0].grad is not None]
 
-    def _step_whole(self, i: int, weight: Tensor, grad: Tensor, grads_finite: Tensor) -> None:
-        """Step the plan's matrices ``i``, whole (modified in place), a batch after the other."""
-        moments = self._held(*self._places[i])
-        stride = self.plan.batch_size(self.plan.matrices[i], weight.device.type)
-        for first in range(0, len(weight), stride):
-            some = slice(first, first + stride)
-            self._update(
-                [(i, index) for index in range(len(weight))[some]],
-                weight[some],
-                grad[some],
-                {name: moment[some] for name, moment in moments.items()},
-                grads_finite,
-            )
+    def _refuse_lack(self, p: Tensor) -> None:
+        raise RuntimeError(f"{self._slots[p].name} is sharded and has no gradient on this rank")
 
-    def _step_shared(self, index: int, grads_finite: Tensor) -> None:
-        """Step the matrices of which every rank of a group has a shard."""
-        places = self._places
-        for i in self.plan.of_group(index):
-            if places[i][0].grad is None:
-                name = self._slots[places[i][0]].name
-                raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
-        if self.config.tp_mode in ("distributed", "blockwise"):
-            for batch in self._together[index]:
-                self._step_together(batch, grads_finite)
-            return
-        pieces = {}
-        for i in self.plan.of_group(index):
-            (p, part), owner = places[i], self.plan.matrices[i].owner
-            view = self._slots[p].view
-            pieces[i] = Piece(view.shapes[part], 1 if view.axis == "rows" else 2, owner or 0)
+    def _step_in_place(self, batch: Sequence[int], grads_finite: Tensor) -> None:
+        """Step matrices of one shape that this rank has, or a shard of each."""
+        given: exchange.Given = {}
+        for i in batch:
+            p, part = self._places[i]
+            assert p.grad is not None
+            given[i] = [self._slots[p].shard(x, part) for x in (p, p.grad)]
+        for i, (weight, _) in self._step_batch(given, grads_finite).items():
+            p, part = self._places[i]
+            self._slots[p].put(weight, p, part)
 
-        def compute(i: int, weight: Tensor, grad: Tensor) -> None:
-            self._step_whole(i, weight, grad, grads_finite)
+    def _step_exchanged(self, index: int, grads_finite: Tensor) -> None:
+        """Step the matrices of which every rank of a group stores a part."""
+        weights = self.plan.sends_weights or self._factors.doubt
+        like = self._like(index)
+
+        def stored(i: int) -> list[Tensor]:
+            p, part = self._places[i]
+            if p.grad is None:
+                self._refuse_lack(p)
+            slot = self._slots[p]
+            some = (p, p.grad) if weights else (p.grad,)
+            return [slot.stored(x, part).to(like.dtype) for x in some if x is not None]
+
+        def compute(given: exchange.Given) -> exchange.Computed:
+            stepped: exchange.Computed = {}
+            for batch in self.plan.batches(list(given), like.device.type):
+                stepped |= self._step_batch({i: given[i] for i in batch}, grads_finite)
+            return stepped
+
+        def finalize(i: int, weight: Tensor, moved: Tensor | None) -> None:
+            p, part = self._places[i]
+            self._slots[p].write(weight, p, part, moved)
 
         exchange.run(
-            [{i: pieces[i] for i in wave} for wave in self._together[index]],
-            self._shard,
+            self._routes[index],
+            2 if weights else 1,
+            stored,
             compute,
-            self._store,
+            finalize,
+            like=like,
             group=self.groups[index],
         )
 
-    def _step_together(self, batch: Sequence[int], grads_finite: Tensor) -> None:
-        """Step matrices of one shape, or this rank's shards of them, as one batch."""
-        shards = [self._shard(i) for i in batch]
-        held = [self._held(*self._places[i]) for i in batch]
-        counts = [weight.shape[0] for weight, _ in shards]
-        weight, grad = (torch.cat(x) for x in zip(*shards, strict=True))
+    def _step_batch(self, given: exchange.Given, grads_finite: Tensor) -> exchange.Computed:
+        """Step matrices of one shape, or this rank's shards of them.
+
+        Args:
+            given: by number in the plan, their weights (modified in place) and gradients; polar's
+                gradients alone where its factors tell the weights.
+            grads_finite: boolean scalar; where it is False nothing moves.
+
+        Returns:
+            By number, weights and, of polar's, which matrices have moved.
+        """
+        if len(given) == 1:
+            ((i, tensors),) = given.items()
+            return {i: self._step_parts(i, tensors, grads_finite)}
+        held = [self._held(*self._places[i]) for i in given]
+        counts = [self.plan.matrices[i].batch for i in given]
+        *weights, grad = (torch.cat(x) for x in zip(*given.values(), strict=True))
         joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
-        numbered = zip(batch, counts, strict=True)
+        numbered = zip(given, counts, strict=True)
         members = [(i, index) for i, count in numbered for index in range(count)]
-        self._update(members, weight, grad, joined, grads_finite)
-        for i, stepped in zip(batch, torch.split(weight, counts), strict=True):
-            self._store(i, stepped)
+        weight = weights[0] if weights else None
+        stepped, moved = self._update(members, weight, grad, joined, grads_finite)
         for name, moment in joined.items():
-            for moments, stepped in zip(held, torch.split(moment, counts), strict=True):
-                moments[name].copy_(stepped)
+            for moments, each in zip(held, torch.split(moment, counts), strict=True):
+                moments[name].copy_(each)
+        flags = [None] * len(counts) if moved is None else torch.split(moved, counts)
+        return dict(zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True))
 
-    def _shard(self, i: int) -> tuple[Tensor, Tensor]:
-        """What this rank has of the weight and the gradient of the plan's matrices ``i``."""
-        p, part = self._places[i]
-        view, dtype = self._slots[p].view, compute_dtype(p)
-        assert p.grad is not None
-        weight, grad = (view.matrices(as_rows(x), part).to(dtype) for x in (p, p.grad))
-        return weight, grad
-
-    def _store(self, i: int, shard: Tensor) -> None:
-        p, part = self._places[i]
-        rows = p if p.dim() == 2 else p.view(-1, p.shape[-1])  # raises where it would be a copy
-        self._slots[p].view.merge({part: shard}, rows)
+    def _step_parts(
+        self, i: int, tensors: Sequence[Tensor], grads_finite: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """``_step_batch`` of the plan's matrices ``i``, a batch after the other."""
+        x, moments = self.plan.matrices[i], self._held(*self._places[i])
+        *weights, grad = tensors
+        stride = x.batch if len(x.team) > 1 else self.plan.batch_size(x, grad.device.type)
+        found = []
+        for first in range(0, x.batch, stride):
+            some = slice(first, first + stride)
+            found.append(
+                self._update(
+                    [(i, index) for index in range(x.batch)[some]],
+                    weights[0][some] if weights else None,
+                    grad[some],
+                    {name: moment[some] for name, moment in moments.items()},
+                    grads_finite,
+                )
+            )
+        if weights:  # modified in place
+            moved = [each for _, each in found if each is not None]
+            return weights[0], torch.cat(moved) if moved else None
+        return torch.cat([w for w, _ in found]), torch.cat([m for _, m in found if m is not None])
 
     def _held(self, p: Tensor, part: str) -> dict[str, Tensor]:
         """A part's moments on this rank, by name."""
@@ -554,35 +650,40 @@ class Pion(torch.optim.Optimizer):
     def _update(
         self,
         members: Sequence[tuple[int, int]],
-        w: Tensor,
+        w: Tensor | None,
         g: Tensor,
         moments: Mapping[str, Tensor],
         grads_finite: Tensor,
-    ) -> None:
-        """Step a batch of matrices, or of their shards (modified in place).
+    ) -> tuple[Tensor, Tensor | None]:
+        """Step a batch of matrices, or of their shards.
 
         Args:
             members: of each its number in the plan, and in the batch there.
-            w: weights.
+            w: weights. (modified in place)
             g: gradients.
-            moments: by name.
+            moments: by name. (modified in place)
             grads_finite: boolean scalar; where it is False nothing moves.
+
+        Returns:
+            The weights and, of polar's, which matrices have moved, [B].
         """
         x = self.plan.matrices[members[0][0]]
         group = self.param_groups[x.param_group]
-        grads_finite = grads_finite.to(w.device, non_blocking=True)
+        grads_finite = grads_finite.to(g.device, non_blocking=True)
         resets = self.config.spectrum_reset_interval > 0
         if resets and not self._started.issuperset(self._places[i][0] for i, _ in members):
+            assert w is not None, "polar has no resets"
             start = moments[state.START]
-            values = spectrum.singular_values(self._complete(x, w))
+            values = spectrum.singular_values(self._complete(members[0][0], w))
             start.copy_(torch.where(start.any(-1, keepdim=True), start, values))
         used, coded = moments, self.config.state_dtype == "int8"
         if coded:
-            described = state.moments(len(w), x.m, x.n, self.config, x.axis)
+            described = state.moments(len(g), x.m, x.n, self.config, x.axis)
             used = storage.decode(moments, described)
         lr, collect_metrics = group["lr"], self.readings is not None
+        moved = None
         if self.config.direction == "polar":
-            found = self._step_polar(
+            w, moved, found = self._step_polar(
                 members,
                 w,
                 g,
@@ -592,6 +693,7 @@ class Pion(torch.optim.Optimizer):
                 collect_metrics=collect_metrics,
             )
         else:
+            assert w is not None, "generators need the weights"
             found = update(
                 w,
                 g,
@@ -601,7 +703,7 @@ class Pion(torch.optim.Optimizer):
                 active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
                 forms=cost.forms(x.m, x.n, self.config),
                 grads_finite=grads_finite,
-                layout=self._layout(x),
+                layout=self._layout(members[0][0]),
                 collect_metrics=collect_metrics,
             )
         if coded:
@@ -610,25 +712,27 @@ class Pion(torch.optim.Optimizer):
             self.readings.append((members, found))
         if resets:
             self._reset(members, w, moments[state.START], grads_finite)
+        return w, moved
 
     def _step_polar(
         self,
         members: Sequence[tuple[int, int]],
-        w: Tensor,
+        w: Tensor | None,
         g: Tensor,
         moments: Mapping[str, Tensor],
         *,
         lr: float | Tensor,
         grads_finite: Tensor,
         collect_metrics: bool,
-    ) -> Tensor | None:
-        """``_update`` of the polar direction."""
-        x = self.plan.matrices[members[0][0]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``_update`` of the polar direction; also returns its readings."""
+        number = members[0][0]
+        x = self.plan.matrices[number]
         large = state.large_side(x.m, x.n, x.axis)
-        divided = self.config.tp_mode == "distributed" and x.shared
-        rows = Rows(GroupPeers(self.groups[x.group or 0]) if divided else None, x.axis, large)
+        divided = len(x.team) > 1
+        rows = Rows(GroupPeers(self._tp(number)) if divided else None, x.axis, large)
         params = [self._places[i][0] for i, _ in members]
-        if any(self._factors.unsure(p) for p in params):
+        if w is not None and (self._factors.doubt or any(map(self._factors.unsure, params))):
             names = {i: self.names(i) for i, _ in members}
             self._factors.match(
                 [names[i][index] for i, index in members],
@@ -636,7 +740,7 @@ class Pion(torch.optim.Optimizer):
                 rows.from_shard(w),
                 moments,
                 rows,
-                computed_by=members[0][0] % self.plan.ranks_of(x),
+                computed_by=number % len(x.team),
             )
         stepped, go, found = polar.step(
             rows.from_shard(g),
@@ -649,12 +753,18 @@ class Pion(torch.optim.Optimizer):
             all_reduce_sum=rows.all_reduce_sum,
             collect_metrics=collect_metrics,
         )
-        torch.where(go, rows.to_shard(stepped), w, out=w)
-        return found
+        stepped = rows.to_shard(stepped)
+        if w is not None:
+            torch.where(go, stepped, w, out=w)
+            stepped = w
+        return stepped, go.view(-1).to(stepped.dtype), found
 
-    def _complete(self, x: MatrixPlan, w: Tensor) -> Tensor:
-        """Whole matrices of what ``_update`` has of them."""
-        return w if self.config.tp_mode == "owner" else self._joined(x, w)
+    def _complete(self, i: int, shards: Tensor) -> Tensor:
+        """Whole matrices of what a team's rank has of them; a collective of the team."""
+        x = self.plan.matrices[i]
+        if len(x.team) == 1:
+            return shards
+        return GroupPeers(self._tp(i)).all_gather(shards, x.cut_dim)
 
     def _reset(
         self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, grads_finite: Tensor
@@ -668,40 +778,29 @@ class Pion(torch.optim.Optimizer):
         if not turns:
             return
         mine = w[turns]
-        found = spectrum.restored(self._complete(x, mine), start[turns])
-        if found.shape != mine.shape and x.group is not None:
-            peers = GroupPeers(self.groups[x.group])
-            found = found.chunk(peers.size, 1 if x.axis == "rows" else 2)[peers.rank]
+        number = members[0][0]
+        found = spectrum.restored(self._complete(number, mine), start[turns])
+        if len(x.team) > 1:
+            peers = GroupPeers(self._tp(number))
+            found = found.chunk(peers.size, x.cut_dim)[peers.rank]
         w[turns] = torch.where(grads_finite, found, mine)
 
-    def _layout(self, x: MatrixPlan) -> Layout | None:
+    def _layout(self, i: int) -> Layout | None:
         """How ``_update``'s matrices lie; None for whole."""
-        peers = GroupPeers(self.groups[x.group]) if x.shared and x.group is not None else None
+        x = self.plan.matrices[i]
         if x.axis is None:
             return None
+        peers = GroupPeers(self._tp(i)) if len(x.team) > 1 else None
         if self.config.tp_mode == "blockwise":
-            count = self.config.blocks // (peers.size if peers is not None else 1)
-            return Blocks(SIDE_OF[x.axis], count, peers)
-        if self.config.tp_mode == "distributed" and peers is not None:
-            return Divided(SIDE_OF[x.axis], peers)
-        return None
+            return Blocks(SIDE_OF[x.axis], self.config.blocks // len(x.team), peers)
+        return None if peers is None else Divided(SIDE_OF[x.axis], peers)
 
     def records(self) -> Iterator[tuple[int, str, Record]]:
         """Place of each moment of ``state_dict`` among all ranks', by its parameter and key."""
-        params = (p for group in self.param_groups for p in group["params"])
-        for index, p in enumerate(params):
+        for index, p in enumerate(self._params()):
+            slot = self._slots[p]
             for key, (moment, _) in self._held_moments(p).items():
-                yield index, key, self._record(self._slots[p], moment)
-
-    def _record(self, slot: _Slot, moment: state.Moment) -> Record:
-        if slot.group is None:
-            return Record()
-        rank, ranks = slot.group.rank(), slot.ranks
-        if slot.view.axis is None:  # the ranks have matrices of their own
-            return Record(dim=0, index=rank, count=ranks)
-        if moment.dim is not None:
-            return Record(dim=moment.dim, index=rank, count=ranks)
-        return Record() if self.config.tp_mode == "owner" else Record(replica=rank)
+                yield index, key, slot.record(moment, divided=self.config.tp_mode != "owner")
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken.
@@ -712,14 +811,23 @@ class Pion(torch.optim.Optimizer):
         """
         self._follow()
         self._guard.report()
-        found = super().state_dict()
-        params = (p for group in self.param_groups for p in group["params"])
-        for index, p in enumerate(params):
+        found = self._state_dict() if self._members else super().state_dict()
+        for index, p in enumerate(self._params()):
             for key, (moment, ranks) in self._held_moments(p).items():
                 if moment.held(ranks, compute_dtype(p).itemsize) != moment.local(ranks):
                     own = found["state"][index] = dict(found["state"][index])
                     own[key] = storage.matrices(own[key].cpu(), moment, ranks, key)
         return found
+
+    def _state_dict(self) -> dict[str, Any]:
+        """As torch's, of all weights that this rank computes or stores something of."""
+        numbers = itertools.count()
+        groups = [
+            {**group, "params": [next(numbers) for _ in self._params_of(number)]}
+            for number, group in enumerate(self.param_groups)
+        ]
+        own = {index: dict(self.state[p]) for index, p in enumerate(self._params())}
+        return {"state": own, "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -738,9 +846,15 @@ class Pion(torch.optim.Optimizer):
         self._factors.forget()
         lacking = []
         # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
-        super().load_state_dict({**state_dict, "state": {}})
-        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, index in zip(group["params"], old["params"], strict=True):
+        shown = [len(group["params"]) for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        groups = [
+            {**group, "params": group["params"][:count]}
+            for group, count in zip(saved, shown, strict=True)
+        ]
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        for number, old in enumerate(saved):
+            for p, index in zip(self._params_of(number), old["params"], strict=True):
                 self.state[p] = {}  # also where this rank holds no moment of it
                 for key, (moment, ranks) in self._held_moments(p).items():
                     self.state[p][key] = held = storage.zeros(moment, ranks, p)
@@ -764,9 +878,10 @@ class Pion(torch.optim.Optimizer):
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
         sizes = [len(g["params"]) for g in groups]
-        if sizes != (mine := [len(g["params"]) for g in self.param_groups]):
+        numbers = range(len(self.param_groups))
+        if sizes != (mine := [len(self._params_of(number)) for number in numbers]):
             raise ValueError(f"the state has groups of {sizes} parameters, this optimizer {mine}")
-        for group, old in zip(self.param_groups, groups, strict=True):
+        for number, (group, old) in enumerate(zip(self.param_groups, groups, strict=True)):
             if "pion" not in old:
                 raise ValueError("the state is not Pion's: it is of another optimizer")
             for option, value in group["pion"].items():
@@ -775,7 +890,7 @@ class Pion(torch.optim.Optimizer):
                         f"the state was made with {option}={old['pion'].get(option)!r}, this run "
                         f"has {option}={value!r}"
                     )
-            for p, index in zip(group["params"], old["params"], strict=True):
+            for p, index in zip(self._params_of(number), old["params"], strict=True):
                 slot, found = self._slots[p], state_dict["state"].get(index, {})
                 for key, (moment, ranks) in self._held_moments(p).items():
                     shape = moment.local(ranks)

@@ -1,7 +1,11 @@
 """The plan of a step: who stores and computes each matrix, what moves, and what it costs.
 
-Integers and strings. The ranks that share weights build the same plan, each for itself, and compare
-digests; what only one of them does is asked for by its rank.
+Integers and strings. The ranks that store a weight together build the same plan, each for itself,
+and compare digests; what only one of them does is asked for by its rank.
+
+The ranks of a group are a grid: rank r has the tensor-parallel shard r % cut of each matrix and, of
+that shard, what the data-parallel rank r // cut stores. A team of them computes a matrix: one rank,
+or the tensor-parallel ranks of one data-parallel rank.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ BATCH_ELEMENTS = 1 << 26
 BATCH_BYTES = {"cpu": 4 << 20}
 BATCH_BYTES_OF_OTHERS = 256 << 20
 
-# Of `owner`: 2 hide half of what travels behind the other half's computation.
+# Of an exchange: 2 hide half of what travels behind the other half's computation.
 WAVES = 2
 
 
@@ -42,12 +46,16 @@ class MatrixPlan:
     Attributes:
         weight: its name.
         part: of the weight's view.
-        batch: number of matrices, B; this rank's where a group deals them.
+        batch: number of matrices, B; this rank's where tensor parallelism deals them.
         m: rows of a whole matrix.
         n: columns of a whole matrix.
         axis: along which tensor parallelism cuts each matrix, if it does.
-        group: index of the process group that shares the weight; None where this rank has it all.
-        owner: the rank of the group that computes them (``tp_mode="owner"``).
+        group: index of the process group that stores the weight; None where this rank has it all.
+        cut: ranks that have a shard of each matrix.
+        stored: elements [start, stop) of a shard that each data-parallel rank stores, counted in
+            the order of the part's matrices; empty where each has all of its shard.
+        team: ranks of the group that compute the matrices.
+        first: number of the first matrix among all ranks'.
         param_group: of the optimizer.
         itemsize: bytes of an element, as computed.
     """
@@ -59,23 +67,55 @@ class MatrixPlan:
     n: int
     axis: Axis | None = None
     group: int | None = None
-    owner: int | None = None
+    cut: int = 1
+    stored: tuple[tuple[int, int], ...] = ()
+    team: tuple[int, ...] = (0,)
+    first: int = 0
     param_group: int = 0
     itemsize: int = 4
-
-    @property
-    def shared(self) -> bool:
-        """Whether every rank of the group has a shard of each matrix."""
-        return self.group is not None and self.axis is not None
 
     @property
     def numel(self) -> int:
         """Elements of the whole matrices."""
         return self.batch * self.m * self.n
 
+    @property
+    def shard_numel(self) -> int:
+        """Elements of a shard of the matrices."""
+        return self.numel // self.cut
+
+    @property
+    def shard_shape(self) -> tuple[int, int, int]:
+        """[B, m, n] of a shard of the matrices."""
+        rows = self.cut if self.axis == "rows" else 1
+        return self.batch, self.m // rows, self.n * rows // self.cut
+
+    @property
+    def cut_dim(self) -> int:
+        """Dimension of [B, m, n] along which shards join."""
+        return 1 if self.axis == "rows" else 2
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the ranks that store the matrices compute them, each its shard."""
+        return self.group is None or (not self.stored and len(self.team) == self.cut)
+
+    def interval(self, rank: int) -> tuple[int, int]:
+        """Elements [start, stop) of its shard that a rank of the group stores."""
+        return self.stored[rank // self.cut] if self.stored else (0, self.shard_numel)
+
+    def member(self, rank: int) -> int:
+        """The rank of the team that computes what a rank of the group stores."""
+        return self.team[rank % self.cut if len(self.team) > 1 else 0]
+
+    def flow(self, rank: int, member: int) -> int:
+        """Elements that a rank of the group stores and a rank of the team computes."""
+        start, stop = self.interval(rank)
+        return stop - start if self.member(rank) == member else 0
+
     def name(self, index: int) -> str:
-        """Of one of the matrices: its number is ``index`` among all ranks'."""
-        return matrix_name(self.weight, self.part, index)
+        """Name of the matrix ``index`` of this rank's, the same in every layout."""
+        return matrix_name(self.weight, self.part, self.first + index)
 
 
 def matrix_name(weight: str, part: str, index: int) -> str:
@@ -110,49 +150,49 @@ class StepPlan:
     sizes: tuple[int, ...]
     matrices: tuple[MatrixPlan, ...] = field(repr=False)
 
-    def ranks_of(self, matrix: MatrixPlan) -> int:
-        """Ranks that have a shard of each of these matrices."""
-        return self.sizes[matrix.group] if matrix.group is not None and matrix.shared else 1
-
     def of_group(self, group: int) -> list[int]:
-        """Indices of the matrices that a group's ranks have shards of."""
-        return [i for i, x in enumerate(self.matrices) if x.group == group and x.shared]
+        """Indices of the matrices that a group's ranks store."""
+        return [i for i, x in enumerate(self.matrices) if x.group == group]
 
     def waves(self, group: int) -> list[list[int]]:
-        """The group's matrices in the waves of ``owner``, of which one travels while another is
-        computed; every owner has an even part in each.
+        """The group's matrices that are exchanged, in waves; every team has an even part in each.
+
+        One wave travels while another is computed.
         """
         found: list[list[int]] = [[] for _ in range(WAVES)]
-        indices = self.of_group(group)
-        for owner in sorted({self.matrices[i].owner or 0 for i in indices}):
-            mine = [i for i in indices if (self.matrices[i].owner or 0) == owner]
-            sizes = [float(self.matrices[i].numel) for i in mine]
-            for i, wave in zip(mine, deal(sizes, WAVES), strict=True):
+        teams: dict[tuple[int, ...], list[int]] = {}
+        for i in self.of_group(group):
+            if not self.matrices[i].in_place:
+                teams.setdefault(self.matrices[i].team, []).append(i)
+        for team in sorted(teams):
+            sizes = [float(self.matrices[i].numel) for i in teams[team]]
+            for i, wave in zip(teams[team], deal(sizes, WAVES), strict=True):
                 found[wave].append(i)
-        return [wave for wave in found if wave]
+        return [sorted(wave) for wave in found if wave]
 
-    def batches(self, group: int) -> list[list[int]]:
-        """The group's matrices in batches of one shape, for ``distributed`` and ``blockwise``."""
-        most = BATCH_ELEMENTS * self.sizes[group]
-        return self._batched(self.of_group(group), lambda x: most // (x.m * x.n))
+    def in_place(self) -> list[int]:
+        """Indices of the matrices that are computed where they are stored."""
+        return [i for i, x in enumerate(self.matrices) if x.in_place]
 
-    def own(self) -> list[int]:
-        """Indices of the matrices that this rank has whole, or alone."""
-        return [i for i, x in enumerate(self.matrices) if not x.shared]
+    def computed(self, indices: Sequence[int], ranks: Sequence[int]) -> list[int]:
+        """Those of some matrices that a rank computes; ``ranks`` are its own in each group."""
+        return [i for i in indices if self._computes(self.matrices[i], ranks)]
 
-    def own_batches(self, indices: Sequence[int], device: str) -> list[list[int]]:
-        """Some of ``own`` in batches of one shape; of one that is too large for a batch by itself
-        ``batch_size`` tells the parts.
+    def batches(self, indices: Sequence[int], device: str) -> list[list[int]]:
+        """Some matrices in batches of one shape and team; of one that is too large for a batch by
+        itself ``batch_size`` tells the parts.
         """
         return self._batched(indices, lambda x: self.batch_size(x, device))
 
     def batch_size(self, x: MatrixPlan, device: str) -> int:
-        """Matrices like these, whole, that are computed at once.
+        """Matrices like these that are computed at once.
 
         Args:
             x: some matrices.
             device: type of the device that computes them.
         """
+        if len(x.team) > 1:
+            return max(1, BATCH_ELEMENTS * len(x.team) // (x.m * x.n))
         most = BATCH_BYTES.get(device, BATCH_BYTES_OF_OTHERS)
         return max(1, most // (x.itemsize * cost.room(x.m, x.n, self.config)))
 
@@ -162,7 +202,9 @@ class StepPlan:
         alike: dict[tuple[object, ...], list[list[int]]] = {}
         for i in indices:
             x = self.matrices[i]
-            found = alike.setdefault((x.m, x.n, x.axis, x.param_group, x.itemsize), [[]])
+            found = alike.setdefault(
+                (x.m, x.n, x.axis, x.group, x.team, x.param_group, x.itemsize), [[]]
+            )
             if found[-1] and sum(self.matrices[j].batch for j in found[-1]) + x.batch > most(x):
                 found.append([])
             found[-1].append(i)
@@ -174,13 +216,11 @@ class StepPlan:
         Args:
             ranks: this rank's in each group.
         """
-        total = 0.0
-        for x in self.matrices:
-            if not self._computes(x, ranks):
-                continue
-            split = self.ranks_of(x) if self.config.tp_mode in ("distributed", "blockwise") else 1
-            total += x.batch * cost.step_flop(x.m, x.n, self.config, x.axis, ranks=split)
-        return total
+        return sum(
+            x.batch * cost.step_flop(x.m, x.n, self.config, x.axis, ranks=len(x.team))
+            for x in self.matrices
+            if self._computes(x, ranks)
+        )
 
     def state_bytes(self, ranks: Sequence[int]) -> int:
         """Bytes of a rank's moments; see ``flop``."""
@@ -188,19 +228,32 @@ class StepPlan:
         for x in self.matrices:
             if self._computes(x, ranks):
                 for moment in moments(x.batch, x.m, x.n, self.config, x.axis).values():
-                    shares = self.ranks_of(x) if moment.dim is not None else 1
+                    shares = len(x.team) if moment.dim is not None else 1
                     total += moment.nbytes(x.itemsize) // shares
         return total
 
-    def adam_bytes(self) -> int:
-        """Bytes that Adam's state of this rank's weights would take, in float32."""
-        return sum(ADAM_STATE_BYTES * x.numel // self.ranks_of(x) for x in self.matrices)
+    def stored_numel(self, ranks: Sequence[int]) -> int:
+        """Elements of the weights that a rank stores; see ``flop``."""
+        total = 0
+        for x in self.matrices:
+            start, stop = x.interval(0 if x.group is None else ranks[x.group])
+            total += stop - start
+        return total
+
+    @property
+    def sends_weights(self) -> bool:
+        """Whether weights travel to their teams: polar's factors tell what they are."""
+        return self.config.direction != "polar"
+
+    def flags(self, x: MatrixPlan) -> int:
+        """Elements that say which matrices have moved, beside the weights that travel back."""
+        return 0 if self.sends_weights else x.batch
 
     def collectives(self, ranks: Sequence[int], step: int) -> dict[str, Moved]:
         """What a rank hands to collectives in a step, by operation.
 
-        Not counted: whole matrices that the first step after a start measures or decomposes, for a
-        reset of spectra and for polar, in ``distributed`` and ``blockwise``.
+        Not counted is what the first step after a start moves besides: weights that it measures for
+        a reset of spectra, or decomposes for polar.
 
         Args:
             ranks: this rank's in each group.
@@ -215,31 +268,47 @@ class StepPlan:
 
         for group, (size, rank) in enumerate(zip(self.sizes, ranks, strict=True)):
             add("all_reduce", 1, 4)  # whether all gradients are finite, an int32
-            shared = [self.matrices[i] for i in self.of_group(group)]
-            shards = sum(x.itemsize * x.numel // size for x in shared)
-            owned = sum(x.itemsize * x.numel // size for x in shared if x.owner == rank)
-            if shared and self.config.tp_mode == "owner":
-                add("all_to_all", 2 * len(self.waves(group)), 2 * shards + size * owned)
-            else:
-                for batch in self.batches(group):
-                    x = self.matrices[batch[0]]
-                    assert x.axis is not None, "a shared matrix has an axis"
-                    many = sum(self.matrices[i].batch for i in batch)
-                    found = cost.traffic(
-                        many,
-                        x.m,
-                        x.n,
-                        self.config,
-                        x.axis,
-                        ranks=size,
-                        step=step,
-                        itemsize=x.itemsize,
-                    )
-                    for op, number in found.calls.items():
-                        add(op, number, x.itemsize * found.elements[op])
-                    if count := self._reset_in(batch, step):
-                        add("all_gather", 1, x.itemsize * count * x.m * x.n // size)
+            for wave in self.waves(group):
+                found = [self.matrices[i] for i in wave]
+                add("all_to_all", 2, sum(self._sent(x, rank, size) for x in found))
+        together = [i for i, x in enumerate(self.matrices) if len(x.team) > 1]
+        # Waves are computed one after the other.
+        waves = [wave for group in range(len(self.sizes)) for wave in self.waves(group)]
+        for some in (self.in_place(), *waves):
+            mine = self.computed([i for i in some if i in set(together)], ranks)
+            for batch in self.batches(mine, ""):
+                self._add_traffic(add, batch, step)
         return {op: Moved(calls[op], sizes[op]) for op in calls}
+
+    def _sent(self, x: MatrixPlan, rank: int, size: int) -> int:
+        """Bytes that a rank sends of exchanged matrices: to their team and back."""
+        start, stop = x.interval(rank)
+        sent = (2 if self.sends_weights else 1) * (stop - start)
+        if rank in x.team:
+            back = [x.flow(other, rank) for other in range(size)]
+            sent += sum(count + self.flags(x) for count in back if count)
+        return x.itemsize * sent
+
+    def _add_traffic(
+        self, add: Callable[[str, int, int], None], batch: Sequence[int], step: int
+    ) -> None:
+        """Add the collectives of a team that divides matrices."""
+        x = self.matrices[batch[0]]
+        assert x.axis is not None, "a divided matrix has an axis"
+        found = cost.traffic(
+            sum(self.matrices[i].batch for i in batch),
+            x.m,
+            x.n,
+            self.config,
+            x.axis,
+            ranks=len(x.team),
+            step=step,
+            itemsize=x.itemsize,
+        )
+        for op, number in found.calls.items():
+            add(op, number, x.itemsize * found.elements[op])
+        if count := self._reset_in(batch, step):
+            add("all_gather", 1, x.itemsize * count * x.m * x.n // len(x.team))
 
     def _reset_in(self, batch: Sequence[int], step: int) -> int:
         """Matrices of a batch whose spectrum is reset in a step."""
@@ -257,7 +326,7 @@ class StepPlan:
 
     def totals(self, ranks: Sequence[int]) -> str:
         """One line of what a rank has and does; see ``collectives``."""
-        state, adam = self.state_bytes(ranks), self.adam_bytes()
+        state, adam = self.state_bytes(ranks), ADAM_STATE_BYTES * self.stored_numel(ranks)
         return (
             f"{sum(x.batch for x in self.matrices)} matrices in "
             f"{len({x.weight for x in self.matrices})} weights, {self.flop(ranks):.3e} FLOP a "
@@ -276,7 +345,7 @@ class StepPlan:
         return (odd if odd == even else f"{odd} in odd steps, {even} in even ones") or "nothing"
 
     def _computes(self, x: MatrixPlan, ranks: Sequence[int]) -> bool:
-        return x.owner is None or x.group is None or x.owner == ranks[x.group]
+        return x.group is None or ranks[x.group] in x.team
 
 
 def due(name: str, step: int, interval: int) -> bool:
@@ -332,24 +401,46 @@ def deal_shards(buckets: Sequence[Sequence[float]]) -> list[list[int]]:
 def build_plan(
     matrices: Sequence[MatrixPlan], sizes: Sequence[int], config: PionConfig
 ) -> StepPlan:
-    """The plan for matrices whose owners are to be chosen.
+    """The plan for matrices whose teams are to be chosen: evenly by cost, the costliest first.
 
     Args:
-        matrices: in the same order on every rank that shares them.
+        matrices: in the same order on every rank that stores them.
         sizes: ranks of each process group.
         config: the run's options.
     """
-    plan = StepPlan(config, tuple(sizes), tuple(matrices))
-    if config.tp_mode != "owner":
-        return plan
-    owned = list(matrices)
+    found = list(matrices)
     for group, size in enumerate(sizes):
-        indices = plan.of_group(group)
-        found = [matrices[i] for i in indices]
-        costs = [x.batch * cost.step_flop(x.m, x.n, config) for x in found]
-        for i, owner in zip(indices, deal(costs, size), strict=True):
-            owned[i] = dataclasses.replace(owned[i], owner=owner)
-    return StepPlan(config, tuple(sizes), tuple(owned))
+        indices = [i for i, x in enumerate(matrices) if x.group == group]
+        teams = [_teams(matrices[i], size, config) for i in indices]
+        costs = [
+            x.batch * cost.step_flop(x.m, x.n, config, x.axis, ranks=len(each[0]))
+            for x, each in zip((matrices[i] for i in indices), teams, strict=True)
+        ]
+        for i, each, place in zip(indices, teams, _deal(costs, teams, size), strict=True):
+            found[i] = dataclasses.replace(found[i], team=each[place])
+    return StepPlan(config, tuple(sizes), tuple(found))
+
+
+def _teams(x: MatrixPlan, size: int, config: PionConfig) -> list[tuple[int, ...]]:
+    """The teams that can compute matrices of a group of ``size`` ranks."""
+    if config.tp_mode == "owner" or x.cut == 1:
+        return [(rank,) for rank in range(size)]
+    return [tuple(range(first, first + x.cut)) for first in range(0, size, x.cut)]
+
+
+def _deal(
+    costs: Sequence[float], teams: Sequence[Sequence[tuple[int, ...]]], ranks: int
+) -> list[int]:
+    """The place of each item's team among those that can have it; see ``deal``."""
+    loads = [0.0] * ranks
+    places = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        each = teams[item]
+        place = min(range(len(each)), key=lambda i: (max(loads[r] for r in each[i]), i))
+        places[item] = place
+        for rank in each[place]:
+            loads[rank] += costs[item]
+    return places
 
 
 def differences(mine: Sequence[str], others: Sequence[Sequence[str]]) -> str:

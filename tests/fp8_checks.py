@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import transformer_engine.pytorch as te
 from transformer_engine.common.recipe import Float8CurrentScaling
-from transformer_engine.pytorch.tensor import MXFP8Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -239,30 +238,9 @@ def check_refusals() -> None:
     ):
         with refused(SeamError, says):
             transformer_engine.check([layer], decisions(layer))
-    config = types.SimpleNamespace(bf16=True, use_layer_wise_distributed_optimizer=True)
+    config = types.SimpleNamespace(bf16=True, use_distributed_optimizer=False)
     with refused(ValueError, "weight is kept as Float8Tensor (--fp8-param-gather), which"):
-        transformer_engine.refuse_unwritable([fp8], decisions(fp8), config)
-    mxfp8 = torch.nn.Module()
-    mxfp8.weight = torch.nn.Parameter(
-        MXFP8Tensor(
-            shape=(64, 64),
-            dtype=torch.bfloat16,
-            rowwise_data=torch.zeros(64, 64, dtype=torch.uint8),
-            rowwise_scale_inv=torch.zeros(64, 2, dtype=torch.uint8),
-            columnwise_data=None,
-            columnwise_scale_inv=None,
-            fp8_dtype=te.DType.kFloat8E4M3,
-            quantizer=None,
-            with_gemm_swizzled_scales=False,
-            device=torch.device("cpu"),
-        )
-    )
-    with refused(ValueError, "use --fp8-recipe delayed, tensorwise, blockwise"):
-        transformer_engine.refuse_unwritable([mxfp8], decisions(mxfp8), config)
-    ARGS.pion_exclude = ["linear_proj"]
-    with refused(ValueError, "linear_proj.weight is kept in FP8 and Adam's"):
-        setup("tensorwise")
-    ARGS.pion_exclude = None
+        transformer_engine.refuse_unwritable(decisions(fp8), config)
     fp8.weight.clear_high_precision_init_val()
     with refused(ValueError, "weight: --pion-init found no value before rounding"):
         transformer_engine.start_from(fp8.weight, torch.zeros(64, 64), "weight")

@@ -138,7 +138,10 @@ def check_refusals(
     """What a config cannot have is refused with what to set."""
     refused = {
         "megatron_patches.recipe('paper-60m')": {"pion_recipe": "paper-60m"},
-        "use_layer_wise_distributed_optimizer=True": {"use_distributed_optimizer": True},
+        "in DistributedDataParallelConfig: set both alike": {"use_distributed_optimizer": True},
+        "use_layer_wise_distributed_optimizer=True: set it": {
+            "use_layer_wise_distributed_optimizer": True
+        },
         "optimizer_cpu_offload": {"optimizer_cpu_offload": True},
     }
     for says, fields in refused.items():

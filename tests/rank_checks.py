@@ -47,6 +47,7 @@ from pion_dist import Pion, PionConfig, kernels
 from pion_dist.diagnostics import Diagnostics
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
 from pion_dist.plan import WAVES
+from pion_dist.slots import Storage
 
 # A collective that not every rank enters is an error after so long, and so a named failure.
 TIMEOUT = timedelta(seconds=30)
@@ -236,6 +237,58 @@ class Run:
         """Every weight and moment, copied."""
         moments = [m for p in self.params for _, m in sorted(self.optimizer.state[p].items())]
         return [x.detach().clone() for x in (*self.params, *moments)]
+
+
+class StoredRun(Run):
+    """Weights of which data-parallel ranks store ranges, as Megatron's distributed optimizer does.
+
+    Half of the ranks, and of two one, are tensor parallel. Some ranges are empty.
+    """
+
+    def __init__(self, place: Place, config: PionConfig, weights: Sequence[Weight]) -> None:
+        self.everyone = place
+        cut = place.ranks // 2
+        rows = [dist.new_group(range(d * cut, d * cut + cut), timeout=TIMEOUT) for d in (0, 1)]
+        cols = [dist.new_group((t, cut + t), timeout=TIMEOUT) for t in range(cut)]
+        self.number, self.columns = place.rank // cut, Place(cols[place.rank % cut])
+        super().__init__(Place(rows[self.number]), config, weights)
+
+    def ranges(self, p: torch.Tensor) -> tuple[tuple[int, int], ...]:
+        """Of a shard: the first rank has less and less of it, from all to nothing."""
+        here = next(i for i, q in enumerate(self.params) if q is p)
+        middle = p.numel() - p.numel() * here // (len(self.params) - 1)
+        return (0, middle), (middle, p.numel())
+
+    def own(self, p: torch.Tensor) -> slice:
+        return slice(*self.ranges(p)[self.number])
+
+    def new_optimizer(self) -> Pion:
+        self.data = [p.detach().reshape(-1)[self.own(p)].clone() for p in self.params]
+        pairs = list(zip(self.weights, self.params, strict=True))
+        stored = {}
+        for (w, p), data in zip(pairs, self.data, strict=True):
+            cut = w.shared and self.view(w).axis is not None
+            group = self.everyone.group if cut else self.columns.group
+            stored[p] = Storage(data, group, self.ranges(p))
+        return Pion(
+            [(w.name, p) for w, p in pairs],
+            lr=self.lr,
+            config=self.config,
+            views={p: self.view(w) for w, p in pairs},
+            shards={p: self.place.group for w, p in pairs if w.shared},
+            stored=stored,
+        )
+
+    def step(self) -> None:
+        self.set_gradients()
+        for p, data in zip(self.params, self.data, strict=True):
+            data.grad = p.grad.reshape(-1)[self.own(p)] if data.numel() else None
+        self.optimizer.step()
+        for p, data in zip(self.params, self.data, strict=True):
+            others = torch.zeros(p.numel(), dtype=p.dtype)
+            others[self.own(p)] = data
+            dist.all_reduce(others, group=self.columns.group)
+            p.data = others.view(p.shape)
 
 
 def weights_for(config: PionConfig) -> tuple[Weight, ...]:
@@ -474,18 +527,86 @@ def check_work(place: Place, config: PionConfig) -> None:
 def check_exact_volume(place: Place, config: PionConfig) -> None:
     """What "owner" exchanges follows from its definition.
 
-    Ranks send their shards of W and G once, in waves; the owners then send W back, as often as the
-    ranks together have an element. Besides there is the agreement on finite gradients.
+    Ranks send their shards of G once, and of W unless polar's factors tell it, which they do from
+    the second step on; the owners then send W back, as often as the ranks together have an element,
+    and polar's a flag for each matrix. Besides there is the agreement on finite gradients.
     """
     run = Run(place, config, WEIGHTS, reference=False)
-    cut = [p for w, p in pairs(run) if w.shared and w.whole.axis is not None]
-    shards = sum(p.nbytes for p in cut)
-    seen = counted_step(run)
-    everyones = run.place.everyones(seen)
-    assert seen.pop("all_reduce")[0] == 1
-    assert set(seen) == {"all_to_all"} and seen["all_to_all"][0] == 2 * WAVES, seen
-    total = sum(each["all_to_all"][1] for each in everyones)
-    assert total == 3 * shards * place.ranks, f"{total} bytes of {3 * shards * place.ranks}"
+    cut = [(w, p) for w, p in pairs(run) if w.shared and w.whole.axis is not None]
+    shards = sum(p.nbytes for _, p in cut)
+    polar = config.direction == "polar"
+    flags = sum(8 * b for w, _ in cut for b, _, _ in w.whole.shapes.values()) if polar else 0
+    for sent in (3, 2 if polar else 3):
+        seen = counted_step(run)
+        everyones = run.place.everyones(seen)
+        assert seen.pop("all_reduce")[0] == 1
+        assert set(seen) == {"all_to_all"} and seen["all_to_all"][0] == 2 * WAVES, seen
+        total = sum(each["all_to_all"][1] for each in everyones)
+        assert total == (sent * shards + flags) * place.ranks, f"{total} bytes, {sent}"
+
+
+def check_stored(place: Place, config: PionConfig) -> None:
+    """Ranges of weights are stepped as whole ones; bytes, work and state are as planned."""
+    run = StoredRun(place, config, weights_for(config))
+    pion, plan = run.optimizer, run.optimizer.plan
+    run.step()
+    check_weights(run, TOLERANCE)
+    for step in (2, 3):
+        seen = counted_stored(run)
+        moved = plan.collectives(pion.ranks, step)
+        planned = {name: (each.calls, each.bytes) for name, each in moved.items()}
+        assert seen == planned, f"step {step}: counted {seen}, planned {planned}"
+        check_weights(run, TOLERANCE)
+    held = sum(t.nbytes for state in pion.state.values() for t in state.values())
+    assert held == plan.state_bytes(pion.ranks)
+    computed = [sum(p.numel() for p in run.data), plan.stored_numel(pion.ranks)]
+    assert computed[0] == computed[1], computed
+    # Every matrix has one team.
+    names = [
+        x.weight
+        for i in plan.computed(range(len(plan.matrices)), pion.ranks)
+        for x in [plan.matrices[i]]
+    ]
+    everyones = place.everyones(names)
+    for w in run.weights:
+        members = sum(w.name in each for each in everyones)
+        assert members >= 1, w.name
+
+
+def counted_stored(run: StoredRun) -> dict[str, tuple[int, int]]:
+    """A step's collectives, without those that this test gathers weights by."""
+    with Collectives() as collectives:
+        run.step()
+    seen, gathered = collectives.seen, sum(p.nbytes for p in run.params)
+    calls, size = seen["all_reduce"]
+    seen["all_reduce"] = calls - len(run.params), size - gathered
+    return seen
+
+
+def check_stored_state(place: Place, config: PionConfig) -> None:
+    """A state that is loaded into another optimizer goes on, bit for bit; reports are one's."""
+    runs = [StoredRun(place, config, weights_for(config)) for _ in range(2)]
+    for run in runs:
+        run.step()
+        run.step()
+    straight, resumed = runs
+    saved = copy.deepcopy(resumed.optimizer.state_dict())
+    resumed.optimizer = resumed.new_optimizer()
+    resumed.optimizer.load_state_dict(saved)
+    watches = [Diagnostics(run.optimizer) for run in runs]
+    for run, watch in zip(runs, watches, strict=True):
+        watch.record()
+        run.step()
+    for old, new in zip(straight.data, resumed.data, strict=True):
+        assert torch.equal(old, new)
+    mine, same = (watch.report() for watch in watches)
+    assert mine.names == same.names
+    assert torch.equal(mine.values.nan_to_num(), same.values.nan_to_num())
+    reported = [name for names in place.everyones(mine.names) for name in names]
+    shared = {w.name for w in run.weights if w.shared}
+    of_shared = [name for name in reported if name.partition(":")[0] in shared]
+    assert len(of_shared) == len(set(of_shared))
+    assert {name.partition(":")[0] for name in reported} == {w.name for w in run.weights}
 
 
 def check_nothing_shared(place: Place, config: PionConfig) -> None:
@@ -532,6 +653,7 @@ def check_diagnostics(place: Place, config: PionConfig) -> None:
         run.step()
         with torch.no_grad():
             run.params[1].mul_(1.5)  # fc2
+        run.optimizer.forget_factors()
         watch.record()
         run.step()
         report = watch.report()
@@ -711,8 +833,38 @@ PRODUCTS: tuple[dict[str, object], ...] = (
 )
 
 
+TRIED: tuple[tuple[Callable[..., None], Sequence[dict[str, object]]], ...] = (
+    (check_reference, ({}, {"nesterov": False})),
+    (check_float32, ORTHOGONAL),
+    (check_nan, FEW),
+    (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
+    (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
+    (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
+    (check_diagnostics, FEW),
+    (check_work, PRODUCTS),
+    (check_nothing_shared, FEW[:3]),
+    (check_part_of_the_ranks, FEW[:3]),
+    (check_two_groups, FEW[:3]),
+    (check_conversion, FEW[:3]),
+)
+
+
 def mode_options(mode: str, ranks: int) -> dict[str, object]:
     return {"tp_mode": mode, "blocks": 2 * ranks} if mode == "blockwise" else {"tp_mode": mode}
+
+
+def stored_configs(ranks: int) -> Iterator[PionConfig]:
+    """Half of the ranks are tensor parallel, and there are as many blocks."""
+    for mode, options in itertools.product(MODES, FEW):
+        if mode != "blockwise" or "direction" in options:  # polar has no blocks
+            yield PionConfig(**options, **mode_options(mode, ranks // 2))
+
+
+def tried_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]]:
+    for check, tried in TRIED:
+        for mode, options in itertools.product(MODES, tried):
+            if mode != "blockwise" or "direction" in options:  # polar has no blocks
+                yield check, PionConfig(**options, **mode_options(mode, ranks))
 
 
 def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
@@ -731,31 +883,17 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for *options, (mode, blocks) in covering(*VALUES, modes, together=3 if ranks == 2 else 2):
         config = config_of(*options, tp_mode=mode, blocks=blocks)
         add(check_reference, named(config), config)
-    for check, tried in (
-        (check_reference, ({}, {"nesterov": False})),
-        (check_float32, ORTHOGONAL),
-        (check_nan, FEW),
-        (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
-        (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
-        (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
-        (check_diagnostics, FEW),
-        (check_work, PRODUCTS),
-        (check_nothing_shared, FEW[:3]),
-        (check_part_of_the_ranks, FEW[:3]),
-        (check_two_groups, FEW[:3]),
-        (check_conversion, FEW[:3]),
-    ):
-        for mode, options in itertools.product(MODES, tried):
-            if mode == "blockwise" and "direction" not in options:
-                continue  # polar has no blocks
-            config = PionConfig(**options, **mode_options(mode, ranks))
-            add(check, named(config), config)
+    for check, config in tried_configs(ranks):
+        add(check, named(config), config)
     for options in FEW[:3]:
         config = PionConfig(**options)
         add(check_exact_volume, named(config), config)
         coded = PionConfig(**options, state_dtype="int8")
         for check in check_resume, check_collectives, check_nan:
             add(check, named(coded), coded)
+    for config in stored_configs(ranks):
+        for check in check_stored, check_stored_state:
+            add(check, named(config), config)
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
         add(check_other_plan, what, what)
     add(check_blocks_of_ranks, "")

@@ -1,4 +1,4 @@
-"""--use-distributed-optimizer, besides what the layout table has: bf16, idle ranks, experts, async.
+"""--use-distributed-optimizer, besides what the layout table has: bf16, idle ranks, async saves.
 
 And checkpoints that are refused with the fix.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from megatron_runs import (
     MODEL,
     NO_DROPOUT,
@@ -22,14 +20,12 @@ from megatron_runs import (
     refused,
     train,
 )
-from reference import PUBLISHED
 
 slow = pytest.mark.slow
 
 EP2 = ["--expert-model-parallel-size", "2"]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
-LAYOUT = ["--use-distributed-optimizer"]
-LEGACY = ["--use-distributed-optimizer", "--no-use-layer-wise-param-layout"]
+DIST_OPT = ["--use-distributed-optimizer"]
 ASYNC = ["--async-save"]
 
 MODELS: dict[str, list[str]] = {
@@ -50,12 +46,11 @@ MODELS: dict[str, list[str]] = {
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "one-async": (1, ASYNC),
-    "dp2-layout": (2, [*LAYOUT, *OVERLAP]),
-    "dp2-legacy": (2, [*LEGACY, *OVERLAP, *ASYNC]),
-    "dp4-layout": (4, LAYOUT),
-    "dp4-legacy": (4, LEGACY),
-    "ep2-layout": (2, [*EP2, *LAYOUT]),
-    "ep2-dp2-legacy": (4, [*EP2, *LEGACY]),
+    "dp2": (2, [*DIST_OPT, *OVERLAP]),
+    "dp2-async": (2, [*DIST_OPT, *ASYNC]),
+    "dp4": (4, DIST_OPT),
+    "ep2": (2, [*EP2, *DIST_OPT]),
+    "ep2-dp2": (4, [*EP2, *DIST_OPT]),
 }
 
 
@@ -133,10 +128,9 @@ def assert_continued(found: list[Step], straight: list[Step], model: str) -> Non
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("bf16", "dp2-layout"),
-        ("bf16", "dp2-legacy"),
-        ("few", "dp4-layout"),
-        ("moe", "ep2-dp2-legacy"),
+        ("bf16", "dp2"),
+        ("few", "dp4"),
+        ("moe", "ep2-dp2"),
     ],
 )
 def test_run_is_one_process_s(runs: Runs, model: str, layout: str) -> None:
@@ -147,11 +141,11 @@ def test_run_is_one_process_s(runs: Runs, model: str, layout: str) -> None:
 @pytest.mark.parametrize(
     ("model", "saved", "loaded"),
     [
-        ("bf16", "dp2-layout", "dp2-legacy"),
-        ("bf16", "dp2-legacy", "one"),
-        ("bf16", "one-async", "dp2-layout"),
-        ("few", "dp4-layout", "dp4-legacy"),
-        ("moe", "ep2-dp2-legacy", "ep2-layout"),
+        ("bf16", "dp2", "one"),
+        ("bf16", "dp2-async", "dp2"),
+        ("bf16", "one-async", "dp2"),
+        ("few", "dp4", "dp4"),
+        ("moe", "ep2-dp2", "ep2"),
     ],
 )
 def test_checkpoints_move(runs: Runs, model: str, saved: str, loaded: str) -> None:
@@ -206,40 +200,3 @@ def test_state_of_another_optimizer_is_refused_and_its_weights_load(
         assert step.iteration == first
         # Adam's weights after ten steps, not initial ones, whose loss is log(256) = 5.5.
         assert float(step.loss) < float(adam[4].loss), flag
-
-
-@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
-def test_shards_of_all_buckets_are_balanced_by_cost(options: dict[str, object]) -> None:
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-
-    from megatron_patches.layer_wise import balance
-    from pion_dist import PionConfig
-    from pion_dist.cost import step_flop
-
-    shapes = [(1536, 1024), (1024, 1024), (7168, 256), (256, 3584)] * 16
-    params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in shapes]
-    flop = {p: step_flop(*p.shape, PionConfig(**options)) for p in params}
-    ranks = 4
-    layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
-        params, 8_000_000, ranks, DistributedDataParallelConfig()
-    )
-
-    def loads() -> list[float]:
-        found = [0.0] * ranks
-        for p, (start, end, bucket) in layout.param_index_map.items():
-            first, last = layout.bucket_indices[bucket]
-            size = (last - first) // ranks
-            assert (start - first) // size == (end - 1 - first) // size, "a weight in two shards"
-            found[(start - first) // size] += flop[p]
-        return found
-
-    before, buffer = loads(), list(layout.bucket_indices)
-    balance(layout, ranks, flop)
-    places = sorted((start, end) for start, end, _ in layout.param_index_map.values())
-    assert all(a[1] <= b[0] for a, b in pairwise(places)), "weights overlap"
-    assert layout.bucket_indices == buffer and len(layout.param_index_map) == len(params)
-    mean = sum(before) / ranks
-    assert max(before) > 1.2 * mean  # what is gained
-    # Buckets are several, alike but for the last: the costliest shard of one bucket is the bound.
-    assert max(loads()) < 1.05 * mean

@@ -34,7 +34,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
 DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
-LEGACY = "--no-use-layer-wise-param-layout"
+INSTANCES = ("--num-distributed-optimizer-instances", "2")
 HEADS = ("--pion-qkv", "head")
 # The other directions. The published algorithm's moments have other shapes and names, and more of
 # them are exchanged.
@@ -49,11 +49,11 @@ TP2 = Run("tp2 owner", 2, tp(2))
 TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
-OLD_DIST_OPT = Run("dp2 dist-opt old", 2, (*DIST_OPT, LEGACY))
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
 TP2_FLAT = Run("tp2 owner, equal values", 2, tp(2), options=(FLAT,))
 DISTRIBUTED_FLAT = Run("tp2 distributed, equal values", 2, tp(2, *DISTRIBUTED), options=(FLAT,))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
+MOE_EP2_DIST_OPT = Run("moe ep2 dist-opt", 2, (*EP2, *DIST_OPT), "moe")
 M_TP2 = Run("tp2 owner, msign", 2, tp(2), options=MSIGN)
 M_DISTRIBUTED = Run("tp2 distributed, msign", 2, tp(2, *DISTRIBUTED), options=MSIGN)
 M_BLOCKS = Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN, *BLOCKS))
@@ -63,7 +63,9 @@ P_DISTRIBUTED = Run("tp2 sp distributed, published", 2, tp(2, SP, *DISTRIBUTED),
 P_BLOCKS = Run("tp2 blockwise, published", 2, tp(2), options=(*PUBLISHED, *BLOCKS))
 P_PP2 = Run("pp2, published", 2, PP2, options=PUBLISHED)
 P_DIST_OPT = Run("dp2 dist-opt overlap, published", 2, (*DIST_OPT, *OVERLAP), options=PUBLISHED)
-P_OLD_DIST_OPT = Run("dp2 dist-opt old, published", 2, (*DIST_OPT, LEGACY), options=PUBLISHED)
+P_BLOCKS_DIST_OPT = Run(
+    "tp2 dp2 dist-opt blockwise, published", 4, tp(2, *DIST_OPT), options=(*PUBLISHED, *BLOCKS)
+)
 P_TP2_DIST_OPT = Run("tp2 dp2 dist-opt, published", 4, tp(2, *DIST_OPT), options=PUBLISHED)
 MOE_EP2_TP2 = Run("moe ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe")
 P_MOE_EP2 = Run("moe ep2, published", 2, EP2, "moe", options=PUBLISHED)
@@ -71,7 +73,6 @@ BF16_TP2 = Run("bf16 tp2", 2, tp(2), options=BF16)
 BF16_DP2 = [
     Run("bf16 dp2", 2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
-    Run("bf16 dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP), options=BF16),
 ]
 # From equal singular values: drift is relative to each, and rounding to the largest.
 WATCHED = ("--pion-spectrum-interval", "5", FLAT)
@@ -136,14 +137,20 @@ FLOAT32 = [
     Run("dp4", 4),
     DIST_OPT_RUN,
     Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP)),
-    OLD_DIST_OPT,
-    Run("dp2 dist-opt old overlap", 2, (*DIST_OPT, LEGACY, *OVERLAP)),
     TP2_DIST_OPT,
+    Run("dp4 dist-opt", 4, DIST_OPT),
+    Run("tp2 dist-opt", 2, tp(2, *DIST_OPT)),
+    Run("tp2 dp2 dist-opt distributed", 4, tp(2, *DIST_OPT, *DISTRIBUTED)),
+    Run("pp2 vpp2 dist-opt", 2, (*PP2, *VPP2, *DIST_OPT)),
+    Run("dp4 dist-opt, 2 instances", 4, (*DIST_OPT, *INSTANCES)),
     Run("tp2 dp2", 4, tp(2)),
     Run("tp2 pp2", 4, tp(2, *PP2)),
-    Run("tp2 pp2 dp2", 8, tp(2, *PP2, "--micro-batch-size", "2")),
+    Run("tp2 pp2 dp2 dist-opt", 8, tp(2, *PP2, *DIST_OPT, "--micro-batch-size", "2")),
     MOE_EP2,
+    MOE_EP2_DIST_OPT,
     MOE_EP2_TP2,
+    Run("moe tp2 etp1 dist-opt", 2, tp(2, SP, *WHOLE_EXPERTS, *DIST_OPT), "moe"),
+    Run("moe ep2 tp2 dist-opt", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS, *DIST_OPT), "moe"),
     Run("moe tp2, cut experts", 2, tp(2, SP), "moe"),
     Run("mha, plain mlp, tp2 sp", 2, tp(2, SP), "plain"),
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
@@ -154,7 +161,7 @@ FLOAT32 = [
     *ZEROS,
     Run("mla tp2, owner to distributed", 2, tp(2), "mla", against=MLA_DISTRIBUTED),
     *(P_TP2, P_DISTRIBUTED, P_BLOCKS, P_PP2),
-    *(P_DIST_OPT, P_OLD_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
+    *(P_DIST_OPT, P_BLOCKS_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
 ]
 BFLOAT16 = [  # against one process, or TP's ranks alone
     *BF16_DP2,
@@ -163,18 +170,17 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2 dist-opt, published", 2, DIST_OPT, options=(*BF16, *PUBLISHED)),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
 ]
-OF_POLAR = [TP2, TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN, OLD_DIST_OPT, TP2_DIST_OPT]
+OF_POLAR = [TP2, TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
-MOE_PLACES = [MOE_EP2.one_process, MOE_EP2]
-P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2, P_OLD_DIST_OPT]
+MOE_PLACES = [MOE_EP2.one_process, MOE_EP2, MOE_EP2_DIST_OPT]
+P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2]
 MOVES = [
     # What one process has saved loads everywhere, and so does what TP 2 has; every place saves.
     *(saved.moved_to(loaded) for saved in PLACES[:2] for loaded in PLACES),
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*PLACES[2:], PLACES[0]])),
     *(saved.moved_to(saved) for saved in PLACES[2:]),
-    *(saved.moved_to(loaded) for saved in MOE_PLACES for loaded in MOE_PLACES),
-    *(OLD_DIST_OPT.moved_to(loaded) for loaded in (DIST_OPT_RUN, PP2_RUN)),
-    *(saved.moved_to(OLD_DIST_OPT) for saved in (DIST_OPT_RUN, TP2_DIST_OPT)),
+    *(saved.moved_to(loaded) for saved, loaded in pairwise([*MOE_PLACES, MOE_PLACES[0]])),
+    MOE_EP2_DIST_OPT.moved_to(MOE_EP2_DIST_OPT),
     *(TP2.moved_to(TP2_DISTRIBUTED), TP2_DISTRIBUTED.moved_to(TP2.one_process)),
     TP2_FLAT.moved_to(TP2_FLAT.one_process),
     *FRESH,

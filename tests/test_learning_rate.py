@@ -24,8 +24,7 @@ DIST_OPT = ["--use-distributed-optimizer"]
 WAYS = {
     "torch_dist": [],
     "torch": ["--ckpt-format", "torch"],
-    "layout": DIST_OPT,
-    "legacy": [*DIST_OPT, "--no-use-layer-wise-param-layout"],
+    "distributed": DIST_OPT,
 }
 RUNS = [(way, name) for way in WAYS for name in (way, f"{way}-resumed")]
 # At a resume, with Megatron's flag that lets them change.

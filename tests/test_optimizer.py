@@ -153,8 +153,8 @@ def test_matrices_of_one_shape_are_one_batch() -> None:
     params = weights((3, 6), (3, 6), (6, 3), (3, 6), (700, 700), (700, 700))
     optimizer = Pion([{"params": params[:3]}, {"params": params[3:], "lr": 0.1}])
     plan = optimizer.plan
-    assert plan.own_batches(plan.own(), "cpu") == [[0, 1], [2], [3], [4], [5]]
-    assert plan.own_batches(plan.own(), "cuda") == [[0, 1], [2], [3], [4, 5]]
+    assert plan.batches(plan.in_place(), "cpu") == [[0, 1], [2], [3], [4], [5]]
+    assert plan.batches(plan.in_place(), "cuda") == [[0, 1], [2], [3], [4, 5]]
 
 
 @pytest.mark.parametrize(

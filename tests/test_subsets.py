@@ -28,8 +28,7 @@ ITERATIONS, SAVED = 6, 3
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 EP2 = ["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
-LAYOUT = ["--use-distributed-optimizer"]
-LEGACY = [*LAYOUT, "--no-use-layer-wise-param-layout"]
+DIST_OPT = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 
 
@@ -62,23 +61,23 @@ CASES = {
     # A layer that is Adam's, a frozen one, a frozen attention, and an expert of a layer's.
     "mixed": Case(
         [*TP2, *EP2],
-        {"pp2": PP2, "legacy": [*EP2, *LEGACY]},
+        {"pp2": PP2, "dist-opt": [*EP2, *DIST_OPT]},
         model="moe",
         exclude=r"layers\.0\.|layers\.2\.mlp\.experts\.local_experts\.1\.",
         frozen=r"layers\.1\.|layers\.3\.self_attention",
     ),
     "bf16": Case(
-        LAYOUT,
-        {"pp2": PP2, "legacy": [*LEGACY, *OVERLAP]},
+        DIST_OPT,
+        {"pp2": PP2, "dist-opt": [*DIST_OPT, *OVERLAP]},
         exclude=r"layers\.0\.",
         frozen=r"layers\.1\.|layers\.3\.mlp",
         flags=["--bf16"],
     ),
-    "no matrix": Case(TP2, {"pp2": PP2, "legacy": LEGACY, "layout": LAYOUT}, exclude="."),
-    "embedding": Case(LAYOUT, {"tp2": TP2}, frozen="layers|norm|output"),
-    "experts": Case(LEGACY, {"ep2": EP2}, model="moe", frozen=r"^(?!.*local_experts)"),
+    "no matrix": Case(TP2, {"pp2": PP2, "dist-opt": DIST_OPT}, exclude="."),
+    "embedding": Case(DIST_OPT, {"tp2": TP2}, frozen="layers|norm|output"),
+    "experts": Case(DIST_OPT, {"ep2": EP2}, model="moe", frozen=r"^(?!.*local_experts)"),
     "second stage": Case(
-        PP2, {"layout": [*PP2, *LAYOUT, *OVERLAP]}, frozen=r"embedding|layers\.[01]\."
+        PP2, {"dist-opt": [*PP2, *DIST_OPT, *OVERLAP]}, frozen=r"embedding|layers\.[01]\."
     ),
 }
 MOVES = [(case, loaded) for case in CASES for loaded in CASES[case].loaded]

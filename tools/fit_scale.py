@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from pion_dist import RECIPES, Pion, PionConfig
 from pion_dist.matrices import whole
 from pion_dist.scale.describe import Cluster
-from pion_dist.scale.predict import AROUND, priced
+from pion_dist.scale.rates import AROUND, priced
 from pion_dist.scale.report import table
 from pion_dist.scale.trace import kernels
 from pion_dist.update.precision import exact

@@ -1,24 +1,20 @@
-"""Which weights of a pipeline stage each rank has, as the layer-wise optimizer deals them."""
+"""Which weights a pipeline stage has, where Megatron stores them, and what Pion plans for them."""
 
 from __future__ import annotations
 
-import heapq
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
 
-from .. import cost
 from ..classify import ParamInfo, Rotated, classify
 from ..config import PionConfig
-from ..plan import MatrixPlan, StepPlan, build_plan, deal, deal_shards
+from ..plan import MatrixPlan, StepPlan, build_plan
 from .describe import Layout, Model
 
-Dealing = Literal["layout", "whole"]
-"""Megatron's buffers of whole weights in shards, or (--no-use-layer-wise-param-layout) lists."""
-
-ALIGNMENT = 64  # elements, of a weight's start in its shard
-FULL = 0.9  # a bucket grows until its weights are so much of what its largest would pad it to
+ALIGNMENT = 64  # elements, of a weight's start in its buffer
+BUCKET_ALIGNMENT = 128  # elements, of a bucket's end
 
 
 @dataclass(frozen=True)
@@ -35,27 +31,38 @@ class Weight:
     numel: int
     rotated: Rotated
 
-    def flop(self, config: PionConfig) -> float:
-        """What it is dealt by: see ``cost.weight_flop``."""
-        view, ranks = self.rotated.view, self.rotated.ranks
-        return cost.weight_flop(view.whole_shapes(ranks).values(), config, view.axis, ranks=ranks)
-
 
 @dataclass(frozen=True)
-class Dealt:
-    """A stage's weights, dealt.
+class Pool:
+    """The weights that one data-parallel group divides: a stage's dense ones, or its experts.
 
     Attributes:
-        owned: of each rank, indices of weights.
-        numel: elements of the weights.
-        buffer: elements of the buffer that holds them, padded.
-        buckets: of the buffer.
+        name: of the data-parallel group.
+        items: the weights of a rank, in the model's order.
+        ranks: data-parallel ranks.
+        tp: tensor-parallel ranks.
+        apart: distance of neighbours in the data-parallel group, in the order of all ranks.
     """
 
-    owned: tuple[tuple[int, ...], ...]
-    numel: int
-    buffer: int
-    buckets: int
+    name: str
+    items: tuple[Weight, ...]
+    ranks: int
+    tp: int
+    apart: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weights."""
+        return sum(w.numel for w in self.items)
+
+
+def pools(model: Model, layout: Layout, config: PionConfig) -> list[Pool]:
+    """The pools of a stage between the first and the last."""
+    dense, expert = weights(model, layout, config)
+    found = [Pool("dp", tuple(dense), layout.sharing, layout.tp, layout.tp)]
+    if expert:
+        found.append(Pool("edp", tuple(expert), layout.expert_dp, 1, layout.ep))
+    return found
 
 
 def weights(model: Model, layout: Layout, config: PionConfig) -> tuple[list[Weight], list[Weight]]:
@@ -121,92 +128,176 @@ def _weights(infos: Iterable[ParamInfo], config: PionConfig) -> list[Weight]:
     return found
 
 
-def dealt(items: Sequence[Weight], ranks: int, costs: Sequence[float], dealing: Dealing) -> Dealt:
-    """Deal weights to ranks.
+@dataclass(frozen=True)
+class Buffer:
+    """Weights in a flat buffer, which is cut into buckets, each divided over ranks.
 
-    Args:
-        items: in the model's order.
-        ranks: that share them out.
-        costs: of the weights.
-        dealing: ``layout`` pads, ``whole`` does not.
+    Attributes:
+        weights: of each its first element, its last but one, and its bucket.
+        buckets: elements [start, stop).
+        ranks: that divide a bucket.
     """
-    numel = sum(w.numel for w in items)
-    owned: list[list[int]] = [[] for _ in range(ranks)]
-    if dealing == "whole":
-        for item, rank in enumerate(deal(costs, ranks)):
-            owned[rank].append(item)
-        return Dealt(tuple(map(tuple, owned)), numel, numel, min(1, len(items)))
-    buckets, buffer = packed([w.numel for w in items], ranks)
-    each = [[sum(costs[i] for i in shard) for shard in bucket] for bucket in buckets]
-    for bucket, to in zip(buckets, deal_shards(each), strict=True):
-        for shard, rank in zip(bucket, to, strict=True):
-            owned[rank] += shard
-    return Dealt(tuple(map(tuple, owned)), numel, buffer, len(buckets))
+
+    weights: tuple[tuple[int, int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+    ranks: int
+
+    @property
+    def numel(self) -> int:
+        """Elements, the few that align weights included."""
+        return self.buckets[-1][1]
+
+    def ranges(self, weight: int) -> tuple[tuple[int, int], ...]:
+        """Elements [start, stop) of a weight that each rank stores."""
+        start, stop, bucket = self.weights[weight]
+        first, last = self.buckets[bucket]
+        share = (last - first) // self.ranks
+        ends = [
+            min(max(first + rank * share, start), stop) - start for rank in range(self.ranks + 1)
+        ]
+        return tuple(pairwise(ends))
 
 
-def packed(
-    numels: Sequence[int], ranks: int, bucket_size: int | None = None
-) -> tuple[list[list[list[int]]], int]:
-    """Buckets of shards of whole weights, and elements of the buffer, as Megatron 0.19 packs them.
+def bucket_numel(ranks: int) -> int:
+    """Elements from which on Megatron's DDP ends a bucket."""
+    return max(40_000_000, 1_000_000 * ranks)
 
-    (LayerWiseDistributedOptimizer._compute_per_buffer_param_layout: in the order of backward,
-    largest first to the emptiest shard, every shard padded to the fullest.)
+
+def buffer(numels: Sequence[int], ranks: int, bucket_size: int | None = None) -> Buffer:
+    """The buffer of weights as Megatron's distributed optimizer fills it, last weight first.
+
+    (DistributedOptimizer._compute_per_buffer_param_layout of 0.19.)
 
     Args:
         numels: of the weights, in the model's order.
-        ranks: shards of a bucket.
-        bucket_size: elements; by default DDP's, max(40M, 1M x ranks).
-
-    Returns:
-        For every bucket and shard the indices of its weights; and the buffer's elements.
+        ranks: that divide a bucket.
+        bucket_size: elements; by default DDP's.
     """
-    if bucket_size is None:
-        bucket_size = max(40_000_000, 1_000_000 * ranks)
-    divisor = math.lcm(ALIGNMENT, math.lcm(ranks, 128) // ranks)
-    buckets: list[list[list[int]]] = []
-    buffer = 0
-    chunk: list[int] = []
-    total = largest = 0
+    size = bucket_numel(ranks) if bucket_size is None else bucket_size
+    found = [(0, 0, 0)] * len(numels)
+    buckets: list[tuple[int, int]] = []
+    first = end = 0
     for i in reversed(range(len(numels))):
-        chunk.append(i)
-        total, largest = total + numels[i], max(largest, numels[i])
-        if i and total < max(bucket_size, int(ranks * largest * FULL)):
-            continue
-        shards: list[list[int]] = [[] for _ in range(ranks)]
-        ends = [(0, shard) for shard in range(ranks)]
-        for j in sorted(chunk, key=lambda j: -numels[j]):
-            end, shard = heapq.heappop(ends)
-            shards[shard].append(j)
-            heapq.heappush(ends, (_up(end, ALIGNMENT) + numels[j], shard))
-        buckets.append(shards)
-        buffer += ranks * _up(max(ends)[0], divisor)
-        chunk, total, largest = [], 0, 0
-    return buckets, buffer
+        start = up(end, ALIGNMENT)
+        end = start + numels[i]
+        found[i] = start, end, len(buckets)
+        if i == 0 or end - first >= size:
+            end = up(end, math.lcm(ranks, BUCKET_ALIGNMENT))
+            buckets.append((first, end))
+            first = end
+    return Buffer(tuple(found), tuple(buckets), ranks)
 
 
-def _up(value: int, multiple: int) -> int:
+def up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below a value."""
     return -(-value // multiple) * multiple
 
 
-def plan_of(items: Sequence[Weight], config: PionConfig, tp: int) -> StepPlan:
-    """What ``Pion`` plans for weights that a tensor-parallel group has shards of.
+@dataclass(frozen=True)
+class Wave:
+    """A wave of a group's exchange: bytes by rank.
 
-    Args:
-        items: of one data-parallel rank.
-        config: the run's options.
-        tp: ranks of the group.
+    Attributes:
+        indices: of the matrices, in the plan.
+        sent: to the teams.
+        got: by the teams.
+        returned: by the teams.
+        taken: back where weights are stored.
     """
-    matrices = [
-        MatrixPlan(
-            weight=w.name,
-            part=part,
-            batch=batch,
-            m=m,
-            n=n,
-            axis=w.rotated.view.axis,
-            group=0 if w.rotated.ranks > 1 else None,
-        )
-        for w in items
-        for part, (batch, m, n) in w.rotated.view.whole_shapes(w.rotated.ranks).items()
-    ]
-    return build_plan(matrices, [tp] if tp > 1 else [], config)
+
+    indices: tuple[int, ...]
+    sent: tuple[int, ...]
+    got: tuple[int, ...]
+    returned: tuple[int, ...]
+    taken: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What ``Pion`` plans for a pool.
+
+    Attributes:
+        plan: the same on all ranks of the pool.
+        names: of the plan's groups.
+        waves: of each group's exchange.
+        stored: elements of the weights by data-parallel rank.
+    """
+
+    plan: StepPlan
+    names: tuple[str, ...]
+    waves: tuple[tuple[Wave, ...], ...]
+    stored: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=32)
+def planned(pool: Pool, config: PionConfig) -> Planned:
+    """Plan a pool as a run does: ranges of a buffer, and teams that ``plan.build_plan`` chooses."""
+    matrices, sizes = matrices_of(pool)
+    return with_waves(pool, build_plan(matrices, list(sizes.values()), config), tuple(sizes))
+
+
+def matrices_of(pool: Pool) -> tuple[list[MatrixPlan], dict[str, int]]:
+    """A pool's matrices, whose teams are to be chosen, and the sizes of groups by name."""
+    stored = buffer([w.numel for w in pool.items], pool.ranks)
+    sizes: dict[str, int] = {}
+    found = []
+    for number, w in enumerate(pool.items):
+        view = w.rotated.view
+        cut = w.rotated.ranks if view.axis is not None else 1
+        name, size = ("grid" if cut > 1 else pool.name), cut * pool.ranks
+        if size > 1:
+            sizes[name] = size
+        ranges = stored.ranges(number) if pool.ranks > 1 else ()
+        found += [
+            MatrixPlan(
+                weight=w.name,
+                part=part,
+                batch=batch,
+                m=m,
+                n=n,
+                axis=view.axis,
+                group=list(sizes).index(name) if size > 1 else None,
+                cut=cut,
+                stored=tuple((view.position(part, a), view.position(part, b)) for a, b in ranges),
+            )
+            for part, (batch, m, n) in view.whole_shapes(cut).items()
+        ]
+    return found, sizes
+
+
+def with_waves(pool: Pool, plan: StepPlan, names: tuple[str, ...]) -> Planned:
+    """Count the bytes of a plan's waves."""
+    groups = range(len(names))
+    return Planned(
+        plan,
+        names,
+        tuple(tuple(_wave(plan, each, plan.sizes[g]) for each in plan.waves(g)) for g in groups),
+        tuple(
+            plan.stored_numel(ranks_of(pool, names, rank * pool.tp)) for rank in range(pool.ranks)
+        ),
+    )
+
+
+def ranks_of(pool: Pool, names: Sequence[str], rank: int) -> list[int]:
+    """A rank's numbers in the groups: of all ranks of a pool those of the data-parallel group."""
+    return [rank if name == "grid" else rank // pool.tp for name in names]
+
+
+def _wave(plan: StepPlan, indices: Sequence[int], size: int) -> Wave:
+    sent, got, returned, taken = ([0] * size for _ in range(4))
+    for i in indices:
+        x = plan.matrices[i]
+        tensors = 2 if plan.sends_weights else 1
+        parts = x.stored or ((0, x.shard_numel),)
+        for place, (start, stop) in enumerate(parts):
+            if start == stop:
+                continue
+            there = x.itemsize * tensors * (stop - start)
+            back = x.itemsize * (stop - start + plan.flags(x))
+            for rank in range(place * x.cut, (place + 1) * x.cut):
+                member = x.member(rank)
+                sent[rank] += there
+                got[member] += there
+                returned[member] += back
+                taken[rank] += back
+    return Wave(tuple(indices), *map(tuple, (sent, got, returned, taken)))

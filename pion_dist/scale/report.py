@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import MatmulPrecision, PionConfig, TpMode
-from .dealing import Dealing
 from .describe import Cluster, Layout, Model
+from .muon import Path as MuonPath
 from .predict import Method, Prediction, largest_matrix, predict
 
 Found = Mapping[str, tuple[Method, Prediction]]
@@ -24,22 +24,17 @@ COLORS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method]:
     """The methods that a layout lets choose from, by name; the same result in ``exact`` ones."""
     found = {"AdamW": Method(optimizer="adamw")}
-    dealings: tuple[tuple[Dealing, str], ...] = (("layout", "buffers"), ("whole", "lists"))
-    modes: tuple[TpMode, ...] = ("owner", "distributed")
-    if layout.tp == 1:
-        modes = ("owner",)
-    for dealing, label in dealings:
-        found[f"Muon duplicated, {label}"] = Method(optimizer="muon", dealing=dealing)
+    paths: tuple[MuonPath, ...] = ("buffers", "lists")
+    for path in paths:
+        found[f"Muon duplicated, {path}"] = Method(optimizer="muon", path=path)
         if layout.tp > 1:
-            found[f"Muon blockwise, {label}"] = Method(
-                optimizer="muon", dealing=dealing, muon="blockwise"
-            )
-        for mode in modes:
-            here = replace(config, tp_mode=mode, blocks=1)
-            found[f"Pion {mode}, {label}"] = Method(config=here, dealing=dealing)
-        if blocks > 1 and config.direction != "polar":  # has no blocks
-            here = replace(config, tp_mode="blockwise", blocks=blocks)
-            found[f"Pion blockwise {blocks}, {label}"] = Method(config=here, dealing=dealing)
+            found[f"Muon blockwise, {path}"] = Method(optimizer="muon", path=path, muon="blockwise")
+    modes: tuple[TpMode, ...] = ("owner", "distributed") if layout.tp > 1 else ("owner",)
+    for mode in modes:
+        found[f"Pion {mode}"] = Method(config=replace(config, tp_mode=mode, blocks=1))
+    if blocks > 1 and config.direction != "polar":  # has no blocks
+        here = replace(config, tp_mode="blockwise", blocks=blocks)
+        found[f"Pion blockwise {blocks}"] = Method(config=here)
     return found
 
 
@@ -67,12 +62,10 @@ def best(found: Found, cluster: Cluster, *, among: str) -> tuple[str, Method, Pr
 
 def flags(method: Method) -> str:
     """A method's flags for Megatron."""
-    parts = [f"--pion-tp-mode {method.config.tp_mode}"]
+    parts = ["--use-distributed-optimizer", f"--pion-tp-mode {method.config.tp_mode}"]
     if method.config.blocks > 1:
         parts.append(f"--pion-blocks {method.config.blocks}")
     parts.append(f"--pion-matmul-precision {method.config.matmul_precision}")
-    if method.dealing == "whole":
-        parts.append("--no-use-layer-wise-param-layout")
     return " ".join(parts)
 
 
@@ -88,8 +81,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def overview(found: Found, cluster: Cluster) -> str:
     """A row for each method."""
     head = ("optimizer", "step", "exchange", "DP exposed", "share", "state max", "state mean")
+    adamw = found["AdamW"][1].memory
     return table(
-        (*head, "memory", "idle ranks", "padding", "mean / slowest"),
+        (*head, "memory", "of AdamW's", "busiest / mean"),
         (
             (
                 name,
@@ -100,9 +94,8 @@ def overview(found: Found, cluster: Cluster) -> str:
                 gigabytes(p.state_max),
                 gigabytes(p.state_mean),
                 gigabytes(p.memory) + (" (too much)" if p.memory > cluster.capacity else ""),
-                f"{p.idle:.0%}",
-                f"{p.padding:.0%}",
-                f"{p.balance:.2f}",
+                f"{p.memory / adamw:.2f}",
+                f"{p.imbalance:.2f}",
             )
             for name, (_, p) in found.items()
         ),
@@ -126,7 +119,7 @@ PRECISIONS: tuple[MatmulPrecision, ...] = ("highest", "high", "bf16")
 
 def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> str:
     """The best exact mode at every matmul precision, and what bounds it."""
-    rows = []
+    rows, teams = [], (1, layout.tp) if layout.tp > 1 else (1,)
     for precision in PRECISIONS:
         here = {
             name: (other, predict(model, layout, cluster, other))
@@ -149,12 +142,16 @@ def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> 
                 f"{p.share:.1%}",
                 milliseconds(mean),
                 f"{mean / (p.model + mean):.1%}",
-                milliseconds(largest_matrix(model, layout, cluster, owner)),
+                *(
+                    milliseconds(largest_matrix(model, layout, cluster, owner, ranks=ranks))
+                    for ranks in teams
+                ),
             )
         )
     head = ("--pion-matmul-precision", "best exact mode", "step", "share")
-    even = ("dealt evenly over all ranks", "share if that were all", "largest matrix on one rank")
-    return table((*head, *even), rows)
+    even = ("dealt evenly over all ranks", "share if that were all")
+    largest = ("largest matrix on one rank", *(f"on each of {ranks}" for ranks in teams[1:]))
+    return table((*head, *even, *largest), rows)
 
 
 def _at(precision: MatmulPrecision, config: PionConfig) -> PionConfig:
@@ -173,46 +170,44 @@ def sensitivity(model: Model, layout: Layout, cluster: Cluster, method: Method) 
 
 
 def advice(found: Found, layout: Layout, cluster: Cluster) -> list[str]:
-    """The best flags, and where layer-wise sharding stops scaling."""
+    """The best flags, and what bounds them."""
     chosen = best(found, cluster, among="exact")
     if chosen is None:
         return [
             "No exact mode fits the GPUs' memory in this layout, activations left out: change "
             "--tp, --pp or --gpus."
         ]
-    name, method, p = chosen
-    lines = [f"Best exact flags: {flags(method)} ({p.share:.1%} of an iteration)."]
+    _, method, p = chosen
+    adamw = found["AdamW"][1]
+    lines = [
+        f"Best exact flags: {flags(method)} ({p.share:.1%} of an iteration, AdamW "
+        f"{adamw.share:.1%})."
+    ]
     blockwise = best(found, cluster, among="Pion blockwise")
     if blockwise is not None:
         lines.append(
             f"Another algorithm: {flags(blockwise[1])} ({blockwise[2].share:.1%} of an iteration)."
         )
-    return lines + limits(found, name, layout, cluster)
+    return lines + limits(p, adamw)
 
 
-def limits(found: Found, name: str, layout: Layout, cluster: Cluster) -> list[str]:
-    """Where layer-wise sharding has stopped scaling in this layout, in figures."""
-    p = found[name][1]
+def limits(p: Prediction, adamw: Prediction) -> list[str]:
+    """What keeps a prediction of Pion's from AdamW's, in figures."""
     lines = []
+    if p.imbalance > 1.3:
+        lines.append(
+            f"The busiest rank computes {p.imbalance:.1f} times the mean "
+            f"({milliseconds(p.busiest)} and {milliseconds(p.mean)})."
+        )
     if p.idle:
+        lines.append(f"{p.idle:.0%} of the ranks compute no matrix.")
+    if p.exchange > 0.1 * p.step:
+        lines.append(f"{p.exchange / p.step:.0%} of the step are exchange that nothing hides.")
+    if p.memory > adamw.memory:
         lines.append(
-            f"{p.idle:.0%} of the ranks have no matrix to compute: {layout.sharing} ranks share "
-            "out a stage's weights, and none gets a part of one."
+            f"The rank with most takes {p.memory / adamw.memory - 1:.1%} more memory than AdamW's "
+            f"({gigabytes(p.memory)} and {gigabytes(adamw.memory)})."
         )
-    if p.balance < 0.8:
-        lines.append(
-            f"The slowest rank takes {1 / p.balance:.1f} times as long as the mean "
-            f"({milliseconds(p.step)} and {milliseconds(p.mean)})."
-        )
-    padded = {n: q for n, (m, q) in found.items() if m.dealing == "layout" and exact(m)}
-    for q in list(padded.values())[:1]:
-        if q.padding > 0.05:
-            lines.append(
-                f"Buffers of whole weights are {q.padding:.0%} padding: {gigabytes(q.buffers)} of "
-                f"gradients and weights on each GPU in place of "
-                f"{gigabytes(q.buffers * (1 - q.padding))}"
-                + (", more than it has." if q.buffers > cluster.capacity else ".")
-            )
     return lines
 
 
@@ -222,12 +217,11 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
     names = [name for _, found in rows for name in found]
     kinds = {k: v for k, v in KINDS.items() if k == "exact" or any(n.startswith(k) for n in names)}
     head = ("GPUs", "DP", "samples", "forward, backward", *kinds.values())
-    more = ("by", "its step alone", "dealt evenly", "idle ranks", "padding", "buffers")
+    more = ("by", "its step alone", "dealt evenly", "busiest / mean", "memory, of AdamW's")
     cells = []
     for layout, found in rows:
         chosen = {kind: best(found, cluster, among=kind) for kind in kinds}
         adamw, pion = found["AdamW"][1], chosen["exact"]
-        buffers = max((p for _, p in found.values()), key=lambda p: p.padding)
         cells.append(
             (
                 f"{layout.gpus:,}",
@@ -238,9 +232,8 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
                 "" if pion is None else pion[0].removeprefix("Pion "),
                 "" if pion is None else f"{pion[2].step / (pion[2].model + pion[2].step):.1%}",
                 f"{even(found):.1%}",
-                "" if pion is None else f"{pion[2].idle:.0%}",
-                f"{buffers.padding:.0%}",
-                gigabytes(buffers.buffers),
+                "" if pion is None else f"{pion[2].imbalance:.1f}",
+                "" if pion is None else f"{pion[2].memory / adamw.memory:.2f}",
             )
         )
     return table((*head, *more), cells)
@@ -248,7 +241,7 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
 
 def even(found: Found) -> float:
     """Pion's share if its whole matrices' computation were dealt evenly and nothing else cost."""
-    p = found["Pion owner, lists"][1]
+    p = found["Pion owner"][1]
     return p.mean / (p.model + p.mean)
 
 
@@ -300,7 +293,7 @@ def plot(
         axes.plot(
             *zip(*points, strict=True), ":", color=COLORS[3], label="Pion's FLOP, dealt evenly"
         )
-        axes.axhline(2, color="0.6", lw=0.8)
+        axes.axhline(3, color="0.6", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)

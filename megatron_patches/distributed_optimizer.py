@@ -1,0 +1,244 @@
+"""Pion in Megatron's own distributed optimizer, which shards, reduces and gathers as for Adam.
+
+``--use-distributed-optimizer`` makes Megatron's ``DistributedOptimizer``, unmodified: Megatron
+builds it for Adam over all parameters. Then the optimizer inside is replaced by one that steps
+Pion's groups by Pion. Pion gets the ranges of weights that this rank stores, and brings what is to
+be computed to the ranks that compute it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from pion_dist.slots import Storage
+
+from . import seams
+from .parameters import of_all_ranks
+from .sharded_state import CheckpointedPion
+
+# Set on the config that Megatron makes its optimizer with, which says Adam.
+WITH_PION = "with_pion"
+
+
+def apply() -> None:
+    """Have Megatron take ``--use-distributed-optimizer`` for Pion as it takes it for Adam."""
+    if not seams.has_training():
+        return
+    arguments: Any = importlib.import_module("megatron.training.arguments")
+    arguments.validate_args = _as_for_adam(arguments.validate_args)
+    arguments._print_args = _with_own_name(arguments._print_args)
+    initialize: Any = importlib.import_module("megatron.training.initialize")
+    if hasattr(initialize, "validate_args"):  # of Megatron 0.18
+        initialize.validate_args = arguments.validate_args
+
+
+def _as_for_adam(original: Any) -> Any:
+    """Validate arguments as Adam's: of others Megatron turns the flag into another optimizer's."""
+
+    @functools.wraps(original)
+    def validate_args(args: Any, *more: Any, **kwargs: Any) -> Any:
+        if args.optimizer != "pion":
+            return original(args, *more, **kwargs)
+        args.optimizer, args.pion_validated = "adam", True
+        try:
+            return original(args, *more, **kwargs)
+        finally:
+            _name(args)
+
+    return validate_args
+
+
+def _with_own_name(original: Any) -> Any:
+    """Print the arguments of Pion's run, which are printed while they are validated."""
+
+    @functools.wraps(original)
+    def print_args(title: str, args: Any) -> Any:
+        _name(args)
+        return original(title, args)
+
+    return print_args
+
+
+def _name(args: Any) -> None:
+    if args.__dict__.pop("pion_validated", False):
+        args.optimizer = "pion"
+
+
+def make(
+    original: Callable[..., Any],
+    config: Any,
+    model_chunks: Sequence[Any],
+    *args: Any,
+    kwargs_of: Callable[..., Mapping[str, Any]],
+    not_pion: Any,
+    **kwargs: Any,
+) -> Any:
+    """Make Megatron's optimizer for Adam, and put Pion into it.
+
+    Args:
+        original: get_megatron_optimizer.
+        config: Megatron's OptimizerConfig, of Pion.
+        model_chunks: as get_megatron_optimizer gets them.
+        args: further arguments of get_megatron_optimizer.
+        kwargs_of: makes Pion's arguments from config, chunks and process groups.
+        not_pion: Megatron's ParamKey of the parameters that are Adam's.
+        kwargs: further arguments of get_megatron_optimizer.
+    """
+    core: Any = importlib.import_module("megatron.core.optimizer")
+    given = inspect.signature(original).bind(config, model_chunks, *args, **kwargs)
+    given.apply_defaults()
+    own = copy.copy(config)  # it carries what is no field, as timers
+    own.optimizer = "adam"
+    setattr(own, WITH_PION, True)
+    overrides = given.arguments["config_overrides"]
+    if overrides is None:
+        overrides = core.get_standard_config_overrides(own)
+    overrides = {**overrides, not_pion: {"optimizer": "adam"}}
+    optimizer = original(**{**given.arguments, "config": own, "config_overrides": overrides})
+    groups = given.arguments["pg_collection"]
+    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not leaf.is_stub_optimizer:
+            _put_pion(leaf, kwargs_of(config, leaf.model_chunks, groups), overrides)
+    return optimizer
+
+
+class PionAndAdam:
+    """The optimizer in a DistributedOptimizer: Pion for its groups, Megatron's Adam for the others.
+
+    Attributes:
+        pion: steps its groups; its weights are stored in ranges.
+        adam: as Megatron made it, with the other groups alone.
+        weights: Pion's model parameters, in the order of its state.
+    """
+
+    def __init__(
+        self, pion: CheckpointedPion, adam: Any, pions: Sequence[bool], weights: Sequence[Any]
+    ) -> None:
+        """Join the groups; ``pions`` says of each whether it is Pion's."""
+        self.pion, self.adam, self.weights = pion, adam, list(weights)
+        self._pions = list(pions)
+        self.defaults = adam.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All groups, in Megatron's order."""
+        pions, adams = iter(self.pion.param_groups), iter(self.adam.param_groups)
+        return [next(pions if mine else adams) for mine in self._pions]
+
+    @property
+    def state(self) -> Any:
+        """Adam's state by parameter, which Megatron looks into."""
+        return self.adam.state
+
+    def step(self) -> None:
+        """Step both."""
+        self.pion.step()
+        self.adam.step()
+
+
+def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
+    """Replace the optimizer in a distributed one (modified in place); a collective of all ranks."""
+    core: Any = importlib.import_module("megatron.core.optimizer")
+    adam = leaf.optimizer
+    expert = adam.param_groups[0]["is_expert_parallel"]
+    # As Megatron had them before it put what this rank stores in the parameters' place.
+    groups = core._get_param_groups(leaf.model_chunks, leaf.config, overrides)
+    groups = [group for group in groups if group["is_expert_parallel"] == expert]
+    pions = ["optimizer" not in group for group in groups]
+    if not any(pions):
+        return
+    mine, others = (
+        [i for i, of_pion in enumerate(pions) if of_pion == wanted] for wanted in (True, False)
+    )
+    tensors, dp = dict(_stored(leaf)), leaf.data_parallel_group
+    grid = _grid(leaf.expert_tp_group if expert else leaf.tp_group, dp)
+    stored = {}
+    for p in (p for i in mine for p in groups[i]["params"]):
+        tp = kwargs["shards"].get(p)
+        cut = tp is not None and kwargs["views"][p].axis is not None
+        data = tensors.get(p)
+        if data is None:
+            data = torch.empty(0, dtype=torch.float32, device=p.device)
+        ranges = _ranges(leaf, p)
+        group = grid if cut else (dp if dp.size() > 1 else None)
+        stored[p] = Storage(data, group, ranges if len(ranges) > 1 else ())
+    pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
+    for i, own in zip(mine, pion.param_groups, strict=True):
+        own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
+    adam.param_groups = [adam.param_groups[i] for i in others]
+    leaf.optimizer = PionAndAdam(pion, adam, pions, list(stored))
+
+
+def _stored(leaf: DistributedOptimizer) -> list[tuple[Any, torch.Tensor]]:
+    """Each parameter of which this rank stores a range, and the tensor that is stepped of it."""
+    pairs = (
+        (leaf.model_fp32_groups, leaf.shard_fp32_groups),
+        (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
+    )
+    return [
+        pair
+        for model, shards in pairs
+        for params, tensors in zip(model, shards, strict=True)
+        for pair in zip(params, tensors, strict=True)
+    ]
+
+
+def _ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
+    """The elements [start, stop) of a parameter that each data-parallel rank stores."""
+    (buffer,) = (buffer for buffer in leaf.buffers if param in buffer.param_index_map)
+    start, stop, number = buffer.param_index_map[param]
+    bucket, ranks = buffer.buckets[number], leaf.data_parallel_group.size()
+    share = bucket.grad_data.numel() // ranks
+    ends = [min(max(bucket.offset + rank * share, start), stop) for rank in range(ranks + 1)]
+    ranges = tuple((a - start, b - start) for a, b in pairwise(ends))
+    own = (0, 0)
+    if param in leaf.model_param_gbuf_map:
+        found = leaf._get_model_param_range_map(param)["param"]
+        own = found.start, found.end
+    mine = ranges[leaf.data_parallel_group.rank()]
+    if mine != own and (own != (0, 0) or mine[0] < mine[1]):
+        raise seams.SeamError(
+            f"DistributedOptimizer stores elements {own} of a parameter where its buffers say "
+            f"{mine}: this Megatron divides them in a way that pion_dist does not know"
+        )
+    return ranges
+
+
+def _grid(tp: Any, dp: Any) -> Any:
+    """The process group of all ranks that store a weight; a collective of all ranks of the run.
+
+    Args:
+        tp: the ranks that have the other shards.
+        dp: the ranks that divide a shard.
+
+    Returns:
+        The group, whose rank r has shard r % tp.size(); None for this rank alone.
+
+    Raises:
+        RuntimeError: ranks are in another order.
+    """
+    if tp.size() == 1:
+        return dp if dp.size() > 1 else None
+    if dp.size() == 1:
+        return tp
+    columns: list[Any] = [None] * tp.size()
+    dist.all_gather_object(columns, dist.get_process_group_ranks(dp), group=tp)
+    mine = tuple(column[place] for place in range(dp.size()) for column in columns)
+    if mine != tuple(sorted(mine)):
+        raise RuntimeError(
+            f"--optimizer pion with --use-distributed-optimizer: ranks {mine} store a weight "
+            "together; tensor-parallel ranks must be neighbours"
+        )
+    # Every rank makes every group, in one order, as Megatron makes its own.
+    made = {ranks: dist.new_group(ranks) for ranks in sorted(set(of_all_ranks(mine)))}
+    return made[mine]

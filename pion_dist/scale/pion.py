@@ -1,0 +1,195 @@
+"""Pion's step of a pool: what each rank computes, what travels, and what hides what."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .. import cost
+from ..config import Axis, PionConfig
+from ..plan import StepPlan
+from .dealing import Planned, Pool, Wave, ranks_of
+from .describe import Cluster
+from .rates import AROUND, MASTER, Group, Stepped, priced, streamed
+from .trace import kernels
+
+# Bytes read and written for one that travels. Two copies make what is sent, and the matrices of
+# what is received. Where weights are stored, old values and flags are read besides.
+PACKED, UNPACKED = 4, 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does with some matrices.
+
+    Attributes:
+        compute: seconds of kernels.
+        exchange: seconds of its team's collectives.
+        moved: bytes that it hands to them, by operation.
+    """
+
+    compute: float = 0.0
+    exchange: float = 0.0
+    moved: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(
+            self.compute + other.compute, self.exchange + other.exchange, self.moved + other.moved
+        )
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self.compute + self.exchange
+
+
+def stepped(pool: Pool, planned: Planned, cluster: Cluster) -> Stepped:
+    """Step a pool; on average over odd and even steps."""
+    around = [streamed(AROUND * numel, cluster) for numel in planned.stored]
+    steps = [step_of(pool, planned, cluster, step) for step in (1, 2)]
+    ranks = range(pool.ranks * pool.tp)
+    places = [ranks_of(pool, planned.names, rank) for rank in ranks]
+    states = _states(planned)
+    moved: dict[str, float] = {}
+    for works, _ in steps:
+        each = [handed(planned, *both) for both in zip(places, works, strict=True)]
+        for op in {op for found in each for op in found}:
+            moved[op] = moved.get(op, 0.0) + max(found[op] for found in each) / len(steps)
+    return Stepped(
+        compute=[
+            sum(works[rank].compute for works, _ in steps) / len(steps) + around[rank // pool.tp]
+            for rank in ranks
+        ],
+        done=[sum(seconds for _, seconds in steps) / len(steps) + max(around)] * len(ranks),
+        state=[
+            states[None][0] + sum(states[g][rank] for g, rank in enumerate(place))
+            for place in places
+        ],
+        masters=[MASTER * planned.stored[rank // pool.tp] for rank in ranks],
+        moved=dict(sorted(moved.items())),
+    )
+
+
+def handed(planned: Planned, place: Sequence[int], work: Work) -> Counter[str]:
+    """Bytes that a rank hands to collectives, by group and operation.
+
+    Args:
+        planned: of its pool.
+        place: its numbers in the plan's groups.
+        work: its own.
+    """
+    found = Counter({f"tp {op}": size for op, size in work.moved.items()})
+    for name, waves, rank in zip(planned.names, planned.waves, place, strict=True):
+        found[f"{name} all_reduce"] += 4  # whether all gradients are finite
+        if waves:
+            found[f"{name} all_to_all"] += sum(x.sent[rank] + x.returned[rank] for x in waves)
+    return found
+
+
+def step_of(pool: Pool, planned: Planned, cluster: Cluster, step: int) -> tuple[list[Work], float]:
+    """The work of each rank of a pool, and seconds until all have stepped."""
+    plan = planned.plan
+    places = [ranks_of(pool, planned.names, rank) for rank in range(pool.ranks * pool.tp)]
+    # Every rank that stores such matrices computes them, or its shards.
+    in_place = _work(plan, plan.in_place(), cluster, step)
+    found, seconds = [in_place] * len(places), in_place.total
+    for group, (name, waves) in enumerate(zip(planned.names, planned.waves, strict=True)):
+        size = plan.sizes[group]
+        apart = 1 if name == "grid" else pool.apart
+        links = Group(size, cluster, within=size * apart <= cluster.node)
+        works = [_of_wave(plan, wave, size, cluster, step) for wave in waves]
+        seconds += links.seconds("all_reduce", 4, 1) + pipelined(waves, works, links)
+        for work in works:
+            found = [x + work[place[group]] for x, place in zip(found, places, strict=True)]
+    return found, seconds
+
+
+def pipelined(waves: Sequence[Wave], works: Sequence[Sequence[Work]], links: Group) -> float:
+    """Seconds until the last wave has travelled back.
+
+    A wave travels to the teams while the one before is computed, and back behind those after it;
+    no all-to-all ends before its last rank begins it.
+    """
+    arrived = 0.0
+    arrivals: list[float] = []
+    for wave in waves:
+        arrived += links.seconds("all_to_all", max(*wave.sent, *wave.got), 1)
+        arrivals.append(arrived)
+    free = [0.0] * links.size
+    back = arrived
+    for wave, work, arrival in zip(waves, works, arrivals, strict=True):
+        free = [max(t, arrival) + x.total for t, x in zip(free, work, strict=True)]
+        back = max(back, *free)
+        back += links.seconds("all_to_all", max(*wave.returned, *wave.taken), 1)
+    return back
+
+
+def _of_wave(plan: StepPlan, wave: Wave, size: int, cluster: Cluster, step: int) -> list[Work]:
+    """A wave's work by rank, copies of what travels included."""
+    mine: dict[int, list[int]] = {}
+    for i in wave.indices:
+        for rank in plan.matrices[i].team:
+            mine.setdefault(rank, []).append(i)
+    found = []
+    for rank in range(size):
+        packed = PACKED * (wave.sent[rank] + wave.got[rank] + wave.returned[rank])
+        copies = Work(streamed(packed + UNPACKED * wave.taken[rank], cluster))
+        work = _work(plan, mine[rank], cluster, step) if rank in mine else Work()
+        found.append(copies + work)
+    return found
+
+
+def _work(plan: StepPlan, indices: Sequence[int], cluster: Cluster, step: int) -> Work:
+    """What a rank of their team does with some matrices."""
+    found = Work()
+    for batch in plan.batches(indices, "cuda"):
+        x = plan.matrices[batch[0]]
+        ranks, count = len(x.team), sum(plan.matrices[i].batch for i in batch)
+        if len(batch) > 1:  # gradient and moments joined; weight and moments taken apart
+            found += Work(streamed(2 * 5 * x.itemsize * count * x.m * x.n / ranks, cluster))
+        most = count if ranks > 1 else plan.batch_size(x, "cuda")
+        for first in range(0, count, most):
+            some = min(most, count - first)
+            turn = step if plan.config.side == "alternate" else 1  # other steps are alike
+            found += matrices_work(some, x.m, x.n, plan.config, x.axis, ranks, turn, cluster)
+    return found
+
+
+@functools.cache
+def matrices_work(
+    batch: int,
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis | None,
+    ranks: int,
+    step: int,
+    cluster: Cluster,
+) -> Work:
+    """What one of ``ranks`` ranks does with a batch of matrices [B, m, n]."""
+    cut = axis if ranks > 1 or config.tp_mode == "blockwise" else None
+    compute = priced(kernels(batch, m, n, config, cut, ranks=ranks, step=step), cluster)
+    if ranks == 1:
+        return Work(compute)
+    assert axis is not None, "a divided matrix has an axis"
+    traffic = cost.traffic(batch, m, n, config, axis, ranks=ranks, step=step)
+    group = Group(ranks, cluster, within=ranks <= cluster.node)
+    moved = Counter({op: 4 * count for op, count in traffic.elements.items()})
+    seconds = sum(group.seconds(op, moved[op], calls) for op, calls in traffic.calls.items())
+    return Work(compute, seconds, moved)
+
+
+def _states(planned: Planned) -> dict[int | None, list[int]]:
+    """Bytes of moments by group and rank; of None those of matrices that a rank has by itself."""
+    plan = planned.plan
+    found: dict[int | None, list[int]] = {g: [0] * size for g, size in enumerate(plan.sizes)}
+    found[None] = [0]
+    for x in plan.matrices:
+        alone = replace(plan, matrices=(x,))
+        size = alone.state_bytes([x.team[0]] * len(plan.sizes))
+        for rank in x.team:
+            found[x.group][rank] += size
+    return found
