@@ -18,7 +18,7 @@ FLOORS = (
     ("state", "cost", "plan", "checkpoint"),
     ("kernels", "update", "storage", "guard", "spectrum"),
     ("exchange",),
-    ("factors", "optimizer", "parameters", "combined", "diagnostics", "__init__"),
+    ("factors", "slots", "optimizer", "parameters", "combined", "diagnostics", "__init__"),
     ("scale",),
     ("doctor",),
 )
