@@ -28,13 +28,20 @@ def complain() -> None:
 def fail(moment: str, count: int) -> None:
     """Let this rank fail in its ``count``-th step or save."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.training import training
 
     import pion_dist.optimizer
-    from pion_dist import Pion
+    from pion_dist import Pion, exchange
 
     def die_between_matrices() -> None:
         before(pion_dist.optimizer, "update", 2, die)
+
+    def die_between_waves() -> None:
+        before(exchange._Wave, "compute", 2, die)
+
+    def die_before_gather() -> None:
+        before(DistributedDataParallel, "start_param_sync", 1, die)
 
     def die_between_tensors() -> None:
         before(filesystem_async, "_write_item", 3, die)
@@ -44,6 +51,12 @@ def fail(moment: str, count: int) -> None:
             before(Pion, "step", count, complain)
         case "kill-in-step":
             before(Pion, "step", count, die_between_matrices)
+        case "kill-in-reduction":
+            before(DistributedDataParallel, "finish_grad_sync", count, die)
+        case "kill-in-exchange":
+            before(Pion, "step", count, die_between_waves)
+        case "kill-in-gather":
+            before(Pion, "step", count, die_before_gather)
         case "kill-in-save":
             before(training, "save_checkpoint", count, die_between_tensors)
         case _:

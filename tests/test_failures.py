@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 TP2 = ["--tensor-model-parallel-size", "2", "--micro-batch-size", "4"]
 DP2: list[str] = []
+DIST_OPT = ["--use-distributed-optimizer"]
 
 
 class Jobs:
@@ -69,6 +70,9 @@ def test_killed_runs_go_on_from_the_last_complete_checkpoint(jobs: Jobs) -> None
     cases = {
         "step": ([*TP2, *PUBLISHED_FLAGS], dict(rank=1, moment="kill-in-step", count=12), 10),
         "save": (DP2, dict(rank=0, moment="kill-in-save", count=2), 5),
+        "reduction": (DIST_OPT, dict(rank=1, moment="kill-in-reduction", count=8), 5),
+        "exchange": (DIST_OPT, dict(rank=0, moment="kill-in-exchange", count=12), 10),
+        "gather": (DIST_OPT, dict(rank=1, moment="kill-in-gather", count=13), 10),
     }
     again = []
     for name, (layout, when, complete) in cases.items():

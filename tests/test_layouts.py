@@ -32,6 +32,7 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
 WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
+CUT_EXPERTS = ("--expert-tensor-parallel-size", "2")
 DIST_OPT = ("--use-distributed-optimizer",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 INSTANCES = ("--num-distributed-optimizer-instances", "2")
@@ -54,6 +55,22 @@ TP2_FLAT = Run("tp2 owner, equal values", 2, tp(2), options=(FLAT,))
 DISTRIBUTED_FLAT = Run("tp2 distributed, equal values", 2, tp(2, *DISTRIBUTED), options=(FLAT,))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
 MOE_EP2_DIST_OPT = Run("moe ep2 dist-opt", 2, (*EP2, *DIST_OPT), "moe")
+# Experts' data-parallel groups are larger than the other weights', smaller, or other ranks.
+MOE_DIST_OPT = [
+    Run(f"moe {name} dist-opt", processes, (*layout, *DIST_OPT), "moe")
+    for name, processes, layout in (
+        ("dp2", 2, ()),
+        ("etp2", 2, CUT_EXPERTS),
+        ("tp2", 2, tp(2, SP)),
+        ("tp2 etp1", 2, tp(2, SP, *WHOLE_EXPERTS)),
+        ("tp2 etp1 ep2", 2, tp(2, SP, *WHOLE_EXPERTS, *EP2)),
+        ("etp2 ep2", 4, (*CUT_EXPERTS, *EP2)),
+        ("tp2 dp2", 4, tp(2, SP)),
+        ("tp2 etp1 dp2", 4, tp(2, SP, *WHOLE_EXPERTS)),
+        ("tp2 etp1 ep2 dp2", 4, tp(2, SP, *WHOLE_EXPERTS, *EP2)),
+        ("tp2 ep2 dp2", 4, tp(2, SP, *EP2)),
+    )
+]
 M_TP2 = Run("tp2 owner, msign", 2, tp(2), options=MSIGN)
 M_DISTRIBUTED = Run("tp2 distributed, msign", 2, tp(2, *DISTRIBUTED), options=MSIGN)
 M_BLOCKS = Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN, *BLOCKS))
@@ -149,9 +166,8 @@ FLOAT32 = [
     MOE_EP2,
     MOE_EP2_DIST_OPT,
     MOE_EP2_TP2,
-    Run("moe tp2 etp1 dist-opt", 2, tp(2, SP, *WHOLE_EXPERTS, *DIST_OPT), "moe"),
-    Run("moe ep2 tp2 dist-opt", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS, *DIST_OPT), "moe"),
     Run("moe tp2, cut experts", 2, tp(2, SP), "moe"),
+    *MOE_DIST_OPT,
     Run("mha, plain mlp, tp2 sp", 2, tp(2, SP), "plain"),
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
     Run("mla dp2", 2, (), "mla", options=(FLAT,)),
@@ -180,7 +196,7 @@ MOVES = [
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*PLACES[2:], PLACES[0]])),
     *(saved.moved_to(saved) for saved in PLACES[2:]),
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*MOE_PLACES, MOE_PLACES[0]])),
-    MOE_EP2_DIST_OPT.moved_to(MOE_EP2_DIST_OPT),
+    *(run.moved_to(run) for run in (MOE_EP2_DIST_OPT, *MOE_DIST_OPT)),
     *(TP2.moved_to(TP2_DISTRIBUTED), TP2_DISTRIBUTED.moved_to(TP2.one_process)),
     TP2_FLAT.moved_to(TP2_FLAT.one_process),
     *FRESH,
