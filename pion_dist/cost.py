@@ -6,7 +6,6 @@ A product of [a, b] and [b, c] counts 2abc.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -159,23 +158,6 @@ def polar_flop(m: int, n: int, *, ranks: int = 1, device: str = "cuda") -> float
         tall += steps * (mirrored + full) + (full if m != n else 0.0)
         square += steps * mirrored
     return tall * rows + square * r
-
-
-def weight_flop(
-    shapes: Iterable[tuple[int, int, int]], config: PionConfig, axis: Axis | None, *, ranks: int
-) -> float:
-    """FLOP of a step of a weight, on average over the ranks that share its matrices.
-
-    Args:
-        shapes: [B, m, n] of its parts' matrices, whole.
-        config: the run's options.
-        axis: along which tensor parallelism cuts each matrix, if it does.
-        ranks: that it cuts the weight to.
-    """
-    cut = ranks > 1 and axis is not None
-    split = ranks if cut and config.tp_mode in ("distributed", "blockwise") else 1
-    flop = sum(batch * step_flop(m, n, config, axis, ranks=split) for batch, m, n in shapes)
-    return flop / ranks if cut and config.tp_mode == "owner" else flop
 
 
 @dataclass

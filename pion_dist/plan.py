@@ -161,13 +161,15 @@ class StepPlan:
         """
         found: list[list[int]] = [[] for _ in range(WAVES)]
         teams: dict[tuple[int, ...], list[int]] = {}
+        waves = [(place,) for place in range(WAVES)]
         for i in self.of_group(group):
             if not self.matrices[i].in_place:
                 teams.setdefault(self.matrices[i].team, []).append(i)
         for team in sorted(teams):
             sizes = [float(self.matrices[i].numel) for i in teams[team]]
-            for i, wave in zip(teams[team], deal(sizes, WAVES), strict=True):
-                found[wave].append(i)
+            places = deal(sizes, [waves] * len(sizes), WAVES)
+            for i, place in zip(teams[team], places, strict=True):
+                found[place].append(i)
         return [sorted(wave) for wave in found if wave]
 
     def in_place(self) -> list[int]:
@@ -361,43 +363,6 @@ def _turn(name: str, interval: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % interval
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each cost, so that no rank has much more than the others: largest first.
-
-    The same on every rank: ties go to the earlier item and the lower rank.
-    """
-    loads = [0.0] * ranks
-    owners = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[item] = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[item]] += costs[item]
-    return owners
-
-
-def deal_shards(buckets: Sequence[Sequence[float]]) -> list[list[int]]:
-    """A rank for each shard of each bucket: a bucket's costliest to the ranks with least so far.
-
-    The same on every rank: ties go to the earlier shard and the lower rank.
-
-    Args:
-        buckets: costs of their shards, as many as there are ranks.
-
-    Returns:
-        For every bucket the ranks of its shards.
-    """
-    found: list[list[int]] = []
-    loads = [0.0] * max(map(len, buckets), default=0)
-    for costs in buckets:
-        ranks = [0] * len(costs)
-        costliest = sorted(range(len(costs)), key=lambda shard: (-costs[shard], shard))
-        least = sorted(range(len(costs)), key=loads.__getitem__)
-        for shard, rank in zip(costliest, least, strict=True):
-            ranks[shard] = rank
-            loads[rank] += costs[shard]
-        found.append(ranks)
-    return found
-
-
 def build_plan(
     matrices: Sequence[MatrixPlan], sizes: Sequence[int], config: PionConfig
 ) -> StepPlan:
@@ -416,7 +381,7 @@ def build_plan(
             x.batch * cost.step_flop(x.m, x.n, config, x.axis, ranks=len(each[0]))
             for x, each in zip((matrices[i] for i in indices), teams, strict=True)
         ]
-        for i, each, place in zip(indices, teams, _deal(costs, teams, size), strict=True):
+        for i, each, place in zip(indices, teams, deal(costs, teams, size), strict=True):
             found[i] = dataclasses.replace(found[i], team=each[place])
     return StepPlan(config, tuple(sizes), tuple(found))
 
@@ -428,10 +393,21 @@ def _teams(x: MatrixPlan, size: int, config: PionConfig) -> list[tuple[int, ...]
     return [tuple(range(first, first + x.cut)) for first in range(0, size, x.cut)]
 
 
-def _deal(
+def deal(
     costs: Sequence[float], teams: Sequence[Sequence[tuple[int, ...]]], ranks: int
 ) -> list[int]:
-    """The place of each item's team among those that can have it; see ``deal``."""
+    """A team for each cost, so that no rank has much more than the others: costliest first.
+
+    The same on every rank: ties go to the earlier item and the earlier team.
+
+    Args:
+        costs: of each item, for each rank of its team.
+        teams: of each item, those that can have it.
+        ranks: that are in teams.
+
+    Returns:
+        The place of each item's team among its ``teams``.
+    """
     loads = [0.0] * ranks
     places = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

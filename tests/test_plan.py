@@ -15,18 +15,24 @@ from pion_dist.state import moments, unfit
 
 @given(st.lists(st.floats(1, 1e6), max_size=40), st.integers(1, 8))
 def test_dealing_is_deterministic_and_even(costs: list[float], ranks: int) -> None:
-    owners = deal(costs, ranks)
-    assert owners == deal(list(costs), ranks)
+    teams = [[(rank,) for rank in range(ranks)]] * len(costs)
+    owners = deal(costs, teams, ranks)
+    assert owners == deal(list(costs), teams, ranks)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(ranks)]
     # Largest first never leaves a rank more than one item above another.
     assert max(loads, default=0) - min(loads) <= max(costs, default=0) * (1 + 1e-9)
 
 
-def plan_of(ranks: int, **options: object) -> StepPlan:
-    """Four weights that ``ranks`` ranks share, both axes, and one that each has whole."""
+def plan_of(ranks: int, *, cut: int = 0, **options: object) -> StepPlan:
+    """Four weights that ``ranks`` ranks share, both axes, and one that each has whole.
+
+    They have a shard each, or there are ``cut`` shards.
+    """
     shapes = [(12, 8, "rows"), (8, 12, "cols"), (8, 8, "rows"), (12, 8, "rows")]
     matrices = [
-        MatrixPlan(weight=f"w{i}", part="whole", batch=1, m=m, n=n, axis=axis, group=0)
+        MatrixPlan(
+            weight=f"w{i}", part="whole", batch=1, m=m, n=n, axis=axis, group=0, cut=cut or ranks
+        )
         for i, (m, n, axis) in enumerate(shapes)
     ]
     alone = MatrixPlan(weight="alone", part="whole", batch=2, m=4, n=6)
@@ -55,7 +61,7 @@ def test_divided_state_is_a_share(options: dict[str, object]) -> None:
     plan, alone = plan_of(2, tp_mode="distributed", **options), plan_of(1, **options)
     kept = sum(x.nbytes(4) for x in moments(2, 4, 6, plan.config, None).values())
     for x in plan.matrices:
-        if x.shared:  # every rank has all of the smaller factor and of Σ
+        if len(x.team) > 1:  # every rank has all of the smaller factor and of Σ
             found = moments(x.batch, x.m, x.n, plan.config, x.axis)
             kept += sum(moment.nbytes(4) for moment in found.values() if moment.dim is None)
     assert 2 * (plan.state_bytes([0]) - kept) == alone.state_bytes([0]) - kept
@@ -84,8 +90,9 @@ def test_the_collectives_do_not_grow_with_the_matrices(options: dict[str, object
 
 @pytest.mark.parametrize("ranks", [1024])
 def test_a_plan_of_a_thousand_ranks_is_the_same_on_all(ranks: int) -> None:
-    plans = [plan_of(ranks) for _ in range(2)]
-    assert plans[0].digest(0) == plans[1].digest(0) != plan_of(ranks, betas=(0.9, 0.95)).digest(0)
+    plans = [plan_of(ranks, cut=4) for _ in range(2)]
+    other = plan_of(ranks, cut=4, betas=(0.9, 0.95))
+    assert plans[0].digest(0) == plans[1].digest(0) != other.digest(0)
     assert max(plans[0].flop([rank]) for rank in range(ranks)) < plan_of(1).flop([0])
 
 

@@ -478,7 +478,10 @@ def test_data_parallel_bytes_are_those_that_megatron_moves(corpus: Path) -> None
     data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
     flags = ["--bf16", "--use-distributed-optimizer", "--global-batch-size", "12"]
     seen = {}
-    for name, optimizer in (("pion", PION), ("adam", ["--optimizer", "adam"])):
+    for name, optimizer in (
+        ("adam", ["--optimizer", "adam"]),
+        ("pion", [*PION, "--pion-print-plan"]),
+    ):
         output = launch(
             ROOT / "tests" / "counted_run.py",
             *(*MODEL, *optimizer, *NO_DROPOUT, *data, *flags, "--train-iters", "2"),
@@ -497,3 +500,12 @@ def test_data_parallel_bytes_are_those_that_megatron_moves(corpus: Path) -> None
             more = sum(mine[op]) - moved[f"dp {op}"]
             # Either buffer ends at a multiple of 384 elements.
             assert abs(more - size * others / ranks) < size * 384 / ranks, (op, more)
+    # What Pion adds is what its plan says, but that the first step also decomposes the weights.
+    (plan,) = re.findall(r"rank 0[,:].* of Adam's .*; moves (.*)", output)
+    found = re.findall(r"(\d+) ([a-z-]+) of ([\d,]+) bytes", plan)
+    printed = {op: (int(calls), int(size.replace(",", ""))) for calls, op, size in found}
+    pions, adams = seen["pion"][1], seen["adam"][1]
+    added = Counter(pions["all_reduce"]) - Counter(adams["all_reduce"])
+    assert printed.pop("all-reduce") == (added.total(), sum(added.elements()))
+    assert printed.pop("all-to-all") == (len(pions["all_to_all"]), sum(pions["all_to_all"]))
+    assert not printed and pions.keys() - adams.keys() == {"all_to_all"}
