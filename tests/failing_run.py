@@ -46,21 +46,16 @@ def fail(moment: str, count: int) -> None:
     def die_between_tensors() -> None:
         before(filesystem_async, "_write_item", 3, die)
 
-    match moment:
-        case "raise-in-step":
-            before(Pion, "step", count, complain)
-        case "kill-in-step":
-            before(Pion, "step", count, die_between_matrices)
-        case "kill-in-reduction":
-            before(DistributedDataParallel, "finish_grad_sync", count, die)
-        case "kill-in-exchange":
-            before(Pion, "step", count, die_between_waves)
-        case "kill-in-gather":
-            before(Pion, "step", count, die_before_gather)
-        case "kill-in-save":
-            before(training, "save_checkpoint", count, die_between_tensors)
-        case _:
-            raise ValueError(moment)
+    moments: dict[str, tuple[Any, str, Callable[[], None]]] = {
+        "raise-in-step": (Pion, "step", complain),
+        "kill-in-step": (Pion, "step", die_between_matrices),
+        "kill-in-reduction": (DistributedDataParallel, "finish_grad_sync", die),
+        "kill-in-exchange": (Pion, "step", die_between_waves),
+        "kill-in-gather": (Pion, "step", die_before_gather),
+        "kill-in-save": (training, "save_checkpoint", die_between_tensors),
+    }
+    owner, name, act = moments[moment]
+    before(owner, name, count, act)
 
 
 def before(owner: Any, name: str, count: int, act: Callable[[], None]) -> None:

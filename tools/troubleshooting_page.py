@@ -24,10 +24,11 @@ TOPICS = {
     "Flags and options": r"megatron_patches/(arguments|registration)|pion_dist/config",
     "Starting the ranks": "megatron_patches/(__main__|launch|cpu_device)",
     "Versions of Megatron and Transformer Engine": "megatron_patches/(seams|transformer_engine)",
-    "Weights and their matrices": "megatron_patches/(parameters|initialization|distributed_optimizer)|"
+    "Weights and their matrices": "megatron_patches/(parameters|initialization)|"
     "pion_dist/(classify|matrices|parameters|kernels)",
     "Checkpoints": "megatron_patches/(optimizer_state|stacks)",
-    "The optimizer and its steps": "pion_dist/(optimizer|combined|factors|guard|exchange)",
+    "The optimizer and its steps": "megatron_patches/distributed_optimizer|"
+    "pion_dist/(optimizer|combined|factors|guard|exchange)",
     "Tools": "pion_dist/(doctor|scale)",
 }
 AS_IT_SAYS = "as the message says"
@@ -70,7 +71,7 @@ ADVICE = {
     "needs emerging-optimizers": "Install it.",
     "no value before rounding": "Build the model anew, or use `--pion-init keep`.",
     "which --optimizer pion supports": "Change the flags ([which](fp8.md#what-works)).",
-    "in a way that pion_dist does not know": "Install a supported Megatron: `python -m pion_dist.doctor`.",
+    "in a way that pion_dist": "Install a supported Megatron: `python -m pion_dist.doctor`.",
     "must be neighbours": "Make the process groups with `tp` first in their order.",
     "'s, not Pion's": "Nothing, if the weight is to start as zeros "
     "([why](layouts.md#what-each-weight-becomes)).",
