@@ -209,8 +209,9 @@ def start_zeros(make_model: Any) -> Any:
 def tear_down() -> None:
     """Take Megatron's global state down, but for the process group of all ranks.
 
-    A wrapped model outlives its run by hooks that only autograd knows of, and would hold its process
-    groups. Each has a thread that wakes up every 10 ms: after 30 trainings they took 5/6 of the time.
+    A wrapped model outlives its run by hooks that only autograd knows of, and would hold its
+    process groups. Each has a thread that wakes up every 10 ms: after 30 trainings they took 5/6 of
+    the time.
     """
     import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel
