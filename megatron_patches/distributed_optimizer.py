@@ -169,7 +169,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
         data = tensors.get(p)
         if data is None:
             data = torch.empty(0, dtype=torch.float32, device=p.device)
-        ranges = _ranges(leaf, p)
+        ranges = stored_ranges(leaf, p)
         group = grid if cut else (dp if dp.size() > 1 else None)
         stored[p] = Storage(data, group, ranges if len(ranges) > 1 else ())
     pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
@@ -193,7 +193,7 @@ def _stored(leaf: DistributedOptimizer) -> list[tuple[Any, torch.Tensor]]:
     ]
 
 
-def _ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
+def stored_ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
     """The elements [start, stop) of a parameter that each data-parallel rank stores."""
     (buffer,) = (buffer for buffer in leaf.buffers if param in buffer.param_index_map)
     start, stop, number = buffer.param_index_map[param]

@@ -32,7 +32,7 @@ from pion_dist.state import identity, is_start
 
 from . import groups, seams, stacks
 from .arguments import pion_config
-from .distributed_optimizer import PionAndAdam
+from .distributed_optimizer import PionAndAdam, stored_ranges
 from .parameters import of_all_ranks, pieces
 from .sharded_state import record
 
@@ -207,14 +207,23 @@ def _flat_state(
     """Records and groups of a distributed optimizer, whose ranks have ranges of parameters.
 
     Adam's state and the masters are joined on one rank each, which alone records them. When they
-    are loaded every rank that has a range asks for the whole.
+    are loaded every rank that has a range asks for the whole, as copies of the first's.
     """
     params = _flat_parameters(leaf)
     places = get_param_id_to_sharded_param_map(model_sharded_state_dict, params)
     pion, adam = _inner(leaf)
     ranks, rank = leaf.data_parallel_group.size(), leaf.data_parallel_group.rank()
     state: dict[int, Any] = {}
+
+    def add(index: int, key: str, entry: Any, copy: int = 0) -> None:
+        replica = leaf.distributed_optimizer_instance_id * ranks + copy
+        entry.replica_id = (*entry.replica_id[:2], replica)
+        state.setdefault(index, {})[key] = entry
+
     for index, param in enumerate(params):
+        first = next(
+            r for r, (start, stop) in enumerate(stored_ranges(leaf, param)) if start < stop
+        )
         for key in _keys(param, of_pion=param in pion):
             if is_loading:
                 whole = torch.empty(param.shape) if param in leaf.model_param_gbuf_map else None
@@ -224,12 +233,9 @@ def _flat_state(
             if whole is not None:
                 prefix = f"optimizer.state.{key}"
                 entry = make_sharded_optimizer_tensor(places[index], whole, prefix=prefix)
-                state.setdefault(index, {})[key] = entry
+                add(index, key, entry, copy=rank - first if is_loading else 0)
         for key, moment in pion.get(param, {}).items():
-            entry = record(places[index], moment, f"optimizer.state.{key}")
-            state.setdefault(index, {})[key] = entry
-    for entry in nested_values(state):
-        entry.replica_id = (*entry.replica_id[:2], leaf.distributed_optimizer_instance_id)
+            add(index, key, record(places[index], moment, f"optimizer.state.{key}"))
     groups_of = [{k: v for k, v in g.items() if k != "params"} for g in leaf.param_groups]
     step = _adam_step(adam)
     return state, [group if _MARK in group else {**group, "step": step} for group in groups_of]

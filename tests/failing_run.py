@@ -29,6 +29,7 @@ def fail(moment: str, count: int) -> None:
     """Let this rank fail in its ``count``-th step or save."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.training import training
 
     import pion_dist.optimizer
@@ -41,7 +42,7 @@ def fail(moment: str, count: int) -> None:
         before(exchange._Wave, "compute", 2, die)
 
     def die_before_gather() -> None:
-        before(DistributedDataParallel, "start_param_sync", 1, die)
+        before(_ParamAndGradBucketGroup, "start_param_sync", 1, die)
 
     def die_between_tensors() -> None:
         before(filesystem_async, "_write_item", 3, die)
