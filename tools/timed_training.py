@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from megatron.training import get_args, get_timers, training
 
+from megatron_patches.distributed_optimizer import PionAndAdam
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from pretrain_bytes import main as pretrain_bytes  # noqa: E402
@@ -62,9 +64,12 @@ def state(optimizer: Any) -> Iterator[torch.Tensor]:
     chained = getattr(optimizer, "chained_optimizers", None)
     for each in chained or []:
         yield from state(each)
-    if chained is None and optimizer.optimizer is not None:
-        for moments in optimizer.optimizer.state.values():
-            yield from (t for t in moments.values() if isinstance(t, torch.Tensor) and t.dim())
+    inner = None if chained is not None else optimizer.optimizer
+    both = (inner.pion, inner.adam) if isinstance(inner, PionAndAdam) else (inner,)
+    for moments in (
+        moments for each in both if each is not None for moments in each.state.values()
+    ):
+        yield from (t for t in moments.values() if isinstance(t, torch.Tensor) and t.dim())
 
 
 def main() -> None:
