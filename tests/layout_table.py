@@ -258,16 +258,17 @@ class Table:
                     self._launch(processes, some)
 
     def _launch(self, processes: int, runs: list[Run]) -> None:
-        """Train runs one after the other, and the first of them once more at the end.
+        """Train runs one after the other, and the first of few processes once more at the end.
 
         One that fails takes its launch down; those behind it get another.
         """
-        first = next((run for run in runs if run.name != "start"), runs[0])
-        repeated = self._result(first)
         todo = [(run, self._result(run)) for run in runs]
         self.results |= dict(todo)
-        self.repeated.append((self.results[first], repeated))
-        todo.append((first, repeated))
+        if processes <= 2:
+            first = next((run for run in runs if run.name != "start"), runs[0])
+            repeated = self._result(first)
+            self.repeated.append((self.results[first], repeated))
+            todo.append((first, repeated))
         file = self.folder / "jobs.json"
         while todo:
             file.write_text(json.dumps([self._job(*job) for job in todo]))
