@@ -264,9 +264,9 @@ class Table:
         """
         todo = [(run, self._result(run)) for run in runs]
         self.results |= dict(todo)
-        if processes <= 2:
-            first = next((run for run in runs if run.name != "start"), runs[0])
-            repeated = self._result(first)
+        straight = [run for run in runs if run.name != "start" and run.source is None]
+        if straight and processes <= 2:
+            first, repeated = straight[0], self._result(straight[0])
             self.repeated.append((self.results[first], repeated))
             todo.append((first, repeated))
         file = self.folder / "jobs.json"
