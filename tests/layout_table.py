@@ -31,8 +31,10 @@ MANY_RUNS = ROOT / "tests" / "many_runs.py"
 # by up to 20 times as much: its step is divided by the root of second moments, however small.
 FLAT = "--pion-init=orthogonal"
 OF_THE_START = ("--bf16", FLAT)  # options that decide the first weights
+FEW = "linear_(qkv|fc1)"  # is Adam's
 MODELS = {
     "llama": LLAMA,
+    "few": [*LLAMA, "--num-layers", "1", "--pion-exclude", FEW],  # two of Pion's
     "plain": [],  # multi-head attention, plain MLP, LayerNorm, biases
     "moe": [
         *(*LLAMA, "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"),
@@ -179,7 +181,7 @@ def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
         qkv="head" if "head" in run.options else "qkv",
         split_gate="--pion-no-split-gate" not in run.options,
     )
-    decision = classify(info, config)
+    decision = classify(info, config, exclude=[FEW] if FEW in flags else [])
     return decision.view.split(weight) if isinstance(decision, Rotated) else {}
 
 

@@ -34,6 +34,7 @@ EP2 = ("--expert-model-parallel-size", "2")
 WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
 CUT_EXPERTS = ("--expert-tensor-parallel-size", "2")
 DIST_OPT = ("--use-distributed-optimizer",)
+ASYNC = ("--async-save",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 INSTANCES = ("--num-distributed-optimizer-instances", "2")
 HEADS = ("--pion-qkv", "head")
@@ -69,6 +70,7 @@ MOE_DIST_OPT = [
         ("tp2 etp1 dp2", 4, tp(2, SP, *WHOLE_EXPERTS)),
         ("tp2 etp1 ep2 dp2", 4, tp(2, SP, *WHOLE_EXPERTS, *EP2)),
         ("tp2 ep2 dp2", 4, tp(2, SP, *EP2)),
+        ("ep2 dp2", 4, EP2),
     )
 ]
 M_TP2 = Run("tp2 owner, msign", 2, tp(2), options=MSIGN)
@@ -86,10 +88,16 @@ P_BLOCKS_DIST_OPT = Run(
 P_TP2_DIST_OPT = Run("tp2 dp2 dist-opt, published", 4, tp(2, *DIST_OPT), options=PUBLISHED)
 MOE_EP2_TP2 = Run("moe ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe")
 P_MOE_EP2 = Run("moe ep2, published", 2, EP2, "moe", options=PUBLISHED)
+# Fewer of Pion's weights than ranks.
+P_FEW = Run("few dp4 dist-opt, published", 4, DIST_OPT, "few", options=PUBLISHED)
 BF16_TP2 = Run("bf16 tp2", 2, tp(2), options=BF16)
 BF16_DP2 = [
     Run("bf16 dp2", 2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
+]
+BF16_ASYNC = [
+    Run("bf16 one process, async saves", 1, ASYNC, options=BF16),
+    Run("bf16 dp2 dist-opt, async saves", 2, (*DIST_OPT, *ASYNC), options=BF16),
 ]
 # From equal singular values: drift is relative to each, and rounding to the largest.
 WATCHED = ("--pion-spectrum-interval", "5", FLAT)
@@ -177,7 +185,7 @@ FLOAT32 = [
     *ZEROS,
     Run("mla tp2, owner to distributed", 2, tp(2), "mla", against=MLA_DISTRIBUTED),
     *(P_TP2, P_DISTRIBUTED, P_BLOCKS, P_PP2),
-    *(P_DIST_OPT, P_BLOCKS_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2),
+    *(P_DIST_OPT, P_BLOCKS_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2, P_FEW),
 ]
 BFLOAT16 = [  # against one process, or TP's ranks alone
     *BF16_DP2,
@@ -208,6 +216,10 @@ MOVES = [
     *(P_TP2.moved_to(P_DISTRIBUTED), P_DISTRIBUTED.moved_to(P_TP2)),
     *(P_MOE_EP2.one_process.moved_to(P_MOE_EP2), P_MOE_EP2.moved_to(P_MOE_EP2.one_process)),
     *(P_BLOCKS.one_process.moved_to(P_BLOCKS), P_BLOCKS.moved_to(P_BLOCKS.one_process)),
+    P_FEW.moved_to(P_FEW),
+    MOE_DIST_OPT[-1].moved_to(MOE_EP2_DIST_OPT),
+    BF16_DP2[1].moved_to(BF16_DP2[1].one_process),
+    *(run.moved_to(BF16_DP2[1]) for run in BF16_ASYNC),
 ]
 
 
@@ -311,6 +323,8 @@ def check(table: Table, record_property: Callable[[str, object], None]) -> Calla
 
 
 def exact(run: Run) -> Limits:
+    if set(BF16) <= set(run.options):
+        return BF16_ROUNDED
     if run is MOE_EP2_TP2:
         return FEW_PLANES
     if run.model == "zeros":
