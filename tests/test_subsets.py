@@ -141,8 +141,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_checkpoints_of_subsets_move(runs: Runs, case: str, loaded: str) -> None:
     straight, moved = runs.steps(case, "saved")[SAVED:], runs.steps(case, loaded)
     assert [step["iteration"] for step in moved] == [step["iteration"] for step in straight]
-    # As in test_layouts.py (EXACT, BF16_ROUNDED): sums in another order, and with bf16 masters whose copies
-    # round elsewhere.
+    # As EXACT and BF16_ROUNDED in test_layouts.py: sums in another order, and with bf16 masters
+    # whose copies round elsewhere.
     loss, norm = (2**-8, 2**-5) if case == "bf16" else (2e-6, 4e-6)
     for step, expected in zip(moved, straight, strict=True):
         assert step["losses"] == pytest.approx(expected["losses"], rel=loss)
