@@ -27,7 +27,8 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         if model not in folders:
             folder = folders[model] = tmp_path_factory.mktemp("saved")
             flags = [*PION, *NO_DROPOUT, *MODELS[model], "--ckpt-format", "torch_dist"]
-            train(corpus, *flags, "--save", str(folder), "--exit-interval", "2")
+            save = ["--save", str(folder), "--save-interval", "2", "--exit-interval", "2"]
+            train(corpus, *flags, *save)
         return folders[model]
 
     return of
