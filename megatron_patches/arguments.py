@@ -165,7 +165,7 @@ FLAGS = (
         _DEFAULT.blocks,
         "Of --pion-tp-mode blockwise, on one rank too: the orthogonal factor on the axis that "
         "tensor parallelism cuts is block-diagonal, of so many blocks; a multiple of the ranks. "
-        "State and work of that side shrink by it, and no weight or gradient moves.",
+        "State and work of that side shrink by it. Shards exchange no weight or gradient.",
         {"type": int},
     ),
     Flag(

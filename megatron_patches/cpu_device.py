@@ -304,8 +304,8 @@ def _redirect_collectives() -> None:
         kwargs |= {"device_id": None, "pg_options": None}
         return real_new_group(ranks, timeout, _gloo_for_nccl(backend), **kwargs)
 
-    # nccl gathers tensors of different sizes, gloo refuses them; the layer-wise optimizer relies
-    # on it (layer_wise_optimizer.py:772, param_and_grad_buffer.py:472).
+    # nccl gathers tensors of different sizes, gloo refuses them; Muon's layer-wise optimizer
+    # relies on it (layer_wise_optimizer.py:772, param_and_grad_buffer.py:472).
     @functools.wraps(real_all_gather)
     def all_gather(
         tensor_list: list[torch.Tensor],

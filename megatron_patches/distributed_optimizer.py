@@ -13,13 +13,13 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from pion_dist.plan import ranges
 from pion_dist.slots import Storage
 
 from . import seams
@@ -166,12 +166,11 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     for p in (p for i in mine for p in groups[i]["params"]):
         tp = kwargs["shards"].get(p)
         cut = tp is not None and kwargs["views"][p].axis is not None
-        data = tensors.get(p)
-        if data is None:
-            data = torch.empty(0, dtype=torch.float32, device=p.device)
-        ranges = stored_ranges(leaf, p)
+        nothing = torch.empty(0, dtype=torch.float32, device=p.device)
+        data = tensors[p] if p in leaf.model_param_gbuf_map else nothing
+        parts = stored_ranges(leaf, p)
         group = grid if cut else (dp if dp.size() > 1 else None)
-        stored[p] = Storage(data, group, ranges if len(ranges) > 1 else ())
+        stored[p] = Storage(data, group, parts if len(parts) > 1 else ())
     pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
     for i, own in zip(mine, pion.param_groups, strict=True):
         own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
@@ -197,21 +196,20 @@ def stored_ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
     """The elements [start, stop) of a parameter that each data-parallel rank stores."""
     (buffer,) = (buffer for buffer in leaf.buffers if param in buffer.param_index_map)
     start, stop, number = buffer.param_index_map[param]
-    bucket, ranks = buffer.buckets[number], leaf.data_parallel_group.size()
-    share = bucket.grad_data.numel() // ranks
-    ends = [min(max(bucket.offset + rank * share, start), stop) for rank in range(ranks + 1)]
-    ranges = tuple((a - start, b - start) for a, b in pairwise(ends))
+    bucket, dp = buffer.buckets[number], leaf.data_parallel_group
+    place = bucket.offset, bucket.offset + bucket.grad_data.numel()
+    everyones = ranges(start, stop, place, dp.size())
     own = (0, 0)
     if param in leaf.model_param_gbuf_map:
-        found = leaf._get_model_param_range_map(param)["param"]
-        own = found.start, found.end
-    mine = ranges[leaf.data_parallel_group.rank()]
+        says = leaf._get_model_param_range_map(param)["param"]
+        own = says.start, says.end
+    mine = everyones[dp.rank()]
     if mine != own and (own != (0, 0) or mine[0] < mine[1]):
         raise seams.SeamError(
             f"DistributedOptimizer stores elements {own} of a parameter where its buffers say "
             f"{mine}: this Megatron divides them in a way that pion_dist does not know"
         )
-    return ranges
+    return everyones
 
 
 def _grid(tp: Any, dp: Any) -> Any:

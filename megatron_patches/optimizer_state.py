@@ -75,11 +75,11 @@ def _reshardable(original: Any) -> Any:
 
     @functools.wraps(original)
     def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
+        metadata = original(*args, **kwargs)
         training: Any = importlib.import_module("megatron.training")
-        if found is None or training.get_args().optimizer != "pion":
-            return found
-        return {**found, "distrib_optim_sharding_type": "fully_reshardable"}
+        if metadata is None or training.get_args().optimizer != "pion":
+            return metadata
+        return {**metadata, "distrib_optim_sharding_type": "fully_reshardable"}
 
     return load_content_metadata
 
@@ -221,9 +221,7 @@ def _flat_state(
         state.setdefault(index, {})[key] = entry
 
     for index, param in enumerate(params):
-        first = next(
-            r for r, (start, stop) in enumerate(stored_ranges(leaf, param)) if start < stop
-        )
+        copy = _copy(leaf, param) if is_loading else 0
         for key in _keys(param, of_pion=param in pion):
             if is_loading:
                 whole = torch.empty(param.shape) if param in leaf.model_param_gbuf_map else None
@@ -233,12 +231,19 @@ def _flat_state(
             if whole is not None:
                 prefix = f"optimizer.state.{key}"
                 entry = make_sharded_optimizer_tensor(places[index], whole, prefix=prefix)
-                add(index, key, entry, copy=rank - first if is_loading else 0)
+                add(index, key, entry, copy=copy)
         for key, moment in pion.get(param, {}).items():
             add(index, key, record(places[index], moment, f"optimizer.state.{key}"))
     groups_of = [{k: v for k, v in g.items() if k != "params"} for g in leaf.param_groups]
     step = _adam_step(adam)
     return state, [group if _MARK in group else {**group, "step": step} for group in groups_of]
+
+
+def _copy(leaf: Any, param: torch.Tensor) -> int:
+    """How far this rank is behind the first that stores a range of a parameter."""
+    parts = stored_ranges(leaf, param)
+    first = next(rank for rank, (start, stop) in enumerate(parts) if start < stop)
+    return int(leaf.data_parallel_group.rank()) - first
 
 
 def _inner(leaf: Any) -> tuple[dict[torch.Tensor, dict[str, torch.Tensor]], Any]:
@@ -367,17 +372,17 @@ def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> 
 @torch.no_grad()
 def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
     """Load ``_flat_state`` into a distributed optimizer (modified in place)."""
-    found: dict[torch.Tensor, dict[str, Any]] = {}
+    loaded: dict[torch.Tensor, dict[str, Any]] = {}
     for index, param in enumerate(_flat_parameters(leaf)):
-        found[param] = dict(state.get(index, {}))
+        loaded[param] = dict(state.get(index, {}))
         if param in leaf.model_param_gbuf_map:
             main, place = _main(leaf, param), _range(leaf, param)
-            if (master := found[param].pop(_MASTER, None)) is not None:
+            if (master := loaded[param].pop(_MASTER, None)) is not None:
                 main.copy_(master.flatten()[place])
             for key in _ADAMS:
-                if (whole := found[param].pop(key, None)) is not None:
+                if (whole := loaded[param].pop(key, None)) is not None:
                     part = whole.flatten()[place].to(param.device)
-                    found.setdefault(main, {})[key] = part
+                    loaded.setdefault(main, {})[key] = part
     inner = leaf.optimizer
     pions = [group for group in saved if _MARK in group]
     if isinstance(inner, PionAndAdam):
@@ -386,7 +391,7 @@ def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> N
             {**group, "params": [next(count) for _ in members]}
             for group, members in zip(pions, inner.pion.members(), strict=True)
         ]
-        moments = {index: found[param] for index, param in enumerate(inner.weights)}
+        moments = {index: loaded[param] for index, param in enumerate(inner.weights)}
         inner.pion.load_state_dict({"state": moments, "param_groups": own})
     adam = inner.adam if isinstance(inner, PionAndAdam) else inner
     adams = [group for group in saved if _MARK not in group]
@@ -397,7 +402,7 @@ def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> N
     counted = isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
     steps = {index: group["step"] for group in own for index in group["params"]}
     moments = {
-        index: {**found[main], **({"step": torch.tensor(float(steps[index]))} if counted else {})}
+        index: {**loaded[main], **({"step": torch.tensor(float(steps[index]))} if counted else {})}
         for index, main in enumerate(mains)
     }
     adam.load_state_dict({"state": moments, "param_groups": own})

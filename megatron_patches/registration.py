@@ -327,8 +327,8 @@ def _pions(optimizer: Any) -> list[Any]:
     """Every Pion on this rank."""
     from . import optimizer_state
 
-    found = (optimizer_state.pion_of(leaf) for leaf in optimizer_state.leaves(optimizer))
-    return [pion for pion in found if pion is not None]
+    pions = (optimizer_state.pion_of(leaf) for leaf in optimizer_state.leaves(optimizer))
+    return [pion for pion in pions if pion is not None]
 
 
 def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:

@@ -273,7 +273,7 @@ class Pion(torch.optim.Optimizer):
         self._kinds = self._kinds_now()
         self.groups: list[ProcessGroup] = []
         self._places: list[tuple[Tensor, str]] = []
-        found = []
+        matrices = []
         for number in range(len(self.param_groups)):
             for p in self._params_of(number):
                 slot = self._slots[p]
@@ -281,8 +281,8 @@ class Pion(torch.optim.Optimizer):
                     self.groups.append(slot.group)
                 for part in slot.view.shapes:
                     self._places.append((p, part))
-                    found.append(slot.plan(part, p, groups=self.groups, param_group=number))
-        self.plan = build_plan(found, [g.size() for g in self.groups], self.config)
+                    matrices.append(slot.plan(part, p, groups=self.groups, param_group=number))
+        self.plan = build_plan(matrices, [g.size() for g in self.groups], self.config)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}
         on: dict[torch.device, list[int]] = {}
@@ -402,13 +402,13 @@ class Pion(torch.optim.Optimizer):
             wanted: numbers in the plan; the same on all ranks of a group.
             measure: takes a number and matrices [B, m, n].
         """
-        found: dict[int, T] = {}
+        results: dict[int, T] = {}
 
         def take(i: int, shards: Tensor) -> None:
             team = self.plan.matrices[i].team
             matrices = self._complete(i, shards)
             if len(team) == 1 or GroupPeers(self._tp(i)).rank == i % len(team):
-                found[i] = measure(i, matrices)
+                results[i] = measure(i, matrices)
 
         for i in sorted(set(wanted) & set(self.plan.in_place())):
             p, part = self._places[i]
@@ -426,7 +426,7 @@ class Pion(torch.optim.Optimizer):
         for index, group in enumerate(self.groups):
             if routes := self._routes_of(index, wanted):
                 exchange.run(routes, 1, stored, compute, None, like=self._like(index), group=group)
-        return found
+        return results
 
     def _tp(self, i: int) -> ProcessGroup:
         """The team's process group of matrices that ranks divide."""

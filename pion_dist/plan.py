@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -391,6 +392,22 @@ def _teams(x: MatrixPlan, size: int, config: PionConfig) -> list[tuple[int, ...]
     if config.tp_mode == "owner" or x.cut == 1:
         return [(rank,) for rank in range(size)]
     return [tuple(range(first, first + x.cut)) for first in range(0, size, x.cut)]
+
+
+def ranges(
+    start: int, stop: int, bucket: tuple[int, int], ranks: int
+) -> tuple[tuple[int, int], ...]:
+    """The elements [a, b) of a weight that each of ``ranks`` ranks stores, counted from its start.
+
+    Args:
+        start: of the weight, in its buffer.
+        stop: of the weight.
+        bucket: start and stop of the bucket that has it, which is divided evenly.
+        ranks: that divide the bucket.
+    """
+    share = (bucket[1] - bucket[0]) // ranks
+    ends = [min(max(bucket[0] + rank * share, start), stop) - start for rank in range(ranks + 1)]
+    return tuple(itertools.pairwise(ends))
 
 
 def deal(

@@ -243,7 +243,7 @@ class Run:
 def group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
     """A process group that every rank asks for, and that is made once.
 
-    Each has threads that wake up every 10 ms: those of 80 took most of the time.
+    Each has threads that wake up every 10 ms as long as the process lives.
     """
     return _made(tuple(ranks))
 

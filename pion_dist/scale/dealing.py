@@ -6,11 +6,10 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ..classify import ParamInfo, Rotated, classify
 from ..config import PionConfig
-from ..plan import MatrixPlan, StepPlan, build_plan
+from ..plan import MatrixPlan, StepPlan, build_plan, ranges
 from .describe import Layout, Model
 
 ALIGNMENT = 64  # elements, of a weight's start in its buffer
@@ -133,7 +132,7 @@ class Buffer:
     """Weights in a flat buffer, which is cut into buckets, each divided over ranks.
 
     Attributes:
-        weights: of each its first element, its last but one, and its bucket.
+        weights: of each its start and stop, and the number of its bucket.
         buckets: elements [start, stop).
         ranks: that divide a bucket.
     """
@@ -150,12 +149,7 @@ class Buffer:
     def ranges(self, weight: int) -> tuple[tuple[int, int], ...]:
         """Elements [start, stop) of a weight that each rank stores."""
         start, stop, bucket = self.weights[weight]
-        first, last = self.buckets[bucket]
-        share = (last - first) // self.ranks
-        ends = [
-            min(max(first + rank * share, start), stop) - start for rank in range(self.ranks + 1)
-        ]
-        return tuple(pairwise(ends))
+        return ranges(start, stop, self.buckets[bucket], self.ranks)
 
 
 def bucket_numel(ranks: int) -> int:
@@ -247,7 +241,7 @@ def matrices_of(pool: Pool) -> tuple[list[MatrixPlan], dict[str, int]]:
         name, size = ("grid" if cut > 1 else pool.name), cut * pool.ranks
         if size > 1:
             sizes[name] = size
-        ranges = stored.ranges(number) if pool.ranks > 1 else ()
+        parts = stored.ranges(number) if pool.ranks > 1 else ()
         found += [
             MatrixPlan(
                 weight=w.name,
@@ -258,7 +252,7 @@ def matrices_of(pool: Pool) -> tuple[list[MatrixPlan], dict[str, int]]:
                 axis=view.axis,
                 group=list(sizes).index(name) if size > 1 else None,
                 cut=cut,
-                stored=tuple((view.position(part, a), view.position(part, b)) for a, b in ranges),
+                stored=tuple((view.position(part, a), view.position(part, b)) for a, b in parts),
             )
             for part, (batch, m, n) in view.whole_shapes(cut).items()
         ]
