@@ -57,6 +57,11 @@ def _choice(name: str, help_: str) -> Flag:
     return Flag(name, getattr(_DEFAULT, option), help_, {"choices": _CHOICES[option], "type": str})
 
 
+def _team_size(text: str) -> int | str:
+    """A number, or what PionConfig judges."""
+    return int(text) if text.isdecimal() else text
+
+
 FLAGS = (
     Flag(
         "recipe",
@@ -153,19 +158,22 @@ FLAGS = (
         "128 elements, for betas up to 0.95.",
         {"choices": _CHOICES["state_dtype"], "type": str},
     ),
-    _choice(
-        "tp-mode",
-        "How matrices that tensor parallelism cuts are computed. With the same result: each by one "
-        "rank, which holds its state (owner), or by all together, each its rows (distributed). "
-        "blockwise is another algorithm, whose result depends on --pion-blocks and not on the "
-        "layout.",
+    Flag(
+        "team-size",
+        _DEFAULT.team_size,
+        "At most so many of the ranks that together store a matrix compute it together, each its "
+        "rows of the longer dimension; a power of two. auto: up to 8 neighbours within a node, as "
+        "makes the busiest rank's step shortest by a count of FLOP and bytes. The result is the "
+        "same.",
+        {"type": _team_size, "metavar": "RANKS"},
     ),
     Flag(
         "blocks",
         _DEFAULT.blocks,
-        "Of --pion-tp-mode blockwise, on one rank too: the orthogonal factor on the axis that "
-        "tensor parallelism cuts is block-diagonal, of so many blocks; a multiple of the ranks. "
-        "State and work of that side shrink by it. Shards exchange no weight or gradient.",
+        "2 or more are another algorithm, on one rank too, whose result depends on this number and "
+        "not on the layout: the orthogonal factor on the axis that tensor parallelism cuts is "
+        "block-diagonal, of so many blocks; a multiple of the tensor-parallel ranks. State and "
+        "work of that side shrink by it. Shards exchange no weight or gradient.",
         {"type": int},
     ),
     Flag(
@@ -221,7 +229,6 @@ FLAGS = (
     ),
 )
 
-# Of weights kept in FP8 (transformer_engine.py says why not the others).
 # Megatron's own arguments that its OptimizerConfig does not carry: its new field, the argument and
 # a default. The one for --pion-init, the other for checkpoints.
 CARRIED = (
@@ -410,7 +417,7 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
     _check_lr_mult(args)
-    if args.pion_tp_mode == "blockwise" and args.pion_blocks % args.tensor_model_parallel_size:
+    if args.pion_blocks > 1 and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
             f"--pion-blocks {args.pion_blocks} must be a multiple of "
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from pion_dist.classify import Rotated
 from pion_dist.plan import ranges
 from pion_dist.slots import Storage
 
-from . import seams
-from .parameters import of_all_ranks
+from . import seams, teams
+from .parameters import decided, of_all_ranks
 from .sharded_state import CheckpointedPion
 
 # Set on the config that Megatron makes its optimizer with, which says Adam.
@@ -140,6 +141,17 @@ class PionAndAdam:
         """Adam's state by parameter, which Megatron looks into."""
         return self.adam.state
 
+    def state_dict(self) -> dict[str, Any]:
+        """Refuse: a rank's ranges mean nothing without the other ranks'.
+
+        Raises:
+            ValueError: says what to call.
+        """
+        raise ValueError(
+            "state_dict() of --optimizer pion with --use-distributed-optimizer needs --ckpt-format "
+            "torch_dist, whose state is sharded_state_dict()"
+        )
+
     def step(self) -> None:
         """Step both."""
         self.pion.step()
@@ -161,17 +173,26 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
         [i for i, of_pion in enumerate(pions) if of_pion == wanted] for wanted in (True, False)
     )
     tensors, dp = dict(_stored(leaf)), leaf.data_parallel_group
-    grid = _grid(leaf.expert_tp_group if expert else leaf.tp_group, dp)
+    tp = leaf.expert_tp_group if expert else leaf.tp_group
+    grid = _grid(tp, dp)
     stored = {}
     for p in (p for i in mine for p in groups[i]["params"]):
-        tp = kwargs["shards"].get(p)
-        cut = tp is not None and kwargs["views"][p].axis is not None
+        decision = decided(p)[1]
+        of_whole = isinstance(decision, Rotated) and decision.of_whole
+        cut = of_whole or (p in kwargs["shards"] and kwargs["views"][p].axis is not None)
         nothing = torch.empty(0, dtype=torch.float32, device=p.device)
         data = tensors[p] if p in leaf.model_param_gbuf_map else nothing
         parts = stored_ranges(leaf, p)
         group = grid if cut else (dp if dp.size() > 1 else None)
+        if of_whole:  # rank r of the grid has a range of the rows of r % tp.size()
+            numel = p.numel()
+            starts = range(0, numel * tp.size(), numel)
+            parts = tuple((at + a, at + b) for a, b in parts for at in starts)
         stored[p] = Storage(data, group, parts if len(parts) > 1 else ())
-    pion = CheckpointedPion([groups[i] for i in mine], **kwargs, stored=stored)
+    storing = dict.fromkeys(group for group in (grid, dp) if group is not None and group.size() > 1)
+    made = teams.make(list(storing), kwargs["config"], tp)
+    kwargs = {**kwargs, "stored": stored, "teams": made}
+    pion = CheckpointedPion([groups[i] for i in mine], **kwargs)
     for i, own in zip(mine, pion.param_groups, strict=True):
         own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
     adam.param_groups = [adam.param_groups[i] for i in others]

@@ -76,8 +76,9 @@ def _reshardable(original: Any) -> Any:
     @functools.wraps(original)
     def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
         metadata = original(*args, **kwargs)
-        training: Any = importlib.import_module("megatron.training")
-        if metadata is None or training.get_args().optimizer != "pion":
+        training: Any = importlib.import_module("megatron.training.global_vars")
+        options = training._GLOBAL_ARGS  # None in a script that uses megatron.core alone
+        if metadata is None or getattr(options, "optimizer", "") != "pion":
             return metadata
         return {**metadata, "distrib_optim_sharding_type": "fully_reshardable"}
 

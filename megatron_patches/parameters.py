@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 
@@ -46,7 +47,11 @@ def _info(
     config: Any = getattr(parent, "config", None) or model_config
     geometry: dict[str, Any] = {}
     if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
-        geometry = {"qkv": _query_group(config), "head_dim": config.kv_channels}
+        geometry = {
+            "qkv": _query_group(config),
+            "head_dim": config.kv_channels,
+            "split_groups": config.num_query_groups < config.tensor_model_parallel_size,
+        }
     elif re.fullmatch(r"weight\d*", leaf) and linear == "linear_fc1":
         geometry = {
             "gated": bool(config.gated_linear_unit),
@@ -57,7 +62,7 @@ def _info(
         geometry["tp_axis"] = "rows" if partition_dim == 0 else "cols"
         geometry["tp_size"] = _tp_size(name, config)
         if geometry["tp_size"] > 1:
-            geometry["unsupported"] = _cannot_be_cut(linear, config)
+            geometry["unsupported"] = _cannot_be_cut(linear)
     return ParamInfo(
         name=_global_name(name, modules),
         shape=tuple(param.shape),
@@ -91,14 +96,8 @@ def is_expert(name: str) -> bool:
     return "experts" in name and "shared" not in name
 
 
-def _cannot_be_cut(linear: str, config: Any) -> str:
+def _cannot_be_cut(linear: str) -> str:
     """Why Pion cannot rotate a weight that tensor parallelism cuts, or an empty string."""
-    ranks, groups = config.tensor_model_parallel_size, config.num_query_groups
-    if linear == "linear_qkv" and groups < ranks:
-        return (
-            f"--num-query-groups {groups} is below --tensor-model-parallel-size {ranks}, so a rank "
-            "has a piece of a query group; leave the weight to Adam with --pion-exclude linear_qkv"
-        )
     if linear == "in_proj":
         return (
             "each rank has rows of all of Mamba's projections; with --tensor-model-parallel-size "
@@ -194,13 +193,23 @@ def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]
         if values is None:
             continue
         # Where ranks are dealt whole matrices, each has its own.
-        own = _rank() if decision.ranks > 1 and decision.view.axis is None else -1
+        dealt = decision.ranks > 1 and decision.view.axis is None and not decision.of_whole
+        own = _rank() if dealt else -1
+        if decision.of_whole:
+            values = _among_zeros(values, decision)
         for part, index, nonzero in _nonzero(values, decision.view):
             (others if nonzero else zero).add((info.name, part, index, own))
     anywhere = set().union(*of_all_ranks(zero))
     if anywhere:
         anywhere -= set().union(*of_all_ranks(anywhere & others))
     return {name for name, *_ in anywhere}
+
+
+def _among_zeros(shard: torch.Tensor, decision: Rotated) -> torch.Tensor:
+    """The whole weight of which this rank has a run of rows, the others' being zeros."""
+    whole = shard.new_zeros(decision.view.rows, decision.view.cols)
+    whole.chunk(decision.ranks)[parallel_state.get_tensor_model_parallel_rank()].copy_(shard)
+    return whole
 
 
 def _nonzero(values: torch.Tensor, view: MatrixView) -> Iterator[tuple[str, int, bool]]:

@@ -101,6 +101,7 @@ def _state_exists(optimizer: Any, config: Any = None) -> None:
 def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
     from pion_dist.classify import Rotated
 
+    from . import teams
     from .arguments import pion_config
     from .parameters import decided, is_expert
 
@@ -114,14 +115,20 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
         if not isinstance(decision, Rotated):
             continue
         views[p], names[p] = decision.view, info.name
-        if decision.ranks > 1:
+        if decision.ranks > 1 and not decision.of_whole:
             shards[p] = pg_collection.expt_tp if is_expert(info.name) else pg_collection.tp
+    options, teams_of = pion_config(config), teams.Teams()
+    if not config.use_distributed_optimizer:  # which has groups of its own
+        for tp in (pg_collection.tp, getattr(pg_collection, "expt_tp", None)):
+            if tp is not None and tp.size() > 1:
+                teams_of |= teams.make([tp], options, tp)
     return {
         "lr": config.lr * config.pion_lr_mult,
-        "config": pion_config(config),
+        "config": options,
         "views": views,
         "names": names,
         "shards": shards,
+        "teams": teams_of,
     }
 
 
@@ -145,6 +152,8 @@ def _with_pion(original: Any) -> Any:
         _compare_options(options, config)
         decisions = decide(model_chunks, options, exclude=config.pion_exclude or ())
         transformer_engine.check(model_chunks, decisions)
+        if config.optimizer == "pion" and not config.use_distributed_optimizer:
+            _refuse_split_groups(decisions)
         if config.optimizer == "pion":
             transformer_engine.refuse_unwritable(decisions, config)
         if config.pion_init != "keep":
@@ -285,6 +294,23 @@ def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> Non
             f"optimizer='pion' with use_distributed_optimizer={config.use_distributed_optimizer} "
             f"and {sharded} in DistributedDataParallelConfig: set both alike"
         )
+
+
+def _refuse_split_groups(decisions: Sequence[Any]) -> None:
+    """Refuse weights of whose matrices no rank has a shard: only ranges are joined by place.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    from pion_dist.classify import Rotated
+
+    for info, _, decision in decisions:
+        if isinstance(decision, Rotated) and decision.of_whole:
+            raise ValueError(
+                f"{info.name}: --num-query-groups is below --tensor-model-parallel-size, so a rank "
+                "has a part of a query group. Set --use-distributed-optimizer, or leave the weight "
+                "to Adam with --pion-exclude linear_qkv"
+            )
 
 
 def _compare_options(options: Any, config: Any) -> None:

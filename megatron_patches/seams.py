@@ -180,6 +180,11 @@ TRAINING = (
         "loads a distributed optimizer's state into any layout",
     ),
     Seam(
+        "megatron.training.global_vars",
+        "_GLOBAL_ARGS",
+        "loads a distributed optimizer's state into any layout",
+    ),
+    Seam(
         "megatron.training.arguments",
         "add_megatron_arguments",
         "adds the flags",

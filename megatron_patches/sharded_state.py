@@ -55,9 +55,10 @@ def record(
     place: Record = _PLACES[moment]
     places = weight.prepend_axis_num
     whole, offset, cuts = list(moment.shape), [0] * moment.dim(), [1] * moment.dim()
-    whole[place.dim] *= place.count
-    offset[place.dim] = moment.shape[place.dim] * place.index
-    cuts[place.dim] = place.count
+    for dim, count, index in place.cuts:
+        whole[dim] *= count
+        offset[dim] = moment.shape[dim] * index
+        cuts[dim] = count
     fragments = weight.axis_fragmentations or weight.global_shape
     pp, tp, dp = weight.replica_id
     return ShardedTensor(

@@ -10,13 +10,10 @@ class Record:
     """A moment's place.
 
     Attributes:
-        dim: of the moment, which tensor parallelism cuts into ``count`` equal shares.
-        index: the share that this is.
-        count: 1 where it is all of it.
+        cuts: of each dimension that ranks divide, which it is, the number of equal shares and the
+            index of this one.
         replica: rank among those that hold the same moment; the first one's is written.
     """
 
-    dim: int = 0
-    index: int = 0
-    count: int = 1
+    cuts: tuple[tuple[int, int, int], ...] = ()
     replica: int = 0

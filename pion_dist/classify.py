@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Axis, PionConfig
 from .matrices import MatrixView, interleaved, stacked, whole
@@ -27,6 +27,7 @@ class ParamInfo:
             rank has the whole weight.
         tp_size: number of ranks that share the weight; ``shape`` is that of one rank's shard.
         initialized: whether it has initial values; if not, zeros in its memory mean nothing.
+        split_groups: whether tensor-parallel ranks have rows of a part of a query group.
         unsupported: why Pion cannot rotate it, and the fix; empty where it can.
     """
 
@@ -40,6 +41,7 @@ class ParamInfo:
     tp_axis: Axis | None = None
     tp_size: int = 1
     initialized: bool = True
+    split_groups: bool = False
     unsupported: str = ""
 
 
@@ -60,12 +62,14 @@ class Rotated:
     """The decision to let Pion update a weight, as the matrices of its view.
 
     Attributes:
-        view: view of this rank's shard.
+        view: view of this rank's shard, or of the whole weight where the shards have no matrices.
         ranks: number of ranks that share the weight.
+        of_whole: whether the view is of the whole weight.
     """
 
     view: MatrixView
     ranks: int = 1
+    of_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,10 @@ def classify(
         return Scalar("bias")
     if info.unsupported:
         raise ValueError(f"{info.name}: {info.unsupported}")
+    if info.split_groups and info.tp_size > 1:
+        shape = (info.shape[0] * info.tp_size, info.shape[1])
+        alone = replace(info, shape=shape, tp_axis=None, tp_size=1)
+        return Rotated(_view(alone, config), info.tp_size, of_whole=True)
     return Rotated(_view(info, config), info.tp_size)
 
 
@@ -125,7 +133,7 @@ def table(
 
 
 def _matrices(decision: Rotated) -> str:
-    shapes = decision.view.whole_shapes(decision.ranks).items()
+    shapes = decision.view.whole_shapes(1 if decision.of_whole else decision.ranks).items()
     return "Pion: " + ", ".join(f"{part} {b} of {m}x{n}" for part, (b, m, n) in shapes)
 
 

@@ -17,7 +17,7 @@ MatmulPrecision = Literal["highest", "high", "bf16"]
 Axis = Literal["rows", "cols"]
 StateLayout = Literal["packed", "dense"]
 StateDtype = Literal["fp32", "bf16", "int8"]
-TpMode = Literal["owner", "distributed", "blockwise"]
+TeamSize = int | Literal["auto"]
 
 SIDE_OF: dict[Axis, Side] = {"rows": "out", "cols": "in"}
 """The side whose factor is as large as the axis is long."""
@@ -70,18 +70,19 @@ class PionConfig:
             of float32's pieces, which lose less than 2^-16, so that its spectrum is kept as well
             (``update/precision.py``).
         state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
-            rank has whole generators (``tp_mode="distributed"`` divides their rows, which stay
-            dense); ``dense``. Checkpoints are the same.
+            rank has whole generators (teams divide their rows, which stay dense); ``dense``.
+            Checkpoints are the same.
         state_dtype: of averages (factors stay float32). ``fp32``: as they are computed (float64
             for float64 weights); ``bf16``: rounded to nearest when stored, for betas up to 0.99: of
             an average over more steps the changes would be lost; ``int8``: likewise, with a scale
             for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
-        tp_mode: how matrices that tensor parallelism cuts are computed. With the same result:
-            ``owner``: each by one rank, which holds its state; ``distributed``: each rank its rows,
-            of the larger factor or of the generators, and its shard of the products.
-            ``blockwise`` is another algorithm, on one rank too: the factor on the axis that tensor
-            parallelism cuts is block-diagonal, of ``blocks`` blocks; the other is shared by all.
-        blocks: of ``tp_mode="blockwise"``; 2 or more, and a multiple of the ranks.
+        team_size: at most so many of the ranks that together store a matrix compute it together,
+            each its rows of the longer dimension; a power of two. ``auto``: as many as make the
+            busiest rank's step shortest, which a count of FLOP and bytes says. The result is the
+            same.
+        blocks: 2 or more are another algorithm, on one rank too: the factor on the axis that tensor
+            parallelism cuts is block-diagonal, of so many blocks; the other is shared by all. A
+            multiple of the tensor-parallel ranks, which each compute their own blocks.
         spectrum_reset_interval: every so many steps each matrix gets back the singular values that
             it had at the first step, against rounding over millions of steps: W = U S Vᵀ becomes
             U S₀ Vᵀ. Each matrix has its own turn, by its name. 0: never.
@@ -106,7 +107,7 @@ class PionConfig:
     matmul_precision: MatmulPrecision = "highest"
     state_layout: StateLayout = "packed"
     state_dtype: StateDtype = "fp32"
-    tp_mode: TpMode = "owner"
+    team_size: TeamSize = "auto"
     blocks: int = 1
     spectrum_reset_interval: int = 0
 
@@ -132,6 +133,9 @@ class PionConfig:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         if type(self.degree) is not int or not 2 <= self.degree <= 8:
             raise ValueError(f"degree={self.degree!r}: must be an integer from 2 to 8")
+        size = self.team_size
+        if size != "auto" and (type(size) is not int or size < 1 or size & (size - 1)):
+            raise ValueError(f"team_size={size!r}: must be 'auto' or a power of two")
         if type(self.blocks) is not int or self.blocks < 1:
             raise ValueError(f"blocks={self.blocks!r}: must be a positive integer")
         interval = self.spectrum_reset_interval
@@ -153,20 +157,13 @@ class PionConfig:
                 f"rms={self.rms} is of scaling='rms'; with scaling={self.scaling!r} leave it out"
             )
         self._check_state()
-        if self.tp_mode == "blockwise" and self.blocks == 1:
-            raise ValueError("blocks=1: tp_mode='blockwise' needs 2 or more")
-        if self.tp_mode != "blockwise" and self.blocks != 1:
+        if self.blocks > 1 and self.team_size != "auto":
             raise ValueError(
-                f"blocks={self.blocks} is of tp_mode='blockwise'; with tp_mode={self.tp_mode!r} "
-                "leave it out"
+                f"team_size={self.team_size}: with blocks={self.blocks} the tensor-parallel ranks "
+                "compute their own blocks; leave it out"
             )
 
     def _check_polar(self) -> None:
-        if self.tp_mode == "blockwise":
-            raise ValueError(
-                "tp_mode='blockwise' is of other directions: with direction='polar' use "
-                "tp_mode='owner' or 'distributed'"
-            )
         for name in _OF_GENERATORS:
             if getattr(self, name) != _default(name):
                 raise ValueError(
@@ -188,11 +185,12 @@ class PionConfig:
             )
         if self.state_dtype != "int8":
             return
-        if self.tp_mode != "owner":
-            raise ValueError(
-                "state_dtype='int8' has scales for parts of whole matrices, which "
-                f"tp_mode={self.tp_mode!r} divides: use tp_mode='owner', or state_dtype='bf16'"
-            )
+        for name, whole in (("team_size", ("auto", 1)), ("blocks", (1,))):
+            if (value := getattr(self, name)) not in whole:
+                raise ValueError(
+                    f"state_dtype='int8' has scales for parts of whole matrices, which {name}="
+                    f"{value} divides: leave it out, or use state_dtype='bf16'"
+                )
         lie = self.momentum == "lie" and self.direction != "polar"
         if lie and self.state_layout != "packed":
             raise ValueError(

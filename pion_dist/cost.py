@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
-from .iterations import NEWTON_SCHULZ, panels
+from .iterations import NEWTON_SCHULZ, divides_squares, panels
 
 Form = Literal["dense", "factors"]
 
@@ -84,8 +84,8 @@ def step_flop(
         m: rows of the whole matrix.
         n: columns of the whole matrix.
         config: the run's options.
-        axis: along which tensor parallelism cuts it.
-        ranks: that share its computation (``distributed``, ``blockwise``); the count is one's.
+        axis: along which ranks or blocks divide it.
+        ranks: that compute it together; the count is one's.
         device: type of the device, whose panels the matrix sign has.
     """
     if config.direction == "polar":
@@ -142,36 +142,50 @@ def polar_flop(m: int, n: int, *, ranks: int = 1, device: str = "cuda") -> float
     rows, r = max(m, n) / ranks, min(m, n)
     mirrored = sum(2.0 * (high - low) * high for low, high in panels(r, device))
     full = 2.0 * r * r
-    steps = len(NEWTON_SCHULZ)
-    # M V, Uᵀ D V, U S, the polish of U, and W; UᵀU.
-    tall, square = 5 * full + mirrored, 0.0
-    # X² and X³, Y² and Y³; V E(Y), VᵀV and the polish of V.
-    square = 5 * mirrored + 2 * full
+    iterated, symmetric, other = _square_products(m, n)
+    alike, half, whole, own = mirrored, mirrored, full, float(r)
+    if divides_squares(r, ranks):  # of what is symmetric, all of its rows but in iterations
+        alike, half, whole, own = full * _share(ranks), full / ranks, full / ranks, r / ranks
+    # M V, Uᵀ D V, U S, the polish of U, and W; UᵀU. V E(Y) and the polish of V; VᵀV.
+    tall, of_v = 5 * full + mirrored, 2 * full + mirrored
     if m != n:
-        # (D V)ᵀ D V; BᵀB, the third power of X and Z, B T. One power of X alone less.
-        tall, square = tall + mirrored, square + 2 * full
+        tall += mirrored  # (D V)ᵀ D V
     if uses_gram(m, n):
-        # Y (H T). (M V)ᵀ M V to H: all but the first step have four products. B and H T.
-        tall, square = tall + full, square + (4 * steps - 1) * mirrored + 2 * full
-    else:
-        # D and, of a square, its polynomials alone; Y T.
-        tall += steps * (mirrored + full) + (full if m != n else 0.0)
-        square += steps * mirrored
-    return tall * rows + square * r
+        tall += full  # Y (H T)
+    else:  # D; Y T
+        tall += len(NEWTON_SCHULZ) * (mirrored + full) + (full if m != n else 0.0)
+    return tall * rows + of_v * own + (iterated * alike + symmetric * half + other * whole) * r
+
+
+def _share(ranks: int) -> float:
+    """A rank's part of a symmetric r x r matrix, of r²: ``update.squares``."""
+    return (2 * ranks + 1) / (4 * ranks**2)
+
+
+def _square_products(m: int, n: int) -> tuple[int, int, int]:
+    """Products of r x r matrices in a polar step: iterated ones, other symmetric ones, the rest."""
+    steps = len(NEWTON_SCHULZ)
+    # X², Y² and Y³; of a square also X³, of others BᵀB, and the third power of X and Z, B T.
+    symmetric, other = 4, 2 * (m != n)
+    if uses_gram(m, n):
+        # (M V)ᵀ M V to H: all but the first step have four products. B and H T.
+        return 4 * steps - 1, symmetric, other + 2
+    return steps, symmetric, other  # the polynomials of D
 
 
 @dataclass
 class Traffic:
-    """What one rank hands to collectives: calls and input elements by operation."""
+    """What one rank hands to collectives: calls and bytes of their inputs by operation."""
 
+    itemsize: int
     calls: Counter[str] = field(default_factory=Counter)
-    elements: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, op: str, elements: int, calls: int = 1) -> None:
-        """Count ``calls`` collectives of ``elements`` each."""
+    def add(self, op: str, elements: int, calls: int = 1, *, low: bool = False) -> None:
+        """Count ``calls`` collectives of ``elements`` each, ``low`` ones in bf16."""
         if calls:
             self.calls[op] += calls
-            self.elements[op] += calls * elements
+            self.bytes[op] += calls * elements * (2 if low else self.itemsize)
 
 
 def traffic(
@@ -191,21 +205,21 @@ def traffic(
         batch: B.
         m: rows of a whole matrix.
         n: columns of a whole matrix.
-        config: with ``tp_mode`` ``distributed`` or ``blockwise``.
-        axis: along which they are cut.
-        ranks: that share them.
+        config: the run's options.
+        axis: along which ranks divide them.
+        ranks: of the team.
         step: number of the step, from 1.
-        itemsize: bytes of an element; where one of float32 travels in bf16, two count as one.
+        itemsize: bytes of an element, as computed.
     """
-    if config.direction == "polar":
-        return _polar_traffic(batch, m, n, axis, ranks=ranks)
     low = config.matmul_precision == "bf16" and itemsize == 4
-    moved = Traffic()
+    if config.direction == "polar":
+        return _polar_traffic(batch, m, n, low=low, ranks=ranks, itemsize=itemsize)
+    moved = Traffic(itemsize)
     active = order(m, n, config.active_sides(step))
     for side in config.sides if config.momentum == "lie" else active:
         d, other = (n, m) if side == "in" else (m, n)
         cut = side == SIDE_OF[axis]
-        if config.tp_mode == "blockwise":
+        if config.blocks > 1:
             if not cut:
                 moved.add("all_reduce", batch * d * d)
             continue
@@ -220,18 +234,76 @@ def traffic(
     return moved
 
 
-def _polar_traffic(batch: int, m: int, n: int, axis: Axis, *, ranks: int) -> Traffic:
+# What decides between teams, of an H100 as pion_dist.scale describes it (not measured): FLOP a
+# second of a step's products, those in three pieces among them; bytes a second of memory, between
+# GPUs of a node and through a network adapter; seconds of a small collective. And bytes that a
+# polar step moves in memory for each element of W and of its r x r matrices; of these, where ranks
+# divide them, for each of a rank's own and of all. Fitted to what pion_dist.scale takes from a
+# trace: tests/test_scale.py compares the seconds.
+_PRODUCTS = {"highest": 40e12, "high": 250e12, "bf16": 450e12}
+_MEMORY, _NODE, _NETWORK, _LATENCY = 2.7e12, 340e9, 37e9, 20e-6
+_BYTES_OF_W, _BYTES_OF_SQUARE, _BYTES_OF_OWN, _BYTES_OF_ALL = 340, 200, 130, 150
+
+
+def seconds(
+    batch: int,
+    m: int,
+    n: int,
+    config: PionConfig,
+    axis: Axis | None,
+    *,
+    ranks: int,
+    travels: int,
+) -> float:
+    """Seconds for which a team is busy with a step of matrices [B, m, n], roughly.
+
+    They tell which team is best, and not how long a step takes: ``pion_dist.scale`` does.
+
+    Args:
+        batch: B.
+        m: rows of a whole matrix.
+        n: columns of a whole matrix.
+        config: the run's options.
+        axis: along which ranks divide them.
+        ranks: of the team.
+        travels: how often the matrices travel to the team or back.
+    """
+    numel, square = batch * m * n / ranks, batch * min(m, n) ** 2
+    flop = batch * step_flop(m, n, config, axis, ranks=ranks)
+    total = flop / _PRODUCTS[config.matmul_precision] + 4 * travels * numel / _NETWORK
+    of_square: float = _BYTES_OF_SQUARE
+    if divides_squares(min(m, n), ranks):
+        of_square = _BYTES_OF_OWN / ranks + _BYTES_OF_ALL
+    total += (_BYTES_OF_W * numel + of_square * square) / _MEMORY
+    if ranks > 1 and axis is not None:
+        moved = traffic(batch, m, n, config, axis, ranks=ranks, step=1)
+        for op, calls in moved.calls.items():
+            passes = {"all_gather": ranks - 1.0, "all_reduce": 2.0}.get(op, 1.0)
+            total += calls * _LATENCY + passes * moved.bytes[op] / _NODE
+    return total
+
+
+def _polar_traffic(batch: int, m: int, n: int, *, low: bool, ranks: int, itemsize: int) -> Traffic:
     """The collectives of a polar step whose rows ranks divide."""
-    found = Traffic()
+    moved = Traffic(itemsize)
     square = batch * min(m, n) ** 2
-    if m != n and (axis == "rows") == (m < n):
-        found.add("all_to_all", batch * m * n // ranks, 2)  # the gradient, and W back
-    found.add("all_reduce", batch)  # its norm
-    if not uses_gram(m, n):
-        found.add("all_reduce", square, len(NEWTON_SCHULZ))  # XᵀX of its polar factor
-    found.add("all_reduce", square if m == n else 2 * square)  # B, and (D V)ᵀ D V; or both of M V
-    found.add("all_reduce", square)  # UᵀU
-    return found
+    gram, steps = uses_gram(m, n), len(NEWTON_SCHULZ)
+    moved.add("all_reduce", batch)  # its norm
+    if not divides_squares(r := min(m, n), ranks):
+        moved.add("all_reduce", square, 0 if gram else steps)  # XᵀX of its polar factor
+        moved.add("all_reduce", square, 2 if m == n else 3)  # B, UᵀU; (D V)ᵀ D V or that of M V
+        return moved
+    rows, half = square // ranks, batch * (2 * ranks + 1) * (r // (2 * ranks)) ** 2
+    halves = 2 + (1 if gram else steps)  # UᵀU, VᵀV, (M V)ᵀ M V or XᵀX
+    moved.add("reduce_scatter", ranks * half, halves)
+    moved.add("reduce_scatter", square, 1 if gram or m == n else 2)  # Uᵀ D V; (D V)ᵀ D V
+    moved.add("all_gather", half, halves + _square_products(m, n)[0], low=low)
+    moved.add("all_to_all", rows, 1 if m == n else 2)  # Bᵀ, and that of the third power
+    # X, Y and their functions; of U's rows off U also B, X² − 2 N and T; H T.
+    moved.add("all_gather", rows, 4 + 3 * (m != n) + gram, low=low)
+    moved.add("all_gather", rows)  # V
+    moved.add("all_gather", batch * r // ranks)  # c
+    return moved
 
 
 def _divided(
@@ -246,11 +318,11 @@ def _divided(
     first: bool,
     low: bool,
 ) -> None:
-    """Count what an active side of ``distributed`` moves after its generator's rows are there."""
+    """Count what an active side moves after its generator's rows are on a team's ranks."""
     rows = batch * d * d // ranks
     if config.direction == "msign":
         found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
-        found.add("all_gather", rows // 2 if low else rows, 2 * len(NEWTON_SCHULZ) + 1)
+        found.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1, low=low)
     if not cut:
         found.add("all_gather", rows)
         return

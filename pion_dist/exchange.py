@@ -9,16 +9,15 @@ of each other where none has a whole matrix.
 from __future__ import annotations
 
 import itertools
-import sys
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup as ProcessGroup
 
-from .plan import MatrixPlan, differences
+from .plan import Box, MatrixPlan, differences
 
 Stored = Callable[[int], list[Tensor]]
 Given = dict[int, list[Tensor]]
@@ -41,28 +40,36 @@ class Route:
             rank: this one's in the group.
             size: of the group.
         """
-        self.pieces, self.flags, self.rank, self.size = pieces, flags, rank, size
+        self.pieces, self.flags, self.rank = pieces, flags, rank
         self.mine = [i for i, x in pieces.items() if rank in x.team]
-        stored = [(x.member(rank), i) for i, x in pieces.items() if x.flow(rank, x.member(rank))]
-        # To each rank, in its order of pieces: what it computes of this rank's.
-        self.sent = [i for _, i in sorted(stored, key=lambda each: each[0])]
-        self.sent_to = [0] * size
-        self.back_from = [0] * size
-        for member, i in stored:
-            count = pieces[i].flow(rank, member)
-            self.sent_to[member] += count
-            self.back_from[member] += count + flags[i]
-        # From each rank: pieces that this one computes, with their elements.
+        # By rank, in its order of pieces: what it computes of this rank's, and this of its.
+        self.sent: list[list[tuple[int, list[Box]]]] = [[] for _ in range(size)]
+        for i, x in pieces.items():
+            for place, member in enumerate(x.team):
+                if boxes := x.boxes(rank, place):
+                    self.sent[member].append((i, boxes))
         self.got = [
-            [(i, count) for i in self.mine if (count := pieces[i].flow(other, rank))]
+            [
+                (i, boxes)
+                for i in self.mine
+                if (boxes := pieces[i].boxes(other, pieces[i].team.index(rank)))
+            ]
             for other in range(size)
         ]
-        self.got_from = [sum(count for _, count in each) for each in self.got]
-        self.back_to = [sum(count + flags[i] for i, count in each) for each in self.got]
+        self.sent_to, self.got_from = ([_numel(each) for each in x] for x in (self.sent, self.got))
+        self.back_from, self.back_to = (
+            [_numel(each) + sum(flags[i] for i, _ in each) for each in x]
+            for x in (self.sent, self.got)
+        )
 
     def stored(self, i: int) -> int:
         """Elements of a piece that this rank stores."""
-        return self.pieces[i].flow(self.rank, self.pieces[i].member(self.rank))
+        start, stop = self.pieces[i].interval(self.rank)
+        return stop - start
+
+
+def _numel(pieces: Sequence[tuple[int, list[Box]]]) -> int:
+    return sum(box.numel for _, boxes in pieces for box in boxes)
 
 
 def run(
@@ -83,8 +90,8 @@ def run(
         routes: of the waves; made alike on every rank of the group.
         tensors: that travel to the teams, of each piece.
         stored: so many flat tensors, of what this rank stores of piece i.
-        compute: takes the tensors of the pieces that this rank computes, whole or its shards, and
-            returns weights of the same shape; and of each piece flags, if it has any.
+        compute: takes this rank's share of the pieces that it computes, and returns weights of the
+            same shape; and of each piece flags, if it has any.
         finalize: takes the flat weights that this rank stores of piece i, and its flags. Without it
             nothing travels back.
         like: a tensor of the dtype and on the device of what travels.
@@ -111,7 +118,16 @@ class _Wave:
         self, route: Route, tensors: int, stored: Stored, like: Tensor, group: ProcessGroup
     ) -> None:
         self.route, self.tensors, self.group = route, tensors, group
-        self.sent = _packed([x for i in route.sent for x in stored(i)], like)
+        flat = {i: stored(i) for i in dict.fromkeys(i for each in route.sent for i, _ in each)}
+        parts = [
+            _of_run(x, box)
+            for pieces in route.sent
+            for i, boxes in pieces
+            for x in flat[i]
+            for box in boxes
+        ]
+        self.sent = _packed(parts, like)
+        del flat, parts
         self.received = like.new_empty(tensors * sum(route.got_from))
         self.work = self._move(
             [tensors * count for count in route.got_from],
@@ -126,7 +142,9 @@ class _Wave:
 
     def compute(self, compute: Compute, *, back: bool) -> None:
         _wait(self.work)
-        results = compute(self._joined())
+        shares = self._shares()
+        self.sent = self.received = self.received.new_empty(0)
+        results = compute(shares)
         if not back:
             return
         route = self.route
@@ -134,53 +152,63 @@ class _Wave:
         self.received = self.sent.new_empty(sum(route.back_from))
         self.work = self._move(route.back_from, route.back_to)
 
-    def _joined(self) -> Given:
-        """The tensors of each piece, whole or this rank's shard of it, from what ranks sent."""
-        whole: dict[int, list[list[list[Tensor]]]] = {}
-        for i in self.route.mine:
-            x = self.route.pieces[i]
-            shards = x.cut if len(x.team) == 1 else 1
-            whole[i] = [[[] for _ in range(shards)] for _ in range(self.tensors)]
-        start = 0
-        for other, pieces in enumerate(self.route.got):
-            for i, count in pieces:
-                x = self.route.pieces[i]
-                shard = other % x.cut if len(x.team) == 1 else 0
-                for t in range(self.tensors):
-                    whole[i][t][shard].append(self.received[start : start + count])
-                    start += count
-        return {
-            i: [self._matrices(self.route.pieces[i], shards) for shards in tensors]
-            for i, tensors in whole.items()
+    def _shares(self) -> Given:
+        """This rank's share of each piece's tensors, from what ranks sent."""
+        pieces = self.route.pieces
+        shares = {
+            i: [self.received.new_empty(pieces[i].share_shape) for _ in range(self.tensors)]
+            for i in self.route.mine
         }
-
-    @staticmethod
-    def _matrices(x: MatrixPlan, shards: list[list[Tensor]]) -> Tensor:
-        joined = [torch.cat(each).view(x.shard_shape) for each in shards]
-        return joined[0] if len(joined) == 1 else torch.cat(joined, x.cut_dim)
+        start = 0
+        for i, boxes in itertools.chain(*self.route.got):
+            for share, box in itertools.product(shares[i], boxes):
+                _at(share, box).copy_(self.received[start : start + box.numel].view(box.shape))
+                start += box.numel
+        return shares
 
     def _taken_apart(self, results: Computed) -> Iterator[Tensor]:
         """What each rank stores of the results, in the order in which they travel back."""
-        shards: dict[int, list[Tensor]] = {}
-        for i, (weight, _) in results.items():
-            x = self.route.pieces[i]
-            cut = weight.chunk(x.cut, x.cut_dim) if len(x.team) == 1 else (weight,)
-            shards[i] = [each.reshape(-1) for each in cut]
-        for other, pieces in enumerate(self.route.got):
-            for i, _ in pieces:
-                x = self.route.pieces[i]
-                if (moved := results[i][1]) is not None:
-                    yield moved
-                start, stop = x.interval(other)
-                yield shards[i][other % x.cut if len(x.team) == 1 else 0][start:stop]
+        for i, boxes in itertools.chain(*self.route.got):
+            weight, moved = results[i]
+            if moved is not None:
+                yield moved
+            yield from (_at(weight, box) for box in boxes)
 
     def finish(self, finalize: Finalize) -> None:
         _wait(self.work)
-        counts = [(self.route.flags[i], self.route.stored(i)) for i in self.route.sent]
-        parts = iter(torch.split(self.received, list(itertools.chain(*counts))))
-        for i, (flags, _) in zip(self.route.sent, counts, strict=True):
-            moved = next(parts)
-            finalize(i, next(parts), moved if flags else None)
+        weights: dict[int, tuple[Tensor, Tensor | None]] = {}
+        start = 0
+        for i, boxes in itertools.chain(*self.route.sent):
+            moved = self.received[start : start + self.route.flags[i]]
+            start += len(moved)
+            if len(self.route.pieces[i].team) == 1:  # boxes are neighbours
+                count = self.route.stored(i)
+                weight = self.received[start : start + count]
+                start += count
+            else:
+                weight = weights[i][0] if i in weights else self._empty(i)
+                for box in boxes:
+                    part = self.received[start : start + box.numel].view(box.shape)
+                    _of_run(weight, box).copy_(part)
+                    start += box.numel
+            weights[i] = weight, moved if len(moved) else None
+        for i, (weight, found) in weights.items():
+            finalize(i, weight, found)
+
+    def _empty(self, i: int) -> Tensor:
+        return self.received.new_empty(self.route.stored(i))
+
+
+def _of_run(flat: Tensor, box: Box) -> Tensor:
+    """A box of what a rank stores, [b, r, c]; a view."""
+    run = flat[box.start : box.start + math.prod(box.run)].view(box.run)
+    return run.narrow(box.dim, box.first, box.shape[box.dim])
+
+
+def _at(share: Tensor, box: Box) -> Tensor:
+    """A box of a member's share [B, m, n]; a view."""
+    b, r, c = (slice(at, at + size) for at, size in zip(box.at, box.shape, strict=True))
+    return share[b, r, c]
 
 
 def _wait(work: dist.Work | None) -> None:
@@ -213,35 +241,8 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def cut_elsewhere(x: Tensor) -> str:
-    """Why a parameter's data cannot be stepped here, or an empty string: others have cut it."""
-    if (tensors := _loaded("torch.distributed.tensor")) and isinstance(x, tensors.DTensor):
-        return (
-            "is a DTensor (fully_shard, FSDP2, or tensor parallelism by DTensor), which Pion does "
-            "not take: use DistributedDataParallel and, for tensor parallelism, Pion's shards=; or "
-            "give it to torch.optim.AdamW"
-        )
-    return ""
-
-
-def flattened_by(module: torch.nn.Module) -> str:
-    """Why the parameters in a module are no matrices, or an empty string: FSDP1 has cut them."""
-    fsdp = _loaded("torch.distributed.fsdp")
-    if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
-        return (
-            "is wrapped in FullyShardedDataParallel, which leaves flat pieces of its weights: Pion "
-            "needs whole matrices. Use DistributedDataParallel"
-        )
-    return ""
-
-
-def _loaded(name: str) -> Any:
-    """A module of torch.distributed's that only its users import, since that takes a second."""
-    return sys.modules.get(name)
-
-
 class GroupPeers:
-    """The ranks of a process group, as ``update.layout.Peers``."""
+    """The ranks of a process group, as ``update.peers.Peers``."""
 
     def __init__(self, group: ProcessGroup) -> None:
         """The ranks that share matrices."""
@@ -261,21 +262,22 @@ class GroupPeers:
         """Join the ranks' tensors along ``dim``."""
         parts = x.new_empty(self.size, *x.shape)
         dist.all_gather_into_tensor(parts.view(-1), x.contiguous().view(-1), group=self.group)
-        return torch.cat(list(parts), dim=dim)
-
-    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
-        """Join shards along ``join_dim``, of which each rank gets its share along ``cut_dim``."""
-        parts = torch.stack(x.chunk(self.size, cut_dim))
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group)
-        return torch.cat(list(received), dim=join_dim)
+        # A copy only where something lies outside of ``dim``.
+        return parts.movedim(0, dim).flatten(dim, dim + 1)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """Sum the ranks' tensors, and return this rank's share along ``dim``."""
-        parts = torch.stack(x.chunk(self.size, dim))
+        parts = torch.unflatten(x, dim, (self.size, -1)).movedim(dim, 0).contiguous()
         mine = torch.empty_like(parts[0])
         dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)
         return mine
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of the transpose of a square matrix whose rows these are."""
+        parts = torch.unflatten(x, -1, (self.size, -1)).permute(2, 0, 3, 1).contiguous()
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received.view(-1), parts.view(-1), group=self.group)
+        return received.movedim(0, 2).flatten(2)
 
 
 def compare(digest: str, lines: Sequence[str], *, group: ProcessGroup, what: str) -> None:

@@ -11,20 +11,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .config import Axis, Side
+from .config import Axis
+from .dtensor import version
 from .exchange import is_first
-from .state import LEFT, RIGHT, SIGMA
+from .state import DIM, LEFT, RIGHT, SIGMA
 from .update import polar
-from .update.layout import Peers
+from .update.peers import Peers
 
 logger = logging.getLogger("pion_dist")
 
-_DIM: dict[Side, int] = {"out": 1, "in": 2}
 # Elements of matrices that are decomposed together; each takes several copies in float64.
 _BATCH_NUMEL = 1 << 22
 _SECONDS = 10.0  # between two lines of progress
@@ -33,32 +32,12 @@ _SECONDS = 10.0  # between two lines of progress
 _WARN_ABOVE = 1e-4
 
 
-class RowPeers(Peers, Protocol):
-    """The ranks that divide rows, and their collectives: ``exchange.GroupPeers``."""
-
-    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
-        """Join shards along ``join_dim``, of which each rank gets its share along ``cut_dim``."""
-
-
 class Rows:
-    """The division of matrices' rows on the larger side, whichever side their shards are cut on."""
+    """The division of matrices' rows on the larger side over the ranks of a team."""
 
-    def __init__(self, peers: RowPeers | None, axis: Axis | None, large: Side) -> None:
+    def __init__(self, peers: Peers | None, along: Axis) -> None:
         """Take the ranks that divide the rows; without any this rank has them all."""
-        self.peers, self.dim = peers, _DIM[large]
-        self.cut = self.dim if axis is None else {"rows": 1, "cols": 2}[axis]
-
-    def from_shard(self, shard: Tensor) -> Tensor:
-        """Turn this rank's shard into its rows; return the shard itself if it is cut by rows."""
-        if self.peers is None or self.cut == self.dim:
-            return shard
-        return self.peers.all_to_all(shard, self.cut, self.dim)
-
-    def to_shard(self, rows: Tensor) -> Tensor:
-        """Turn this rank's rows back into its shard: the inverse of ``from_shard``."""
-        if self.peers is None or self.cut == self.dim:
-            return rows
-        return self.peers.all_to_all(rows, self.dim, self.cut)
+        self.peers, self.dim = peers, DIM[along]
 
     def gather(self, rows: Tensor) -> Tensor:
         """Join all ranks' rows."""
@@ -88,7 +67,7 @@ class Factors:
         """Start with all weights in doubt."""
         self.matrices = 0
         self.doubt = True
-        self._versions: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, tuple[int, int]] = {}
         self._unsure: set[Tensor] = set()
         self._done = 0
         self._began = self._told = 0.0
@@ -100,13 +79,13 @@ class Factors:
 
     def begin(self, params: Iterable[Tensor]) -> None:
         """Begin a step: note which parameters were changed since the last one."""
-        self._unsure = {p for p in params if self._versions.get(p) != p._version}
+        self._unsure = {p for p in params if self._versions.get(p) != version(p)}
         self._done = 0
 
     def end(self, params: Iterable[Tensor]) -> None:
         """End a step: note the parameters as it has left them."""
         self.doubt = False
-        self._versions.update((p, p._version) for p in params)
+        self._versions.update((p, version(p)) for p in params)
 
     def unsure(self, p: Tensor) -> bool:
         """Tell whether a parameter may not be the product of its factors in this step."""
@@ -129,7 +108,7 @@ class Factors:
         Args:
             names: name of each matrix.
             params: the parameter that each matrix is part of.
-            w: weights [B, m, n], or this rank's rows of them.
+            w: weights [B, m, n], or this rank's share of them.
             moments: U, Σ and V. (modified in place)
             rows: how ranks divide the rows.
             computed_by: the rank that decomposes, among those that divide the rows.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from .config import Axis
@@ -177,6 +178,11 @@ class MatrixView:
 def whole(rows: int, cols: int, *, axis: Axis | None = None) -> MatrixView:
     """View the weight as one matrix."""
     return MatrixView(rows, cols, (Part("whole", rows, 0, rows, 1),), axis)
+
+
+def shape_of_rows(weight: Tensor) -> tuple[int, int]:
+    """Return the shape of ``as_rows``."""
+    return prod(weight.shape[:-1]), weight.shape[-1]
 
 
 def as_rows(weight: Tensor) -> Tensor:

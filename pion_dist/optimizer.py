@@ -12,23 +12,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import cost, exchange, spectrum, state, storage
+from . import dtensor, exchange, state, storage
 from .checkpoint import Record
-from .config import SIDE_OF, Axis, PionConfig
+from .config import PionConfig
 from .exchange import GroupPeers, ProcessGroup, Route
-from .factors import Factors, Rows
+from .execute import Readings, Step, complete
+from .factors import Factors
 from .guard import Guard
-from .matrices import MatrixView, as_rows, stacked, whole
-from .plan import StepPlan, build_plan, due
-from .slots import Slot, Storage
+from .matrices import MatrixView, as_rows
+from .plan import MatrixPlan, StepPlan
+from .slots import Slot, Storage, check_dtype, slot_of
 from .storage import compute_dtype
-from .update import polar
-from .update.layout import Blocks, Divided, Layout
-from .update.step import step as update
+from .teams import GroupSizes, build_plan
 
 logger = logging.getLogger("pion_dist")
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OPTIONS = {field.name for field in dataclasses.fields(PionConfig)}
 _OPTIONS_OF_OTHERS = {
     name
@@ -67,16 +65,25 @@ class Pion(torch.optim.Optimizer):
             and to be made on all of them at a time.
         stored: parameters of which this rank stores a part alone, which is stepped in their place:
             for wrappers that divide weights over data-parallel ranks. All of a group, or none.
+        teams: for a process group that together stores weights, this rank's groups of neighbours
+            in it, which may compute a matrix together. Each begins at a multiple of its size, which
+            divides the group's. By default one rank of the group or all compute a matrix.
 
     Raises:
         ValueError: a parameter is neither 2-D nor contiguous and 3-D, is not real floating point,
-            or is a DTensor; a view does not fit it; it cannot be cut as the options say; lr is
-            negative; or a group has options.
+            or is a DTensor that is divided otherwise than below; a view does not fit it; it cannot
+            be cut as the options say; lr is negative; or a group has options.
         RuntimeError: the ranks of a group have other parameters or options.
 
     A matrix of zeros stays zero under any factors: the log warns of weights that have one when the
     optimizer is made. It is no error, since weights may still be loaded; ``split_parameters`` gives
     such weights to AdamW.
+
+    A DTensor, as ``fully_shard`` makes (FSDP2, with or without replicas and tensor parallelism), is
+    stepped as the whole weight would be. Ranks may divide its rows or experts, and its columns in
+    the mesh's last dimension. The optimizer is made, stepped, saved and loaded on all of them at a
+    time, and every one needs the gradient. Its view is that of the whole weight. In ``state_dict``
+    moments are DTensors too, for ``torch.distributed.checkpoint``.
 
     Low-precision parameters (bf16, fp16) are computed in float32 and rounded when stored, which
     moves singular values by the rounding; keep float32 masters where that matters.
@@ -92,6 +99,7 @@ class Pion(torch.optim.Optimizer):
         names: Mapping[Tensor, str] | None = None,
         shards: Mapping[Tensor, ProcessGroup] | None = None,
         stored: Mapping[Tensor, Storage] | None = None,
+        teams: Mapping[ProcessGroup, Sequence[ProcessGroup]] | None = None,
     ) -> None:
         """See the class."""
         self._names = dict(names or {})
@@ -100,6 +108,7 @@ class Pion(torch.optim.Optimizer):
         self._views = dict(views or {})
         self._slots: dict[Tensor, Slot] = {}
         self._stored = dict(stored or {})
+        self._teams = dict(teams or {})
         # The data of a group's weights, where wrappers show some of it in param_groups.
         self._members: dict[int, list[Tensor]] = {}
         self._guard = Guard()
@@ -108,7 +117,7 @@ class Pion(torch.optim.Optimizer):
         self._started: set[Tensor] = set()  # parameters whose spectra at start are measured
         # What the next step's factors do, by (number in the plan, number in its batch), is put
         # here; for ``diagnostics``.
-        self.readings: list[tuple[Sequence[tuple[int, int]], Tensor]] | None = None
+        self.readings: Readings | None = None
         self._constructed = False
         super().__init__(params, {"lr": lr})
         self._constructed = True
@@ -124,7 +133,14 @@ class Pion(torch.optim.Optimizer):
         place = f"of group {len(self.param_groups)}"
         _refuse_options(group, place)
         slots = {
-            p: self._slot(p, name or self._names.get(p, f"parameter {index} {place}"))
+            p: slot_of(
+                p,
+                name or self._names.get(p, f"parameter {index} {place}"),
+                self.config,
+                view=self._views.get(p),
+                tp=self._shards.get(p),
+                stored=self._stored.get(p),
+            )
             for index, (name, p) in enumerate(named)
         }
         lr = group.get("lr", self.defaults["lr"])
@@ -133,7 +149,7 @@ class Pion(torch.optim.Optimizer):
         group["step"] = 0
         group["pion"] = state.identity(self.config)
         super().add_param_group(group)
-        if some := {p: each for p, slot in slots.items() if (each := slot.storage) is not None}:
+        if some := {p: self._stored[p] for p in slots if p in self._stored}:
             self._members[len(self.param_groups) - 1] = [each.data for each in some.values()]
             group["params"] = [each.data for each in some.values() if each.data.numel()]
             slots = {each.data: slots[p] for p, each in some.items()}
@@ -142,42 +158,11 @@ class Pion(torch.optim.Optimizer):
             self.settle()
             self._warn_of_zeros(slots)
 
-    def _slot(self, p: Any, name: str) -> Slot:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: a parameter must be a tensor, not {type(p).__name__}")
-        view = self._views.get(p)
-        if p.dim() not in (2, 3) or p.numel() == 0:
-            raise ValueError(
-                f"{name} has shape {tuple(p.shape)}: Pion rotates 2-D weights and fused experts "
-                "[E, m, n]; give this parameter to torch.optim.AdamW"
-            )
-        if p.dim() == 3 and not p.is_contiguous():
-            raise ValueError(
-                f"{name} is 3-D and not contiguous: make it so, or give it to torch.optim.AdamW"
-            )
-        if why := exchange.cut_elsewhere(p):
-            raise ValueError(f"{name} {why}")
-        _check_dtype(p, name)
-        rows, cols = as_rows(p).shape
-        if view is not None and (view.rows, view.cols) != (rows, cols):
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
-        if view is None:
-            axis: Axis = "rows" if p.shape[-2] >= cols else "cols"
-            if p.dim() == 3:
-                view = stacked(rows, cols, name="expert", count=len(p), axis=axis)
-            else:
-                view = whole(rows, cols, axis=axis)
-        slot = Slot(name, view, self._shards.get(p), self._stored.get(p))
-        for _, m, n in slot.shapes.values():
-            if why := state.unfit(m, n, self.config, view.axis, slot.cut):
-                raise ValueError(f"{name}: {why}")
-        return slot
-
     def _warn_of_zeros(self, params: Iterable[Tensor]) -> None:
         """Name the weights with a matrix of zeros; a collective of the ranks that share them."""
         asked = set(params)
         nonzero = {
-            i: self._slots[p].view.nonzero(as_rows(p.detach()), part)
+            i: self._slots[p].view.nonzero(as_rows(dtensor.local(p.detach())), part)
             for i, (p, part) in enumerate(self._places)
             if p in asked and not p.is_meta and self._slots[p].storage is None
         }
@@ -200,7 +185,7 @@ class Pion(torch.optim.Optimizer):
         if self._kinds == self._kinds_now():
             return
         for p, slot in self._slots.items():
-            _check_dtype(p, slot.name)
+            check_dtype(p, slot.name)
         self._guard.report()
         self._guard = Guard()  # its counts lie where the gradients were
         self._factors.forget()  # weights may have been rounded
@@ -220,10 +205,10 @@ class Pion(torch.optim.Optimizer):
         Raises:
             TypeError: there are shards, whose process groups are of this process alone.
         """
-        if self._shards or self._stored:
+        if self._shards or self._stored or self.groups:
             raise TypeError(
-                "Pion with shards= cannot be copied or pickled, since their process groups cannot: "
-                "take state_dict(), and load it into a Pion that is made on all ranks"
+                "Pion with shards= or DTensors cannot be copied or pickled, since process groups "
+                "cannot: take state_dict(), and load it into a Pion that is made on all ranks"
             )
         self._guard.report()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
@@ -233,7 +218,7 @@ class Pion(torch.optim.Optimizer):
         super().__setstate__(state)
         if state.keys() >= set(_COPIED):
             self._shards, self._guard, self.readings = {}, Guard(), None
-            self._stored, self._members = {}, {}
+            self._stored, self._teams, self._members = {}, {}, {}
             self._factors = Factors()
             self._constructed = True
             self._plan()
@@ -281,8 +266,17 @@ class Pion(torch.optim.Optimizer):
                     self.groups.append(slot.group)
                 for part in slot.view.shapes:
                     self._places.append((p, part))
-                    matrices.append(slot.plan(part, p, groups=self.groups, param_group=number))
-        self.plan = build_plan(matrices, [g.size() for g in self.groups], self.config)
+                    matrices.append(
+                        slot.plan(
+                            part,
+                            p,
+                            groups=self.groups,
+                            param_group=number,
+                            config=self.config,
+                        )
+                    )
+        sizes = [GroupSizes(g.size(), tuple(sorted({1, *self._teams_in(g)}))) for g in self.groups]
+        self.plan = build_plan(matrices, sizes, self.config)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}
         on: dict[torch.device, list[int]] = {}
@@ -293,6 +287,18 @@ class Pion(torch.optim.Optimizer):
         ]
         every = range(len(self.plan.matrices))
         self._routes = [self._routes_of(index, every) for index in range(len(self.groups))]
+
+    def _teams_in(self, group: ProcessGroup) -> dict[int, ProcessGroup]:
+        """The teams of a group, of more than one rank, that this rank can be in, by size."""
+        return {each.size(): each for each in self._teams.get(group, (group,))}
+
+    def _peers(self, i: int) -> GroupPeers | None:
+        """The team of the plan's matrices ``i``; None where it is one rank."""
+        x = self.plan.matrices[i]
+        if len(x.team) == 1:
+            return None
+        assert x.group is not None, "a rank that stores all of a matrix computes it alone"
+        return GroupPeers(self._teams_in(self.groups[x.group])[len(x.team)])
 
     def _routes_of(self, index: int, wanted: Collection[int]) -> list[Route]:
         """What travels of some matrices in each wave of a group."""
@@ -341,15 +347,15 @@ class Pion(torch.optim.Optimizer):
         """A parameter's moments that this rank holds, and the ranks that share them, by key."""
         slot = self._slots[p]
         return {
-            state.key(name, part): (moment, slot.cut)
+            state.key(name, part): (moment, len(x.team))
             for part in slot.view.shapes
-            if self.plan.computed([self._numbers[p, part]], self.ranks)
-            for name, moment in self._moments(p, part).items()
+            if self.plan.computed([i := self._numbers[p, part]], self.ranks)
+            for x in (self.plan.matrices[i],)
+            for name, moment in self._moments(x).items()
         }
 
-    def _moments(self, p: Tensor, part: str) -> dict[str, state.Moment]:
-        slot = self._slots[p]
-        return state.moments(*slot.shapes[part], self.config, slot.view.axis)
+    def _moments(self, x: MatrixPlan) -> dict[str, state.Moment]:
+        return state.moments(x.batch, x.m, x.n, self.config, x.along, len(x.team))
 
     def adopt(self, masters: Mapping[Tensor, Tensor]) -> None:
         """Step masters in place of parameters, and ``settle``: for wrappers that keep them.
@@ -390,8 +396,7 @@ class Pion(torch.optim.Optimizer):
 
     def names(self, i: int) -> list[str]:
         """Of the plan's matrices ``i`` on this rank, each the same in every layout."""
-        x = self.plan.matrices[i]
-        return [x.name(index) for index in range(x.batch)]
+        return self.plan.matrices[i].names()
 
     def measured[T](
         self, wanted: Collection[int], measure: Callable[[int, Tensor], T]
@@ -404,10 +409,10 @@ class Pion(torch.optim.Optimizer):
         """
         results: dict[int, T] = {}
 
-        def take(i: int, shards: Tensor) -> None:
-            team = self.plan.matrices[i].team
-            matrices = self._complete(i, shards)
-            if len(team) == 1 or GroupPeers(self._tp(i)).rank == i % len(team):
+        def take(i: int, shares: Tensor) -> None:
+            peers = self._peers(i)
+            matrices = complete(self.plan.matrices[i], shares, peers)
+            if peers is None or peers.rank == i % peers.size:
                 results[i] = measure(i, matrices)
 
         for i in sorted(set(wanted) & set(self.plan.in_place())):
@@ -427,12 +432,6 @@ class Pion(torch.optim.Optimizer):
             if routes := self._routes_of(index, wanted):
                 exchange.run(routes, 1, stored, compute, None, like=self._like(index), group=group)
         return results
-
-    def _tp(self, i: int) -> ProcessGroup:
-        """The team's process group of matrices that ranks divide."""
-        group = self._slots[self._places[i][0]].tp
-        assert group is not None, "teams of several ranks are tensor parallelism's"
-        return group
 
     def _like(self, index: int) -> Tensor:
         """An empty tensor of the dtype and on the device of what a group exchanges."""
@@ -494,12 +493,23 @@ class Pion(torch.optim.Optimizer):
         if polar:
             self._factors.begin(due)
             self._refuse_changes()
+        step = Step(
+            plan=self.plan,
+            groups=self.param_groups,
+            params=[p for p, _ in self._places],
+            moments=self._held,
+            peers=self._peers,
+            factors=self._factors,
+            started=self._started,
+            grads_finite=grads_finite,
+            readings=self.readings,
+        )
         for batch in self._in_place:
             if some := self._with_gradients(batch):
-                self._step_in_place(some, grads_finite)
+                self._step_in_place(some, step)
         for index, routes in enumerate(self._routes):
             if routes:
-                self._step_exchanged(index, grads_finite)
+                self._step_exchanged(index, step)
         if self.config.spectrum_reset_interval:
             self._started.update(due)
         if polar:
@@ -509,7 +519,8 @@ class Pion(torch.optim.Optimizer):
         if not due:  # other ranks store all of the weights that this one computes
             return torch.ones((), dtype=torch.bool, device=self._params()[0].device)
         names = [self._slots[p].name for p in due]
-        return self._guard.check(names, [p.grad for p in due if p.grad is not None])
+        grads = [dtensor.local(p.grad) for p in due if p.grad is not None]
+        return self._guard.check(names, grads)
 
     def _refuse_changes(self) -> None:
         """Refuse weights that travel to their factors only where all ranks know of a change.
@@ -522,7 +533,8 @@ class Pion(torch.optim.Optimizer):
         for routes in self._routes:
             for i in (i for route in routes for i in route.pieces):
                 slot = self._slots[p := self._places[i][0]]
-                if slot.storage is None and self._factors.unsure(p):
+                kept_by_others = slot.storage is not None and not dtensor.is_dtensor(p)
+                if not kept_by_others and self._factors.unsure(p):
                     raise RuntimeError(
                         f"{slot.name} was changed since Pion's last step: call forget_factors() "
                         "after it, on all ranks that share the weight"
@@ -547,18 +559,23 @@ class Pion(torch.optim.Optimizer):
     def _refuse_lack(self, p: Tensor) -> None:
         raise RuntimeError(f"{self._slots[p].name} is sharded and has no gradient on this rank")
 
-    def _step_in_place(self, batch: Sequence[int], grads_finite: Tensor) -> None:
+    def _step_in_place(self, batch: Sequence[int], step: Step) -> None:
         """Step matrices of one shape that this rank has, or a shard of each."""
         given: exchange.Given = {}
         for i in batch:
             p, part = self._places[i]
             assert p.grad is not None
             given[i] = [self._slots[p].shard(x, part) for x in (p, p.grad)]
-        for i, (weight, _) in self._step_batch(given, grads_finite).items():
+        for i, (weight, _) in step.batch(given).items():
             p, part = self._places[i]
             self._slots[p].put(weight, p, part)
 
-    def _step_exchanged(self, index: int, grads_finite: Tensor) -> None:
+    def _held(self, i: int) -> dict[str, Tensor]:
+        """The moments of the plan's matrices ``i`` on this rank, by name."""
+        (p, part), names = self._places[i], self._moments(self.plan.matrices[i])
+        return {name: self.state[p][state.key(name, part)] for name in names}
+
+    def _step_exchanged(self, index: int, step: Step) -> None:
         """Step the matrices of which every rank of a group stores a part."""
         weights = self.plan.sends_weights or self._factors.doubt
         like = self._like(index)
@@ -574,7 +591,7 @@ class Pion(torch.optim.Optimizer):
         def compute(given: exchange.Given) -> exchange.Computed:
             stepped: exchange.Computed = {}
             for batch in self.plan.batches(list(given), like.device.type):
-                stepped |= self._step_batch({i: given[i] for i in batch}, grads_finite)
+                stepped |= step.batch({i: given[i] for i in batch})
             return stepped
 
         def finalize(i: int, weight: Tensor, moved: Tensor | None) -> None:
@@ -591,216 +608,13 @@ class Pion(torch.optim.Optimizer):
             group=self.groups[index],
         )
 
-    def _step_batch(self, given: exchange.Given, grads_finite: Tensor) -> exchange.Computed:
-        """Step matrices of one shape, or this rank's shards of them.
-
-        Args:
-            given: by number in the plan, their weights (modified in place) and gradients; polar's
-                gradients alone where its factors tell the weights.
-            grads_finite: boolean scalar; where it is False nothing moves.
-
-        Returns:
-            By number, weights and, of polar's, which matrices have moved.
-        """
-        if len(given) == 1:
-            ((i, tensors),) = given.items()
-            return {i: self._step_parts(i, tensors, grads_finite)}
-        held = [self._held(*self._places[i]) for i in given]
-        counts = [self.plan.matrices[i].batch for i in given]
-        *weights, grad = (torch.cat(x) for x in zip(*given.values(), strict=True))
-        joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
-        numbered = zip(given, counts, strict=True)
-        members = [(i, index) for i, count in numbered for index in range(count)]
-        weight = weights[0] if weights else None
-        stepped, moved = self._update(members, weight, grad, joined, grads_finite)
-        for name, moment in joined.items():
-            for moments, each in zip(held, torch.split(moment, counts), strict=True):
-                moments[name].copy_(each)
-        flags = [None] * len(counts) if moved is None else torch.split(moved, counts)
-        return dict(zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True))
-
-    def _step_parts(
-        self, i: int, tensors: Sequence[Tensor], grads_finite: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """``_step_batch`` of the plan's matrices ``i``, a batch after the other."""
-        x, moments = self.plan.matrices[i], self._held(*self._places[i])
-        *weights, grad = tensors
-        stride = x.batch if len(x.team) > 1 else self.plan.batch_size(x, grad.device.type)
-        found = []
-        for first in range(0, x.batch, stride):
-            some = slice(first, first + stride)
-            found.append(
-                self._update(
-                    [(i, index) for index in range(x.batch)[some]],
-                    weights[0][some] if weights else None,
-                    grad[some],
-                    {name: moment[some] for name, moment in moments.items()},
-                    grads_finite,
-                )
-            )
-        if weights:  # modified in place
-            moved = [each for _, each in found if each is not None]
-            return weights[0], torch.cat(moved) if moved else None
-        return torch.cat([w for w, _ in found]), torch.cat([m for _, m in found if m is not None])
-
-    def _held(self, p: Tensor, part: str) -> dict[str, Tensor]:
-        """A part's moments on this rank, by name."""
-        return {name: self.state[p][state.key(name, part)] for name in self._moments(p, part)}
-
-    def _update(
-        self,
-        members: Sequence[tuple[int, int]],
-        w: Tensor | None,
-        g: Tensor,
-        moments: Mapping[str, Tensor],
-        grads_finite: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Step a batch of matrices, or of their shards.
-
-        Args:
-            members: of each its number in the plan, and in the batch there.
-            w: weights. (modified in place)
-            g: gradients.
-            moments: by name. (modified in place)
-            grads_finite: boolean scalar; where it is False nothing moves.
-
-        Returns:
-            The weights and, of polar's, which matrices have moved, [B].
-        """
-        x = self.plan.matrices[members[0][0]]
-        group = self.param_groups[x.param_group]
-        grads_finite = grads_finite.to(g.device, non_blocking=True)
-        resets = self.config.spectrum_reset_interval > 0
-        if resets and not self._started.issuperset(self._places[i][0] for i, _ in members):
-            assert w is not None, "polar has no resets"
-            start = moments[state.START]
-            values = spectrum.singular_values(self._complete(members[0][0], w))
-            start.copy_(torch.where(start.any(-1, keepdim=True), start, values))
-        used, coded = moments, self.config.state_dtype == "int8"
-        if coded:
-            described = state.moments(len(g), x.m, x.n, self.config, x.axis)
-            used = storage.decode(moments, described)
-        lr, collect_metrics = group["lr"], self.readings is not None
-        moved = None
-        if self.config.direction == "polar":
-            w, moved, found = self._step_polar(
-                members,
-                w,
-                g,
-                used,
-                lr=lr,
-                grads_finite=grads_finite,
-                collect_metrics=collect_metrics,
-            )
-        else:
-            assert w is not None, "generators need the weights"
-            found = update(
-                w,
-                g,
-                used,
-                config=self.config,
-                lr=lr,
-                active=cost.order(x.m, x.n, self.config.active_sides(group["step"])),
-                forms=cost.forms(x.m, x.n, self.config),
-                grads_finite=grads_finite,
-                layout=self._layout(members[0][0]),
-                collect_metrics=collect_metrics,
-            )
-        if coded:
-            storage.encode(used, moments, grads_finite=grads_finite)
-        if self.readings is not None and found is not None:
-            self.readings.append((members, found))
-        if resets:
-            self._reset(members, w, moments[state.START], grads_finite)
-        return w, moved
-
-    def _step_polar(
-        self,
-        members: Sequence[tuple[int, int]],
-        w: Tensor | None,
-        g: Tensor,
-        moments: Mapping[str, Tensor],
-        *,
-        lr: float | Tensor,
-        grads_finite: Tensor,
-        collect_metrics: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``_update`` of the polar direction; also returns its readings."""
-        number = members[0][0]
-        x = self.plan.matrices[number]
-        large = state.large_side(x.m, x.n, x.axis)
-        divided = len(x.team) > 1
-        rows = Rows(GroupPeers(self._tp(number)) if divided else None, x.axis, large)
-        params = [self._places[i][0] for i, _ in members]
-        if w is not None and (self._factors.doubt or any(map(self._factors.unsure, params))):
-            names = {i: self.names(i) for i, _ in members}
-            self._factors.match(
-                [names[i][index] for i, index in members],
-                params,
-                rows.from_shard(w),
-                moments,
-                rows,
-                computed_by=number % len(x.team),
-            )
-        stepped, go, found = polar.step(
-            rows.from_shard(g),
-            moments,
-            config=self.config,
-            lr=lr,
-            large=large,
-            rows=max(x.m, x.n),
-            grads_finite=grads_finite,
-            all_reduce_sum=rows.all_reduce_sum,
-            collect_metrics=collect_metrics,
-        )
-        stepped = rows.to_shard(stepped)
-        if w is not None:
-            torch.where(go, stepped, w, out=w)
-            stepped = w
-        return stepped, go.view(-1).to(stepped.dtype), found
-
-    def _complete(self, i: int, shards: Tensor) -> Tensor:
-        """Whole matrices of what a team's rank has of them; a collective of the team."""
-        x = self.plan.matrices[i]
-        if len(x.team) == 1:
-            return shards
-        return GroupPeers(self._tp(i)).all_gather(shards, x.cut_dim)
-
-    def _reset(
-        self, members: Sequence[tuple[int, int]], w: Tensor, start: Tensor, grads_finite: Tensor
-    ) -> None:
-        """Put back the singular values of the matrices whose turn it is (modified in place)."""
-        x = self.plan.matrices[members[0][0]]
-        step = self.param_groups[x.param_group]["step"]
-        names = {i: self.names(i) for i, _ in members}
-        interval = self.config.spectrum_reset_interval
-        turns = [b for b, (i, j) in enumerate(members) if due(names[i][j], step, interval)]
-        if not turns:
-            return
-        mine = w[turns]
-        number = members[0][0]
-        found = spectrum.restored(self._complete(number, mine), start[turns])
-        if len(x.team) > 1:
-            peers = GroupPeers(self._tp(number))
-            found = found.chunk(peers.size, x.cut_dim)[peers.rank]
-        w[turns] = torch.where(grads_finite, found, mine)
-
-    def _layout(self, i: int) -> Layout | None:
-        """How ``_update``'s matrices lie; None for whole."""
-        x = self.plan.matrices[i]
-        if x.axis is None:
-            return None
-        peers = GroupPeers(self._tp(i)) if len(x.team) > 1 else None
-        if self.config.tp_mode == "blockwise":
-            return Blocks(SIDE_OF[x.axis], self.config.blocks // len(x.team), peers)
-        return None if peers is None else Divided(SIDE_OF[x.axis], peers)
-
     def records(self) -> Iterator[tuple[int, str, Record]]:
         """Place of each moment of ``state_dict`` among all ranks', by its parameter and key."""
         for index, p in enumerate(self._params()):
-            slot = self._slots[p]
-            for key, (moment, _) in self._held_moments(p).items():
-                yield index, key, slot.record(moment, divided=self.config.tp_mode != "owner")
+            for key, (moment, ranks) in self._held_moments(p).items():
+                x = self.plan.matrices[self._numbers[p, state.part_of(key)]]
+                member = x.team.index(self.ranks[x.group]) if x.group is not None else 0
+                yield index, key, self._slots[p].record(moment, member=member, ranks=ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken.
@@ -813,11 +627,31 @@ class Pion(torch.optim.Optimizer):
         self._guard.report()
         found = self._state_dict() if self._members else super().state_dict()
         for index, p in enumerate(self._params()):
+            own = found["state"][index] = dict(found["state"].get(index, {}))
+            spreads = self._spreads(p)
             for key, (moment, ranks) in self._held_moments(p).items():
                 if moment.held(ranks, compute_dtype(p).itemsize) != moment.local(ranks):
-                    own = found["state"][index] = dict(found["state"][index])
-                    own[key] = storage.matrices(own[key].cpu(), moment, ranks, key)
+                    held = own[key] if spreads else own[key].cpu()
+                    own[key] = storage.matrices(held, moment, ranks, key)
+            for key, spread in spreads.items():
+                dtype = storage.dtype_of(spread.moment, p)
+                dtype = torch.float32 if dtype == torch.int8 else dtype
+                own[key] = spread.scatter(
+                    own.get(key), torch.empty(0, dtype=dtype, device=p.device)
+                )
         return found
+
+    def _spreads(self, p: Tensor) -> dict[str, dtensor.Spread]:
+        """How each moment of a DTensor that ranks divide travels to them, by key."""
+        slot = self._slots[p]
+        if slot.group is None or not dtensor.is_dtensor(p):
+            return {}
+        return {
+            state.key(name, part): dtensor.Spread(p, moment, x.team)
+            for part in slot.view.shapes
+            for x in (self.plan.matrices[self._numbers[p, part]],)
+            for name, moment in self._moments(x).items()
+        }
 
     def _state_dict(self) -> dict[str, Any]:
         """As torch's, of all weights that this rank computes or stores something of."""
@@ -853,12 +687,18 @@ class Pion(torch.optim.Optimizer):
             for group, count in zip(saved, shown, strict=True)
         ]
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        for group in self.param_groups:
+            group["pion"] = state.identity(self.config)
         for number, old in enumerate(saved):
             for p, index in zip(self._params_of(number), old["params"], strict=True):
                 self.state[p] = {}  # also where this rank holds no moment of it
+                values: Mapping[str, Any] = state_dict["state"].get(index, {})
+                if spreads := self._spreads(p):
+                    some = {key: each for key, each in spreads.items() if key in values}
+                    values = {key: each.gather(values[key]) for key, each in some.items()}
                 for key, (moment, ranks) in self._held_moments(p).items():
                     self.state[p][key] = held = storage.zeros(moment, ranks, p)
-                    value = state_dict["state"].get(index, {}).get(key)
+                    value = values.get(key)
                     if value is None:
                         lacking.append(self._slots[p].name)
                     else:
@@ -885,25 +725,29 @@ class Pion(torch.optim.Optimizer):
             if "pion" not in old:
                 raise ValueError("the state is not Pion's: it is of another optimizer")
             for option, value in group["pion"].items():
-                if old["pion"].get(option) != value:
+                # An empty list is left out by torch.distributed.checkpoint.
+                theirs = old["pion"].get(option, [])
+                if theirs != value:
                     raise ValueError(
-                        f"the state was made with {option}={old['pion'].get(option)!r}, this run "
-                        f"has {option}={value!r}"
+                        f"the state was made with {option}={theirs!r}, this run has "
+                        f"{option}={value!r}"
                     )
             for p, index in zip(self._params_of(number), old["params"], strict=True):
-                slot, found = self._slots[p], state_dict["state"].get(index, {})
-                for key, (moment, ranks) in self._held_moments(p).items():
-                    shape = moment.local(ranks)
-                    if key not in found and state.is_start(key):
-                        continue
-                    if key not in found or tuple(found[key].shape) != shape:
-                        has = tuple(found[key].shape) if key in found else "nothing"
-                        raise ValueError(f"{slot.name}: {key} must be {shape}, the state has {has}")
+                self._refuse_other_moments(p, state_dict["state"].get(index, {}))
 
-
-def _check_dtype(p: Tensor, name: str) -> None:
-    if p.dtype not in _FLOATS:
-        raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
+    def _refuse_other_moments(self, p: Tensor, found: Mapping[str, Any]) -> None:
+        name, spreads = self._slots[p].name, self._spreads(p)
+        shapes = {key: each.shape for key, each in spreads.items()} or {
+            key: moment.local(ranks) for key, (moment, ranks) in self._held_moments(p).items()
+        }
+        for key, shape in shapes.items():
+            if key not in found and state.is_start(key):
+                continue
+            if key not in found or tuple(found[key].shape) != shape:
+                has = tuple(found[key].shape) if key in found else "nothing"
+                raise ValueError(f"{name}: {key} must be {shape}, the state has {has}")
+            if spreads and (why := spreads[key].unfit(found[key])):
+                raise ValueError(f"{name}: {key} {why}")
 
 
 def _refuse_options(group: Mapping[str, Any], place: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from . import exchange
+from . import dtensor
 from .classify import ZEROS, ParamInfo, Rotated, classify
 from .config import PionConfig
-from .matrices import as_rows
+from .matrices import shape_of_rows
 
 logger = logging.getLogger("pion_dist")
 
@@ -37,17 +37,18 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
 
     Args:
         model: it may be wrapped by DistributedDataParallel, ``torch.compile`` or PEFT, or have
-            modules that are: parameters have the names of the bare model then.
+            modules that are: parameters have the names of the bare model then. And by
+            ``fully_shard``: all of its ranks call this, since they look at weights together.
         exclude: regular expressions, searched in a parameter's name.
 
     Returns:
         Names and parameters for ``Pion`` and for AdamW, in the model's order.
 
     Raises:
-        ValueError: a weight of Pion's is a DTensor, or FullyShardedDataParallel has flattened it.
+        ValueError: FullyShardedDataParallel has flattened weights.
     """
     for path, module in model.named_modules():
-        if why := exchange.flattened_by(module):
+        if why := dtensor.flattened_by(module):
             raise ValueError(f"{path or 'the model'} {why}")
     outside = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     kept = {p for module in [*outside, *_output_layers(model)] for p in module.parameters()}
@@ -59,15 +60,12 @@ def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[
         if not p.requires_grad:
             continue
         name = _bare_name(path, added)
-        shape = as_rows(p).shape if _fused_experts(name, p) else p.shape
+        shape = shape_of_rows(p) if _fused_experts(name, p) else p.shape
         info = ParamInfo(name=name, shape=tuple(shape), embedding_or_output=p in kept)
         decision = classify(info, PionConfig(), exclude=exclude)
-        if isinstance(decision, Rotated):
-            if why := exchange.cut_elsewhere(p):
-                raise ValueError(f"{name} {why}")
-            if not p.is_meta and not p.flatten(-2).any(-1).all():
-                decision = ZEROS
-                zeros.append(name)
+        if isinstance(decision, Rotated) and not p.is_meta and not dtensor.any_nonzero(p):
+            decision = ZEROS
+            zeros.append(name)
         (pion if isinstance(decision, Rotated) else others).append((name, p))
     if zeros:
         logger.warning("AdamW's, not Pion's: %s, which %s", ", ".join(zeros), ZEROS.reason)

@@ -4,27 +4,29 @@ Integers and strings. The ranks that store a weight together build the same plan
 and compare digests; what only one of them does is asked for by its rank.
 
 The ranks of a group are a grid: rank r has the tensor-parallel shard r % cut of each matrix and, of
-that shard, what the data-parallel rank r // cut stores. A team of them computes a matrix: one rank,
-or the tensor-parallel ranks of one data-parallel rank.
+that shard, what the data-parallel rank r // cut stores. A team of neighbours among them computes a
+matrix, each member an equal share along one axis. What a rank stores and a member computes is a
+list of boxes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import cost
 from .config import Axis, PionConfig
-from .state import moments
+from .state import DIM, moments
 
 ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
 
-# Weight elements that a rank's batch of matrices may have in `distributed` and `blockwise`: their
-# collectives are few, and their copies small beside the weights. 64 Mi elements are 256 MiB.
+# Weight elements that a rank's batch of divided matrices may have: their collectives are few, and
+# their copies small beside the weights. 64 Mi elements are 256 MiB.
 BATCH_ELEMENTS = 1 << 26
 
 
@@ -38,6 +40,36 @@ BATCH_BYTES_OF_OTHERS = 256 << 20
 
 # Of an exchange: 2 hide half of what travels behind the other half's computation.
 WAVES = 2
+
+Dims = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements of some matrices that a rank stores and a member of their team computes.
+
+    They are part of a run: neighbours in the rank's storage that are a box of the matrices too.
+
+    Attributes:
+        start: of the run, among the elements that the rank stores.
+        run: its shape, [b, r, c].
+        dim: along which the box is cut from the run.
+        first: place in the run where it starts along ``dim``.
+        at: place in the member's matrices, [b, r, c], where it starts.
+        shape: its own, [b, r, c].
+    """
+
+    start: int
+    run: Dims
+    dim: int
+    first: int
+    at: Dims
+    shape: Dims
+
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +85,10 @@ class MatrixPlan:
         axis: along which tensor parallelism cuts each matrix, if it does.
         group: index of the process group that stores the weight; None where this rank has it all.
         cut: ranks that have a shard of each matrix.
-        stored: elements [start, stop) of a shard that each data-parallel rank stores, counted in
-            the order of the part's matrices; empty where each has all of its shard.
-        team: ranks of the group that compute the matrices.
+        stored: elements [start, stop) of a shard that rank r stores, at r // cut, counted in the
+            order of the part's matrices; empty where each has all of its shard.
+        along: the axis along which a team divides each matrix.
+        team: ranks of the group that compute the matrices, in the order of their shares.
         first: number of the first matrix among all ranks'.
         param_group: of the optimizer.
         itemsize: bytes of an element, as computed.
@@ -70,6 +103,7 @@ class MatrixPlan:
     group: int | None = None
     cut: int = 1
     stored: tuple[tuple[int, int], ...] = ()
+    along: Axis | None = None
     team: tuple[int, ...] = (0,)
     first: int = 0
     param_group: int = 0
@@ -92,31 +126,106 @@ class MatrixPlan:
         return self.batch, self.m // rows, self.n * rows // self.cut
 
     @property
-    def cut_dim(self) -> int:
-        """Dimension of [B, m, n] along which shards join."""
-        return 1 if self.axis == "rows" else 2
+    def share_dim(self) -> int:
+        """Dimension of [B, m, n] along which the team's shares join."""
+        return 0 if self.along is None else DIM[self.along]
+
+    @property
+    def share_shape(self) -> Dims:
+        """[B, m, n] of what a member of the team computes."""
+        shape = [self.batch, self.m, self.n]
+        shape[self.share_dim] //= len(self.team)
+        return shape[0], shape[1], shape[2]
 
     @property
     def in_place(self) -> bool:
         """Whether the ranks that store the matrices compute them, each its shard."""
-        return self.group is None or (not self.stored and len(self.team) == self.cut)
+        if self.group is None:
+            return True
+        return not self.stored and len(self.team) == self.cut and self.along == self.axis
+
+    def seconds(self, config: PionConfig) -> float:
+        """Seconds for which a member of the team is busy with the matrices, by ``cost.seconds``."""
+        travels = 2 if config.direction == "polar" else 3  # G, W where it is needed, and W back
+        return cost.seconds(
+            self.batch,
+            self.m,
+            self.n,
+            config,
+            self.along,
+            ranks=len(self.team),
+            travels=0 if self.in_place else travels,
+        )
 
     def interval(self, rank: int) -> tuple[int, int]:
         """Elements [start, stop) of its shard that a rank of the group stores."""
         return self.stored[rank // self.cut] if self.stored else (0, self.shard_numel)
 
-    def member(self, rank: int) -> int:
-        """The rank of the team that computes what a rank of the group stores."""
-        return self.team[rank % self.cut if len(self.team) > 1 else 0]
+    def boxes(self, rank: int, member: int) -> list[Box]:
+        """What a rank of the group stores and a member of the team computes, in storage's order.
+
+        Args:
+            rank: of the group.
+            member: its place in the team.
+        """
+        start, stop = self.interval(rank)
+        if start == stop:
+            return []
+        _, rows, cols = self.shard_shape
+        shift = [0, 0, 0]
+        if self.axis is not None:
+            shift[DIM[self.axis]] = rank % self.cut * (rows if self.axis == "rows" else cols)
+        dim = self.share_dim
+        share = self.share_shape[dim]
+        boxes = []
+        for position, origin, shape in _runs(start, stop, rows, cols):
+            at = [place + by for place, by in zip(origin, shift, strict=True)]
+            own = [0, share] if len(self.team) == 1 else [member * share, (member + 1) * share]
+            low, high = max(at[dim], own[0]), min(at[dim] + shape[dim], own[1])
+            if low < high:
+                first, part = low - at[dim], list(shape)
+                at[dim], part[dim] = low - own[0], high - low
+                boxes.append(Box(position - start, shape, dim, first, _dims(at), _dims(part)))
+        return boxes
 
     def flow(self, rank: int, member: int) -> int:
-        """Elements that a rank of the group stores and a rank of the team computes."""
-        start, stop = self.interval(rank)
-        return stop - start if self.member(rank) == member else 0
+        """Elements of ``boxes``."""
+        if len(self.team) == 1:
+            start, stop = self.interval(rank)
+            return stop - start
+        return sum(box.numel for box in self.boxes(rank, member))
 
     def name(self, index: int) -> str:
         """Name of the matrix ``index`` of this rank's, the same in every layout."""
         return matrix_name(self.weight, self.part, self.first + index)
+
+    def names(self) -> list[str]:
+        """``name`` of each of this rank's matrices."""
+        return [self.name(index) for index in range(self.batch)]
+
+
+def _dims(values: Sequence[int]) -> Dims:
+    b, r, c = values
+    return b, r, c
+
+
+def _runs(start: int, stop: int, rows: int, cols: int) -> Iterator[tuple[int, Dims, Dims]]:
+    """Cut elements [start, stop) of matrices [B, rows, cols] into boxes, five at most.
+
+    Yields:
+        The first element of each box, and its place and shape, [b, r, c].
+    """
+    while start < stop:
+        row, col = divmod(start, cols)
+        matrix, row = divmod(row, rows)
+        if row == col == 0 and stop - start >= rows * cols:
+            shape = ((stop - start) // (rows * cols), rows, cols)
+        elif col == 0 and stop - start >= cols:
+            shape = (1, min((stop - start) // cols, rows - row), cols)
+        else:
+            shape = (1, 1, min(stop - start, cols - col))
+        yield start, (matrix, row, col), shape
+        start += math.prod(shape)
 
 
 def matrix_name(weight: str, part: str, index: int) -> str:
@@ -162,15 +271,13 @@ class StepPlan:
         """
         found: list[list[int]] = [[] for _ in range(WAVES)]
         teams: dict[tuple[int, ...], list[int]] = {}
-        waves = [(place,) for place in range(WAVES)]
         for i in self.of_group(group):
             if not self.matrices[i].in_place:
                 teams.setdefault(self.matrices[i].team, []).append(i)
         for team in sorted(teams):
             sizes = [float(self.matrices[i].numel) for i in teams[team]]
-            places = deal(sizes, [waves] * len(sizes), WAVES)
-            for i, place in zip(teams[team], places, strict=True):
-                found[place].append(i)
+            for i, (wave,) in zip(teams[team], deal(sizes, [1] * len(sizes), WAVES), strict=True):
+                found[wave].append(i)
         return [sorted(wave) for wave in found if wave]
 
     def in_place(self) -> list[int]:
@@ -206,7 +313,7 @@ class StepPlan:
         for i in indices:
             x = self.matrices[i]
             found = alike.setdefault(
-                (x.m, x.n, x.axis, x.group, x.team, x.param_group, x.itemsize), [[]]
+                (x.m, x.n, x.along, x.group, x.team, x.param_group, x.itemsize), [[]]
             )
             if found[-1] and sum(self.matrices[j].batch for j in found[-1]) + x.batch > most(x):
                 found.append([])
@@ -220,19 +327,26 @@ class StepPlan:
             ranks: this rank's in each group.
         """
         return sum(
-            x.batch * cost.step_flop(x.m, x.n, self.config, x.axis, ranks=len(x.team))
+            x.batch * cost.step_flop(x.m, x.n, self.config, x.along, ranks=len(x.team))
             for x in self.matrices
             if self._computes(x, ranks)
         )
+
+    def seconds(self, ranks: Sequence[int]) -> float:
+        """Seconds of a rank's matrices by ``cost.seconds``, which chooses teams; see ``flop``.
+
+        Waits for other ranks are not among them.
+        """
+        return sum(x.seconds(self.config) for x in self.matrices if self._computes(x, ranks))
 
     def state_bytes(self, ranks: Sequence[int]) -> int:
         """Bytes of a rank's moments; see ``flop``."""
         total = 0
         for x in self.matrices:
             if self._computes(x, ranks):
-                for moment in moments(x.batch, x.m, x.n, self.config, x.axis).values():
-                    shares = len(x.team) if moment.dim is not None else 1
-                    total += moment.nbytes(x.itemsize) // shares
+                team = len(x.team)
+                held = moments(x.batch, x.m, x.n, self.config, x.along, team)
+                total += sum(moment.nbytes(x.itemsize, team) for moment in held.values())
         return total
 
     def stored_numel(self, ranks: Sequence[int]) -> int:
@@ -288,7 +402,7 @@ class StepPlan:
         start, stop = x.interval(rank)
         sent = (2 if self.sends_weights else 1) * (stop - start)
         if rank in x.team:
-            back = [x.flow(other, rank) for other in range(size)]
+            back = [x.flow(other, x.team.index(rank)) for other in range(size)]
             sent += sum(count + self.flags(x) for count in back if count)
         return x.itemsize * sent
 
@@ -297,26 +411,26 @@ class StepPlan:
     ) -> None:
         """Add the collectives of a team that divides matrices."""
         x = self.matrices[batch[0]]
-        assert x.axis is not None, "a divided matrix has an axis"
+        assert x.along is not None, "a divided matrix has an axis"
         found = cost.traffic(
             sum(self.matrices[i].batch for i in batch),
             x.m,
             x.n,
             self.config,
-            x.axis,
+            x.along,
             ranks=len(x.team),
             step=step,
             itemsize=x.itemsize,
         )
         for op, number in found.calls.items():
-            add(op, number, x.itemsize * found.elements[op])
+            add(op, number, found.bytes[op])
         if count := self._reset_in(batch, step):
             add("all_gather", 1, x.itemsize * count * x.m * x.n // len(x.team))
 
     def _reset_in(self, batch: Sequence[int], step: int) -> int:
         """Matrices of a batch whose spectrum is reset in a step."""
         interval, found = self.config.spectrum_reset_interval, [self.matrices[i] for i in batch]
-        names = [x.name(index) for x in found for index in range(x.batch)]
+        names = [name for x in found for name in x.names()]
         return sum(due(name, step, interval) for name in names) if interval else 0
 
     def lines(self, group: int) -> list[str]:
@@ -332,10 +446,23 @@ class StepPlan:
         state, adam = self.state_bytes(ranks), ADAM_STATE_BYTES * self.stored_numel(ranks)
         return (
             f"{sum(x.batch for x in self.matrices)} matrices in "
-            f"{len({x.weight for x in self.matrices})} weights, {self.flop(ranks):.3e} FLOP a "
-            f"step, {state:,} bytes of state on this rank, {state / adam if adam else 0.0:.2f} of "
+            f"{len({x.weight for x in self.matrices})} weights; {self._here(ranks)}, "
+            f"{self.flop(ranks):.3e} FLOP a step, predicted {1e3 * self.seconds(ranks):.3g} ms of "
+            f"an H100; {state:,} bytes of state, {state / adam if adam else 0.0:.2f} of "
             f"Adam's for the same weights; moves {self._moves(ranks)}"
         )
+
+    def _here(self, ranks: Sequence[int]) -> str:
+        """How many matrices a rank computes, by the sizes of their teams."""
+        sizes: Counter[int] = Counter()
+        for x in self.matrices:
+            sizes[len(x.team)] += x.batch * self._computes(x, ranks)
+        found = [
+            f"{count} in teams of {size}" if size > 1 else f"{count} alone"
+            for size, count in sorted(sizes.items())
+            if count
+        ]
+        return f"{' and '.join(found) or 'none'} on this rank"
 
     def _moves(self, ranks: Sequence[int]) -> str:
         odd, even = (
@@ -364,36 +491,6 @@ def _turn(name: str, interval: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % interval
 
 
-def build_plan(
-    matrices: Sequence[MatrixPlan], sizes: Sequence[int], config: PionConfig
-) -> StepPlan:
-    """The plan for matrices whose teams are to be chosen: evenly by cost, the costliest first.
-
-    Args:
-        matrices: in the same order on every rank that stores them.
-        sizes: ranks of each process group.
-        config: the run's options.
-    """
-    found = list(matrices)
-    for group, size in enumerate(sizes):
-        indices = [i for i, x in enumerate(matrices) if x.group == group]
-        teams = [_teams(matrices[i], size, config) for i in indices]
-        costs = [
-            x.batch * cost.step_flop(x.m, x.n, config, x.axis, ranks=len(each[0]))
-            for x, each in zip((matrices[i] for i in indices), teams, strict=True)
-        ]
-        for i, each, place in zip(indices, teams, deal(costs, teams, size), strict=True):
-            found[i] = dataclasses.replace(found[i], team=each[place])
-    return StepPlan(config, tuple(sizes), tuple(found))
-
-
-def _teams(x: MatrixPlan, size: int, config: PionConfig) -> list[tuple[int, ...]]:
-    """The teams that can compute matrices of a group of ``size`` ranks."""
-    if config.tp_mode == "owner" or x.cut == 1:
-        return [(rank,) for rank in range(size)]
-    return [tuple(range(first, first + x.cut)) for first in range(0, size, x.cut)]
-
-
 def ranges(
     start: int, stop: int, bucket: tuple[int, int], ranks: int
 ) -> tuple[tuple[int, int], ...]:
@@ -410,30 +507,36 @@ def ranges(
     return tuple(itertools.pairwise(ends))
 
 
-def deal(
-    costs: Sequence[float], teams: Sequence[Sequence[tuple[int, ...]]], ranks: int
-) -> list[int]:
-    """A team for each cost, so that no rank has much more than the others: costliest first.
+def deal(costs: Sequence[float], sizes: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
+    """A team of neighbours for each item, so that no rank has much more than the others.
 
-    The same on every rank: ties go to the earlier item and the earlier team.
+    The largest teams first, and of those of one size the costliest item; the same on every rank,
+    for ties go to the earlier item and the earlier team.
 
     Args:
         costs: of each item, for each rank of its team.
-        teams: of each item, those that can have it.
+        sizes: of each item's team; each divides ``ranks``.
         ranks: that are in teams.
-
-    Returns:
-        The place of each item's team among its ``teams``.
     """
     loads = [0.0] * ranks
-    places = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        each = teams[item]
-        place = min(range(len(each)), key=lambda i: (max(loads[r] for r in each[i]), i))
-        places[item] = place
-        for rank in each[place]:
+    teams: list[tuple[int, ...]] = [()] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-sizes[i], -costs[i], i)):
+        size = sizes[item]
+        busy = loads if size == 1 else [max(loads[r : r + size]) for r in range(0, ranks, size)]
+        place = busy.index(min(busy)) * size
+        teams[item] = tuple(range(place, place + size))
+        for rank in teams[item]:
             loads[rank] += costs[item]
-    return places
+    return teams
+
+
+def loads_of(costs: Sequence[float], teams: Sequence[tuple[int, ...]], ranks: int) -> list[float]:
+    """What every rank has of items that were dealt."""
+    found = [0.0] * ranks
+    for each, team in zip(costs, teams, strict=True):
+        for rank in team:
+            found[rank] += each
+    return found
 
 
 def differences(mine: Sequence[str], others: Sequence[Sequence[str]]) -> str:

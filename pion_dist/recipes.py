@@ -23,7 +23,7 @@ _PAPER_1_3B = PionConfig(
     matmul_precision="highest",
     state_layout="packed",
     state_dtype="fp32",
-    tp_mode="owner",
+    team_size="auto",
     blocks=1,
     spectrum_reset_interval=0,
 )

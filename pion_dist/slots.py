@@ -3,36 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Record
+from .config import Axis, PionConfig
+from .dtensor import division, is_dtensor, local
 from .exchange import ProcessGroup
-from .matrices import MatrixView, as_rows
+from .matrices import MatrixView, as_rows, shape_of_rows, stacked, whole
 from .plan import MatrixPlan
-from .state import Moment
+from .state import Moment, divided_axis, unfit
 from .storage import compute_dtype
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What this rank stores of a weight that data-parallel ranks divide.
+    """What this rank stores of a weight that data-parallel ranks divide, or of a DTensor.
 
-    The ranks of a group are a grid: rank r stores a range of the tensor-parallel shard r % cut,
-    where ``cut`` is the number of these shards.
+    The ranks of a group are a grid: rank r stores range r // cut of the tensor-parallel shard r %
+    cut, where ``cut`` is the number of shards that have a part of each matrix. A weight that is cut
+    otherwise has ranges of the whole, and no shards.
 
     Attributes:
-        data: 1-D tensor, which is stepped in the parameter's place; it may be empty.
+        data: 1-D tensor, which is stepped in the parameter's place; it may be empty. A DTensor is
+            its own.
         group: the ranks that together store the weight; None where this rank has it all.
-        ranges: elements [start, stop) of a shard, flat, that each data-parallel rank stores, in
-            order; empty where there is one.
+        ranges: elements [start, stop) of a shard, flat, by rank of the grid's other dimension;
+            together they are all of it. Empty where there is one.
     """
 
     data: Tensor
     group: ProcessGroup | None
     ranges: tuple[tuple[int, int], ...] = ()
+
+
+def slot_of(
+    p: Any,
+    name: str,
+    config: PionConfig,
+    *,
+    view: MatrixView | None = None,
+    tp: ProcessGroup | None = None,
+    stored: Storage | None = None,
+) -> Slot:
+    """Describe a parameter, checked.
+
+    Args:
+        p: the parameter.
+        name: for messages.
+        config: the run's options.
+        view: how it is seen as matrices; by default it is one, or one for each expert.
+        tp: the ranks that have the other shards.
+        stored: what this rank stores of a shard, if not all.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: Pion does not take it, or the view does not fit it.
+    """
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name}: a parameter must be a tensor, not {type(p).__name__}")
+    if p.dim() not in (2, 3) or p.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(p.shape)}: Pion rotates 2-D weights and fused experts "
+            "[E, m, n]; give this parameter to torch.optim.AdamW"
+        )
+    if p.dim() == 3 and not p.is_contiguous():
+        raise ValueError(
+            f"{name} is 3-D and not contiguous: make it so, or give it to torch.optim.AdamW"
+        )
+    check_dtype(p, name)
+    shape = shape_of_rows(p)
+    whole_shards = stored is None or not stored.ranges
+    if view is not None and whole_shards and (view.rows, view.cols) != shape:
+        raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
+    view = _view_of(p) if view is None else view
+    if is_dtensor(p):
+        divided = division(p, name)
+        if (tp := divided.columns) is not None:
+            view = replace(view, cols=view.cols // tp.size(), axis="cols")
+        if divided.ranges:
+            stored = Storage(p, divided.group, divided.ranges)
+    slot = Slot(name, view, tp, stored)
+    for _, m, n in slot.shapes.values():
+        if why := unfit(m, n, config, view.axis, slot.cut):
+            raise ValueError(f"{name}: {why}")
+    return slot
+
+
+def check_dtype(p: Tensor, name: str) -> None:
+    """Refuse a parameter that is not real floating point.
+
+    Raises:
+        ValueError: names what Pion takes.
+    """
+    if p.dtype not in _FLOATS:
+        raise ValueError(f"{name} is {p.dtype}: Pion takes {', '.join(map(str, _FLOATS))}")
+
+
+def _view_of(p: Tensor) -> MatrixView:
+    rows, cols = shape_of_rows(p)
+    axis: Axis = "rows" if p.shape[-2] >= cols else "cols"
+    if p.dim() == 3:
+        return stacked(rows, cols, name="expert", count=len(p), axis=axis)
+    return whole(rows, cols, axis=axis)
 
 
 @dataclass(frozen=True)
@@ -81,7 +159,13 @@ class Slot:
         return self.view.whole_shapes(self.cut)
 
     def plan(
-        self, part: str, p: Tensor, *, groups: Sequence[ProcessGroup], param_group: int
+        self,
+        part: str,
+        p: Tensor,
+        *,
+        groups: Sequence[ProcessGroup],
+        param_group: int,
+        config: PionConfig,
     ) -> MatrixPlan:
         """Describe a part's matrices for the plan; its team is still to be chosen."""
         batch, m, n = self.shapes[part]
@@ -98,26 +182,27 @@ class Slot:
                 (self.view.position(part, start), self.view.position(part, stop))
                 for start, stop in self.ranges
             ),
+            along=divided_axis(m, n, config, self.view.axis),
             first=self.deal[0] * batch,
             param_group=param_group,
             itemsize=compute_dtype(p).itemsize,
         )
 
-    def record(self, moment: Moment, *, divided: bool) -> Record:
+    def record(self, moment: Moment, *, member: int, ranks: int) -> Record:
         """Tell where a moment of this rank's lies among all ranks'.
 
         Args:
             moment: its description.
-            divided: whether ranks of a team divide the matrices.
+            member: this rank's place in the team that computes the matrices.
+            ranks: of the team.
         """
         rank, count = self.deal
-        if count > 1:
-            return Record(dim=0, index=rank, count=count)
-        if self.tp is None or not divided:
-            return Record()
-        if moment.dim is not None:
-            return Record(dim=moment.dim, index=self.tp.rank(), count=self.cut)
-        return Record(replica=self.tp.rank())
+        cuts = ((0, count, rank),) if count > 1 else ()
+        if ranks == 1:
+            return Record(cuts)
+        if moment.dim is None:
+            return Record(cuts, replica=member)
+        return Record((*cuts, (moment.dim, ranks, member)))
 
     def matrices(self, x: Tensor, part: str) -> Tensor:
         """Read a part's matrices [B, m, n] from a whole shard of a weight, in its dtype."""
@@ -135,8 +220,9 @@ class Slot:
         """Read what this rank stores of a part, flat, from a tensor like the parameter."""
         if not self.ranges:
             return self.shard(x, part).reshape(-1)
-        spans = [x[span] for span in self._spans(part)]
-        return (torch.cat(spans) if spans else x[:0]).to(compute_dtype(x))
+        flat = local(x).reshape(-1)
+        spans = [flat[span] for span in self._spans(part)]
+        return (torch.cat(spans) if spans else flat[:0]).to(compute_dtype(x))
 
     def write(self, value: Tensor, x: Tensor, part: str, moved: Tensor | None = None) -> None:
         """Write what this rank stores of a part, flat; the inverse of ``stored``.
@@ -155,10 +241,10 @@ class Slot:
         if not self.ranges:
             self.put(value.view(self.view.shapes[part]), x, part)
             return
-        done = 0
+        flat, done = local(x).view(-1), 0
         for span in self._spans(part):
             count = span.stop - span.start
-            x[span] = value[done : done + count]
+            flat[span] = value[done : done + count]
             done += count
 
     def _numel(self, part: str) -> int:
@@ -184,6 +270,7 @@ class Slot:
 
     def _rows(self, x: Tensor, *, strict: bool = False) -> Tensor:
         """[R, C] of a whole shard; with ``strict`` an error where it would be a copy."""
+        x = local(x)
         if x.dim() == 1:
             return x.view(self.view.rows, self.view.cols)
         return x.view(-1, x.shape[-1]) if strict and x.dim() == 3 else as_rows(x)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, Literal
 
-from .config import SIDE_OF, Axis, PionConfig, Side, StateDtype
+from .config import Axis, PionConfig, Side, StateDtype
 
-_DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
+DIM: dict[Axis, int] = {"rows": 1, "cols": 2}
+"""Of matrices [B, m, n]."""
 START = "s"  # zeros until it is measured, at the first step
 LEFT, RIGHT, SIGMA = "left", "right", "sigma"  # likewise
 _NAMES = (
@@ -80,10 +81,10 @@ class Moment:
         """The dtype it is held in (``fp32``: as computed); bytes of a computed element."""
         return self.dtype if itemsize == 4 or self.dtype == "fp64" else "fp32"
 
-    def nbytes(self, itemsize: int) -> int:
-        """On all ranks together; bytes of a computed element."""
+    def nbytes(self, itemsize: int, ranks: int = 1) -> int:
+        """On one of ``ranks`` ranks; bytes of a computed element."""
         each = {"fp64": 8, "fp32": itemsize, "bf16": 2, "int8": 1}[self.held_in(itemsize)]
-        return prod(self.held(1, itemsize)) * each
+        return prod(self.held(ranks, itemsize)) * each
 
 
 def large_side(m: int, n: int, axis: Axis | None) -> Side:
@@ -93,25 +94,61 @@ def large_side(m: int, n: int, axis: Axis | None) -> Side:
     return "out" if m > n else "in"
 
 
-def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -> dict[str, Moment]:
-    """Every moment of a batch of matrices [B, m, n] cut along ``axis``, by name."""
+def divided_axis(m: int, n: int, config: PionConfig, axis: Axis | None) -> Axis | None:
+    """The axis along which a team divides matrices m x n: of blocks theirs, else the longer one.
+
+    Args:
+        m: rows.
+        n: columns.
+        config: the run's options.
+        axis: along which tensor parallelism cuts them, if it does.
+    """
+    if config.blocks > 1:
+        return axis
+    return "rows" if large_side(m, n, axis) == "out" else "cols"
+
+
+def divides(m: int, n: int, config: PionConfig, ranks: int) -> bool:
+    """Whether so many ranks can compute matrices m x n together, each its equal share.
+
+    Polar's ranks have rows of the larger dimension; those of generators rows of either. 8 bits have
+    scales for parts of whole matrices.
+    """
+    if config.state_dtype == "int8":
+        return ranks == 1
+    dims = (max(m, n),) if config.direction == "polar" else (m, n)
+    return all(d % ranks == 0 for d in dims)
+
+
+def moments(
+    batch: int, m: int, n: int, config: PionConfig, along: Axis | None, ranks: int = 1
+) -> dict[str, Moment]:
+    """Every moment of a batch of matrices [B, m, n], by name.
+
+    Args:
+        batch: B.
+        m: rows.
+        n: columns.
+        config: the run's options.
+        along: ``divided_axis``.
+        ranks: that divide each matrix.
+    """
     if config.direction == "polar":
-        return _factors(batch, m, n, config, axis)
+        return _factors(batch, m, n, config, along)
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
-    divided = axis is not None and config.tp_mode in ("distributed", "blockwise")
     found: dict[str, Moment] = {}
     if config.momentum != "lie":
-        dim = _DIM[axis] if axis is not None and divided else None
+        dim = DIM[along] if along is not None else None
         found = {name: Moment((batch, m, n), dim, dtype=config.state_dtype) for name in names}
-    blocks = config.blocks_of(axis)
+    blocks = config.blocks_of(along)
     for side in config.sides:
         count = blocks.get(side, 1)
         d = (n if side == "in" else m) // count
         start, of_blocks = ((batch, count), 1) if side in blocks else ((batch,), None)
         if config.momentum == "lie":
-            # Blockwise repeats what all blocks share, distributed divides its rows.
-            dim = 1 if divided and not blocks else of_blocks
-            packed = config.state_layout == "packed" and (not divided or bool(blocks))
+            # Ranks with blocks repeat what all blocks share; others divide its rows.
+            dim = of_blocks if blocks else 1
+            packed = config.state_layout == "packed" and (ranks == 1 or bool(blocks))
             moment = Moment((*start, d, d), dim, packed, config.state_dtype)
             found |= {f"{name}_{side}": moment for name in names}
     if config.spectrum_reset_interval:
@@ -120,12 +157,11 @@ def moments(batch: int, m: int, n: int, config: PionConfig, axis: Axis | None) -
 
 
 def _factors(
-    batch: int, m: int, n: int, config: PionConfig, axis: Axis | None
+    batch: int, m: int, n: int, config: PionConfig, along: Axis | None
 ) -> dict[str, Moment]:
     """The average and the factors of W = U Σ Vᵀ, whose rows on the larger side ranks divide."""
-    large, r = large_side(m, n, axis), min(m, n)
-    divided = axis is not None and config.tp_mode == "distributed"
-    out, of_in = (1 if divided and large == side else None for side in ("out", "in"))
+    large, r = large_side(m, n, along), min(m, n)
+    out, of_in = (1 if large == side else None for side in ("out", "in"))
     return {
         "m": Moment((batch, m, n), out or (2 if of_in else None), dtype=config.state_dtype),
         LEFT: Moment((batch, m, r), out),
@@ -135,34 +171,24 @@ def _factors(
 
 
 def unfit(m: int, n: int, config: PionConfig, axis: Axis | None, ranks: int) -> str:
-    """Why matrices m x n cannot be computed by ``ranks`` ranks, or an empty string."""
-    if axis is None:
+    """Why matrices m x n cut along ``axis`` over ``ranks`` have no blocks, or an empty string."""
+    if axis is None or config.blocks == 1:
         return ""
-    cut, other = (m, n) if axis == "rows" else (n, m)
-    if config.tp_mode == "blockwise":
-        if config.blocks % ranks:
-            return f"blocks={config.blocks} is not a multiple of the {ranks} ranks that share it"
-        if cut % config.blocks:
-            return f"its {cut} {axis} are not {config.blocks} equal blocks; change blocks"
-    if config.tp_mode != "distributed" or ranks == 1:
-        return ""
-    if config.direction == "polar":
-        if max(m, n) % ranks and large_side(m, n, axis) != SIDE_OF[axis]:
-            return (
-                f"tp_mode='distributed' divides the {max(m, n)} rows of its {m}x{n} matrices' "
-                f"larger factor to {ranks} ranks; use tp_mode='owner'"
-            )
-    elif other % ranks:
-        return (
-            f"tp_mode='distributed' divides its {m}x{n} matrices' generators, of {other} rows, to "
-            f"{ranks} ranks; use tp_mode='owner'"
-        )
+    if config.blocks % ranks:
+        return f"blocks={config.blocks} is not a multiple of the {ranks} ranks that share it"
+    if (cut := m if axis == "rows" else n) % config.blocks:
+        return f"its {cut} {axis} are not {config.blocks} equal blocks; change blocks"
     return ""
 
 
 def key(moment: str, part: str) -> str:
     """The key of a part's moment in a weight's state."""
     return f"{moment}.{part}"
+
+
+def part_of(name: str) -> str:
+    """The part of a weight whose moment a state key is of."""
+    return name.partition(".")[2]
 
 
 def is_key(name: str) -> bool:
@@ -174,11 +200,6 @@ def is_key(name: str) -> bool:
 def is_start(name: str) -> bool:
     """Whether a state key is of spectra at start."""
     return name.partition(".")[0] == START
-
-
-def is_measured(name: str) -> bool:
-    """Whether a state key is of what the first step takes from the weights."""
-    return name.partition(".")[0] in (START, LEFT)
 
 
 def identity(config: PionConfig) -> dict[str, Any]:

@@ -18,6 +18,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:
     """Allocate a moment of a parameter's matrices, as one of ``ranks`` ranks stores it."""
+    shape = moment.held(ranks, compute_dtype(p).itemsize)
+    return torch.zeros(shape, dtype=dtype_of(moment, p), device=p.device)
+
+
+def dtype_of(moment: Moment, p: Tensor) -> torch.dtype:
+    """Return the dtype in which a moment of a parameter's matrices is held."""
     computed = compute_dtype(p)
     dtypes = {
         "fp64": torch.float64,
@@ -25,11 +31,7 @@ def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:
         "bf16": torch.bfloat16,
         "int8": torch.int8,
     }
-    return torch.zeros(
-        moment.held(ranks, computed.itemsize),
-        dtype=dtypes[moment.held_in(computed.itemsize)],
-        device=p.device,
-    )
+    return dtypes[moment.held_in(computed.itemsize)]
 
 
 def store(x: Tensor, stored: Tensor, moment: Moment, ranks: int, name: str) -> None:

@@ -7,10 +7,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 if cache := os.environ.get("XDG_CACHE_HOME"):  # `make test` keeps every cache inside .venv
     set_hypothesis_home_dir(Path(cache) / "hypothesis")
+
+# The same examples in every run, and no limit of time: machines differ and are shared.
+settings.register_profile("pion", deadline=None, derandomize=True)
+settings.load_profile("pion")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

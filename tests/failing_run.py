@@ -32,11 +32,11 @@ def fail(moment: str, count: int) -> None:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.training import training
 
-    import pion_dist.optimizer
+    import pion_dist.execute
     from pion_dist import Pion, exchange
 
     def die_between_matrices() -> None:
-        before(pion_dist.optimizer, "update", 2, die)
+        before(pion_dist.execute, "update", 2, die)
 
     def die_between_waves() -> None:
         before(exchange._Wave, "compute", 2, die)

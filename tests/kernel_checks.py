@@ -158,13 +158,17 @@ def check_angles(run: ModuleType, device: str, r: int) -> None:
     u = U[torch.float32]
     for length in (0.3, torch.tensor(0.3, device=device), 100.0, 0.0):
         step = b * 0.0 if length == 0.0 else b
-        x, y, c = run.angles(step, sigma, scale=length)
+        x, y, c = run.angles(step, None, sigma, scale=length)
         assert torch.equal(x, -x.mT) and torch.equal(y, -y.mT)
-        exact = kernels.reference.angles(step.double(), sigma.double(), scale=float(length))
+        rows = slice(r // 3, r // 3 + max(1, r // 2))
+        some = [step[:, rows].contiguous(), step.mT[:, rows].contiguous()]
+        some = run.angles(*some, sigma, scale=length, first=rows.start)
+        exact = kernels.reference.angles(step.double(), None, sigma.double(), scale=float(length))
         p, q = (exact[0] + exact[1]).abs() / 2, (exact[0] - exact[1]).abs() / 2
-        near(x, exact[0], 20 * u * (p + q) + 1e-30)
-        near(y, exact[1], 20 * u * (p + q) + 1e-30)
-        near(c, exact[2], 2 * (r + 6) * u * exact[2] + 1e-30)
+        bounds = [20 * u * (p + q), 20 * u * (p + q), 2 * (r + 6) * u * exact[2]]
+        for whole, part, expected, bound in zip((x, y, c), some, exact, bounds, strict=True):
+            near(whole, expected, bound + 1e-30)
+            near(part, expected[:, rows], bound[:, rows] + 1e-30)
 
 
 def check_skew(run: ModuleType, device: str, d: int, *, cut: float = 0.0) -> None:

@@ -60,9 +60,16 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         args = {"m_ptr": m, "g_ptr": FLOAT, "s_ptr": s, "grads_finite_ptr": "*u8", "weight": "fp32"}
         args |= {"m_batch": size, "g_batch": size, "size": size, "NESTEROV": nesterov, **BLOCK}
         yield kernels._average, args, 4
-    for sizes in ({"b_batch": "i32*", "r": "i32*"}, {"b_batch": "i64", "r": "i32"}):
+    for transposed, sizes in (
+        (None, {"b_batch": "i32*", "transposed_batch": 0, "rows": "i32*", "r": "i32*", "first": 0}),
+        (
+            FLOAT,
+            {**dict.fromkeys(("b_batch", "transposed_batch"), "i64"), "rows": "i32", "r": "i32"},
+        ),
+    ):
         names = ("b_ptr", "sigma_ptr", "scale_ptr", "x_ptr", "y_ptr", "c_ptr")
-        args = {**dict.fromkeys(names, FLOAT), **sizes, **TILE}
+        args = {**dict.fromkeys(names, FLOAT), "transposed_ptr": transposed}
+        args |= {"first": "i32", **sizes, **TILE}
         yield kernels._angles, args, kernels.TILE_WARPS
     args = {"w_ptr": FLOAT, "change_ptr": FLOAT, "grads_finite_ptr": "*u8", **BLOCK}
     yield kernels._moved, args | {"w_batch": "i32*", "change_batch": "i32*", "size": "i32*"}, 4

@@ -35,6 +35,7 @@ FEW = "linear_(qkv|fc1)"  # is Adam's
 MODELS = {
     "llama": LLAMA,
     "few": [*LLAMA, "--num-layers", "1", "--pion-exclude", FEW],  # two of Pion's
+    "one group": [*LLAMA, "--num-query-groups", "1"],  # of which TP 2 has a half
     "plain": [],  # multi-head attention, plain MLP, LayerNorm, biases
     "moe": [
         *(*LLAMA, "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"),
@@ -167,7 +168,8 @@ def split(name: str, weight: torch.Tensor, run: Run) -> dict[str, torch.Tensor]:
         return {}  # vectors of all layers
     if "linear_proj" in name and "--start-zeros" in flags:
         return {}  # Adam's
-    groups = GROUPS if "--group-query-attention" in flags else HEADS
+    places = [place for place, flag in enumerate(flags) if flag == "--num-query-groups"]
+    groups = int(flags[places[-1] + 1]) if places else HEADS
     query_group = (("q", HEADS // groups * HEAD_DIM), ("k", HEAD_DIM), ("v", HEAD_DIM))
     info = ParamInfo(
         name=name,

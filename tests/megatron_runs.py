@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,22 +176,64 @@ def launch(script: Path, *arguments: str, **options: Any) -> str:
     return job.output
 
 
+class Forks:
+    """Runs of one process; see forked_runs.py, which is started with the first."""
+
+    def __init__(self) -> None:
+        self.server: subprocess.Popen[str] | None = None
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """The exit status of ``python -m megatron_patches``, and what it printed.
+
+        Raises:
+            AssertionError: it does not end in time; with what it printed.
+        """
+        if self.server is None:
+            self.server = self._start()
+        assert self.server.stdin and self.server.stdout
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            job = {"argv": arguments, "streams": [out.name, err.name]}
+            print(json.dumps(job), file=self.server.stdin, flush=True)
+            process = int(self.server.stdout.readline())
+            late = threading.Timer(LIMIT_S, os.killpg, (process, signal.SIGKILL))
+            late.start()
+            code = int(self.server.stdout.readline())
+            late.cancel()
+            printed = out.read() + err.read()
+        assert code != -signal.SIGKILL, f"not done in {LIMIT_S} s: {printed[-8000:]}"
+        return code, printed
+
+    def _start(self) -> subprocess.Popen[str]:
+        server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "forked_runs.py")],
+            env=environment(),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(server.communicate)  # the end of its input is its own
+        return server
+
+
+FORKS = Forks()
+
+
 def refused(script: Path, *arguments: str) -> str:
     """What a run that must be refused prints, before any training."""
-    command = [sys.executable, *LAUNCHER, "--cpu", str(script), *arguments]
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
-    )
-    assert done.returncode != 0 and not steps(done.stdout), done.stdout[-2000:]
-    return done.stdout + done.stderr
+    code, printed = FORKS.run("--cpu", str(script), *arguments)
+    assert code != 0 and not steps(printed), printed[-2000:]
+    return printed
 
 
-def train(corpus: Path, *flags: str, processes: int = 1) -> list[Step]:
-    """Train the tiny GPT and return what Megatron printed."""
+def train(corpus: Path, *flags: str) -> list[Step]:
+    """Train the tiny GPT in one process and return what Megatron printed."""
     data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
-    found = steps(launch(SCRIPT, *MODEL, *data, *flags, processes=processes))
-    assert found, "no iteration was printed"
-    return found
+    code, printed = FORKS.run("--cpu", str(SCRIPT), *MODEL, *data, *flags)
+    assert code == 0, printed[-8000:]
+    trained = steps(printed)
+    assert trained, "no iteration was printed"
+    return trained
 
 
 def steps(output: str) -> list[Step]:

@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pion_dist import Pion, PionConfig, kernels
+from pion_dist import Pion, PionConfig, iterations, kernels
 from pion_dist.diagnostics import Diagnostics
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
 from pion_dist.plan import WAVES
@@ -52,8 +52,6 @@ from pion_dist.slots import Storage
 
 # A collective that not every rank enters is an error after so long, and so a named failure.
 TIMEOUT = timedelta(seconds=30)
-EXACT = ("owner", "distributed")
-MODES = (*EXACT, "blockwise")
 DIM = {"rows": 1, "cols": 2, None: 0}  # of [B, m, n], where ranks' shares join
 
 
@@ -119,15 +117,14 @@ WEIGHTS = (
     UNCUT,
     Weight("uncut.rows", lambda _: whole(16, 6, axis="rows"), shared=False),
 )
-# The side that is not cut does not divide by the ranks: mode "distributed" has no rows of its
-# generators for each rank. Polar divides these along the side that is cut.
+# A side does not divide by the ranks, so that teams of generators are of one rank; or neither does.
 ODD_WEIGHTS = (
     Weight("odd.fc1", lambda ranks: whole(16 // ranks, 9, axis="rows")),
     Weight("odd.fc2", lambda ranks: whole(7, 16 // ranks, axis="cols")),
     Weight("odd.experts", lambda ranks: stacked(10, 16 // ranks, name="e", count=2, axis="cols")),
+    Weight("odd.wide", lambda ranks: whole(8 // ranks, 9, axis="rows")),
 )
-# The larger side is not cut, and does not divide.
-ODD_WIDE = Weight("odd.wide", lambda ranks: whole(8 // ranks, 9, axis="rows"))
+ALL_WEIGHTS = (*WEIGHTS, *ODD_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,15 @@ class Run:
             config=self.config,
             views={p: self.view(w) for w, p in pairs},
             shards={p: self.place_of(w).group for w, p in pairs if w.shared},
+            teams=self.teams(),
         )
+
+    def teams(self) -> dict[dist.ProcessGroup, list[dist.ProcessGroup]]:
+        """Of four ranks each half; of all others those that Pion finds by itself."""
+        if self.place.ranks != 4:
+            return {}
+        halves = [group_of(range(first, first + 2)) for first in (0, 2)]
+        return {self.place.group: [halves[self.place.rank // 2], self.place.group]}
 
     def set_gradients(self) -> None:
         """Draw the next gradients; the references step by them."""
@@ -291,6 +296,7 @@ class StoredRun(Run):
             views={p: self.view(w) for w, p in pairs},
             shards={p: self.place.group for w, p in pairs if w.shared},
             stored=stored,
+            teams={self.everyone.group: [self.place.group, self.everyone.group]},
         )
 
     def step(self) -> None:
@@ -305,11 +311,6 @@ class StoredRun(Run):
             p.data = others.view(p.shape)
 
 
-def weights_for(config: PionConfig) -> tuple[Weight, ...]:
-    generators = config.tp_mode == "distributed" and config.direction != "polar"
-    return WEIGHTS if generators else (*WEIGHTS, *ODD_WEIGHTS)
-
-
 def check_weights(run: Run, tolerance: float) -> None:
     """Each rank's shards are the reference's, so the joined matrices are; relative to max|W|."""
     wrong = []
@@ -320,45 +321,53 @@ def check_weights(run: Run, tolerance: float) -> None:
     run.place.all_fail(wrong)
 
 
-def moment_share(run: Run, weight: Weight, key: str, moment: Array, part: int) -> Array:
-    """What a rank that holds a moment [B, ...] has of it: a share where its matrices are shared.
+def moment_share(run: Run, weight: Weight, key: str, moment: Array) -> Array:
+    """What this rank has of a moment [B, ...]: a share where ranks share its matrices.
 
-    Lie moments are divided by generators' rows where they are distributed, and by blocks.
+    Of generators their rows or their blocks, of averages those of the longer side or of the blocks.
     """
-    axis, mode, lie = weight.whole.axis, run.config.tp_mode, run.config.momentum == "lie"
-    if not weight.shared or (axis is not None and mode == "owner"):
+    axis, team = weight.whole.axis, team_of(run, weight, key)
+    if not weight.shared:
         return moment
-    if axis is not None and run.config.direction == "polar":
-        return rows_share(run, weight, key, moment, part)
-    if axis is not None and lie and mode == "blockwise" and moment.ndim == 3:
-        return moment  # of the side that all blocks share
-    dim = 1 if axis is not None and lie else DIM[axis]
-    return np.split(moment, run.place.ranks, dim)[part]
-
-
-def rows_share(run: Run, weight: Weight, key: str, moment: Array, part: int) -> Array:
-    """The rows of the average and of a factor that a rank has on the matrices' larger side."""
+    if axis is None:  # matrices of its own
+        return np.split(moment, run.place.ranks, 0)[run.place.rank]
     name, _, of = key.partition(".")
+    blocks, polar = run.config.blocks > 1, run.config.direction == "polar"
+    if len(team) == 1 or (not polar and blocks and moment.ndim == 3 and name[1:] in SIDES):
+        return moment  # or of the side that all blocks share
     _, m, n = weight.whole.shapes[of]
-    large = "out" if m > n or (m == n and weight.whole.axis == "rows") else "in"
-    dims = {"m": {"out": 1, "in": 2}[large], {"out": "left", "in": "right"}[large]: 1}
-    return np.split(moment, run.place.ranks, dims[name])[part] if name in dims else moment
+    long = "rows" if m > n or (m == n and axis == "rows") else "cols"
+    dims = {"left": long == "rows", "right": long == "cols", "sigma": 0}
+    dim = int(dims.get(name, 1 if name[1:] in SIDES else DIM[axis if blocks else long]))
+    return np.split(moment, len(team), dim)[team.index(run.place.rank)] if dim else moment
+
+
+SIDES = ("_in", "_out")  # of names of Lie moments
+
+
+def team_of(run: Run, weight: Weight, key: str) -> tuple[int, ...]:
+    """The ranks that compute a part's matrices, as the plan says."""
+    part = key.partition(".")[2]
+    (team,) = (
+        x.team for x in run.optimizer.plan.matrices if (x.weight, x.part) == (weight.name, part)
+    )
+    return team
 
 
 def check_moments(run: Run) -> None:
-    """Each moment is the reference's, and there where it should be: the owner has all of it."""
+    """Each moment is the reference's, and on the ranks of its team."""
     keys = run.place.everyones([set(run.optimizer.state[p]) for p in run.params])
     states = run.optimizer.state_dict()["state"]  # as matrices, however they are held
     for index, (w, _) in enumerate(pairs(run)):
         state = states.get(index, {})
         expected = run.references[index].state()
-        owned = w.shared and w.whole.axis is not None and run.config.tp_mode == "owner"
         for key, moment in expected.items():
-            holders = [rank for rank, held in enumerate(keys) if key in held[index]]
-            count = 1 if owned else run.place.ranks
-            assert len(holders) == count, f"{key} of {w.name} is held by ranks {holders}"
+            holders = tuple(rank for rank, held in enumerate(keys) if key in held[index])
+            cut = w.shared and w.whole.axis is not None
+            held_by = team_of(run, w, key) if cut else tuple(range(run.place.ranks))
+            assert holders == held_by, f"{key} of {w.name} is held by ranks {holders}"
             if run.place.rank in holders:
-                share = moment_share(run, w, key, moment, run.place.rank)
+                share = moment_share(run, w, key, moment)
                 found = state[key].numpy()
                 if key.partition(".")[0] in ("left", "right"):  # unique up to columns' signs
                     found, share = np.abs(found), np.abs(share)
@@ -369,7 +378,7 @@ def check_moments(run: Run) -> None:
 
 
 def check_reference(place: Place, config: PionConfig) -> None:
-    run = Run(place, config, weights_for(config), lr=moderate_lr(config))
+    run = Run(place, config, ALL_WEIGHTS, lr=moderate_lr(config))
     for _ in range(CUT_STEPS):
         run.step()
         check_weights(run, TOLERANCE)
@@ -378,7 +387,7 @@ def check_reference(place: Place, config: PionConfig) -> None:
 
 def check_float32(place: Place, config: PionConfig) -> None:
     """The reference to float32's rounding, and the joined matrices' spectra likewise."""
-    run = Run(place, config, weights_for(config), dtype=torch.float32)
+    run = Run(place, config, ALL_WEIGHTS, dtype=torch.float32)
     start = [reference.weights() for reference in run.references]
     for _ in range(CUT_STEPS):
         run.step()
@@ -427,7 +436,7 @@ def moved(run: Run, before: Sequence[torch.Tensor]) -> bool:
 
 def check_resume(place: Place, config: PionConfig) -> None:
     """A new optimizer that loads the state goes on as the old one would have, bit for bit."""
-    weights = weights_for(config)
+    weights = ALL_WEIGHTS
     straight, resumed = (Run(place, config, weights, reference=False) for _ in range(2))
     for _ in range(2):
         straight.step()
@@ -509,7 +518,7 @@ def check_counting(place: Place) -> None:
 
 def check_collectives(place: Place, config: PionConfig) -> None:
     """Steps exchange what the plan says, call by call and byte by byte, on every rank."""
-    run = Run(place, config, weights_for(config), reference=False)
+    run = Run(place, config, ALL_WEIGHTS, reference=False)
     steps = (1, 2)
     if config.spectrum_reset_interval or config.direction == "polar":
         run.step()  # measures spectra
@@ -523,7 +532,7 @@ def check_collectives(place: Place, config: PionConfig) -> None:
 
 def check_work(place: Place, config: PionConfig) -> None:
     """Over an odd and an even step, a rank's products and state are what the plan counts."""
-    run = Run(place, config, weights_for(config), reference=False)
+    run = Run(place, config, ALL_WEIGHTS, reference=False)
     if config.direction == "polar":
         run.step()  # decomposes
     executed = 0.0
@@ -539,10 +548,10 @@ def check_work(place: Place, config: PionConfig) -> None:
 
 
 def check_exact_volume(place: Place, config: PionConfig) -> None:
-    """What "owner" exchanges follows from its definition.
+    """What teams of one rank exchange follows from their definition.
 
     Ranks send their shards of G once, and of W unless polar's factors tell it, which they do from
-    the second step on; the owners then send W back, as often as the ranks together have an element,
+    the second step on; the teams then send W back, as often as the ranks together have an element,
     and polar's a flag for each matrix. Besides there is the agreement on finite gradients.
     """
     run = Run(place, config, WEIGHTS, reference=False)
@@ -561,7 +570,7 @@ def check_exact_volume(place: Place, config: PionConfig) -> None:
 
 def check_stored(place: Place, config: PionConfig) -> None:
     """Ranges of weights are stepped as whole ones; bytes, work and state are as planned."""
-    run = StoredRun(place, config, weights_for(config))
+    run = StoredRun(place, config, ALL_WEIGHTS)
     pion, plan = run.optimizer, run.optimizer.plan
     run.step()
     check_weights(run, TOLERANCE)
@@ -599,7 +608,7 @@ def counted_stored(run: StoredRun) -> dict[str, tuple[int, int]]:
 
 def check_stored_state(place: Place, config: PionConfig) -> None:
     """A state that is loaded into another optimizer goes on, bit for bit; reports are one's."""
-    runs = [StoredRun(place, config, weights_for(config)) for _ in range(2)]
+    runs = [StoredRun(place, config, ALL_WEIGHTS) for _ in range(2)]
     for run in runs:
         run.step()
         run.step()
@@ -640,7 +649,7 @@ def alone(place: Place) -> Place:
 
 def check_reset(place: Place, config: PionConfig) -> None:
     """Weights that drift, by hand, get their spectra back as in one process."""
-    weights = weights_for(config)
+    weights = ALL_WEIGHTS
     runs = [Run(each, config, weights, reference=False) for each in (place, alone(place))]
     for _ in range(config.spectrum_reset_interval + 1):
         for run in runs:
@@ -660,7 +669,7 @@ def check_reset(place: Place, config: PionConfig) -> None:
 
 def check_diagnostics(place: Place, config: PionConfig) -> None:
     """Ranks report what one process does, each shared matrix once; and what is done by hand."""
-    weights, found = weights_for(config), []
+    weights, found = ALL_WEIGHTS, []
     for each in (place, alone(place)):
         run = Run(each, config, weights, reference=False)
         watch = Diagnostics(run.optimizer)
@@ -760,7 +769,7 @@ def check_other_plan(place: Place, what: str) -> None:
     """
     names = ("fc1", "fc1.second", "square")
     weights = [w for w in WEIGHTS if w.name in names]
-    options = PUBLISHED | {"tp_mode": "blockwise", "blocks": place.ranks}
+    options = PUBLISHED | {"blocks": place.ranks}
     if place.rank == place.ranks - 1:
         match what:
             case "order":
@@ -770,7 +779,7 @@ def check_other_plan(place: Place, what: str) -> None:
             case "blocks":
                 options["blocks"] = 2 * place.ranks
             case "mode":
-                options = PUBLISHED | {"tp_mode": "distributed"}
+                options = PUBLISHED | {"team_size": place.ranks}
             case "side":
                 options["side"] = "alternate"
             case "shape":
@@ -778,7 +787,7 @@ def check_other_plan(place: Place, what: str) -> None:
             case "axis":
                 weights[2] = Weight("square", lambda ranks: whole(16 // ranks, 16, axis="cols"))
     config = PionConfig(**options)
-    words = {"blocks": ("blocks",), "mode": ("tp_mode",), "side": ("side",)}.get(what, ())
+    words = {"blocks": ("blocks",), "mode": ("team_size",), "side": ("side",)}.get(what, ())
     refusal(lambda: Run(place, config, weights, reference=False), *names, *words)
 
 
@@ -787,18 +796,10 @@ def check_blocks_of_ranks(place: Place) -> None:
     blocks = place.ranks + 1
     rows = blocks * place.ranks
     weight = Weight("other.fc1", lambda ranks: whole(rows // ranks, 8, axis="rows"))
-    config = PionConfig(**PUBLISHED, tp_mode="blockwise", blocks=blocks)
+    config = PionConfig(**PUBLISHED, blocks=blocks)
     told = refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), "other.fc1")
     for number in (blocks, place.ranks):
         assert re.search(rf"\b{number}\b", told), f"no {number} in {told!r}"
-
-
-def check_distributed_needs_divisible(
-    place: Place, weight: Weight, options: dict[str, object]
-) -> None:
-    """A ValueError that names it, on every rank."""
-    config = PionConfig(**options, tp_mode="distributed")
-    refusal(lambda: Run(place, config, [UNCUT, weight], reference=False), weight.name)
 
 
 def named(config: PionConfig) -> str:
@@ -812,7 +813,8 @@ def named(config: PionConfig) -> str:
     words += [config.state_dtype] if config.state_dtype != "fp32" else []
     words += ["reset"] if config.spectrum_reset_interval else []
     blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
-    return "-".join([config.tp_mode, *blocks, *words])
+    teams = [] if blocks else [f"teams{config.team_size}"]
+    return "-".join([*teams, *blocks, *words])
 
 
 # Momentum, direction and sides that differ in state and in what is exchanged.
@@ -861,24 +863,53 @@ TRIED: tuple[tuple[Callable[..., None], Sequence[dict[str, object]]], ...] = (
     (check_two_groups, FEW[:3]),
     (check_conversion, FEW[:3]),
 )
+# Of what these check nothing depends on how many ranks there are, so two are enough.
+AT_TWO = (check_nan, check_reset, check_nothing_shared, check_conversion)
+# These depend on the kind of state, of which the first three of FEW have one each.
+FIRST_AT_FOUR = (check_diagnostics, check_stored_state)
 
 
-def mode_options(mode: str, ranks: int) -> dict[str, object]:
-    return {"tp_mode": mode, "blocks": 2 * ranks} if mode == "blockwise" else {"tp_mode": mode}
+def modes(ranks: int, cut: int, *, halves: bool) -> Iterator[dict[str, object]]:
+    """Teams of one rank and of all, of a half where that is more than one, and blocks.
+
+    Args:
+        ranks: that together store a matrix.
+        cut: of these, with a shard each.
+        halves: whether teams of a half are wanted.
+    """
+    sizes = {1, ranks, ranks // 2 if halves else 1}
+    yield from ({"team_size": size} for size in sorted(sizes))
+    yield {"blocks": 2 * cut}
 
 
-def stored_configs(ranks: int) -> Iterator[PionConfig]:
+def fits(mode: Mapping[str, object], options: Mapping[str, object]) -> bool:
+    """Whether options go together: polar has no blocks."""
+    return "blocks" not in mode or "direction" in options
+
+
+def tried_of[T](check: Callable[..., None], options: Sequence[T], ranks: int) -> Sequence[T]:
+    return options[:3] if ranks > 2 and check in FIRST_AT_FOUR else options
+
+
+def stored_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]]:
     """Half of the ranks are tensor parallel, and there are as many blocks."""
-    for mode, options in itertools.product(MODES, FEW):
-        if mode != "blockwise" or "direction" in options:  # polar has no blocks
-            yield PionConfig(**options, **mode_options(mode, ranks // 2))
+    for check in (check_stored, check_stored_state):
+        few = tried_of(check, FEW, ranks)
+        for mode, options in itertools.product(modes(ranks, ranks // 2, halves=True), few):
+            if fits(mode, options):
+                yield check, PionConfig(**options, **mode)
+        yield from ((check, PionConfig(**options)) for options in FEW[:3])
 
 
 def tried_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]]:
     for check, tried in TRIED:
-        for mode, options in itertools.product(MODES, tried):
-            if mode != "blockwise" or "direction" in options:  # polar has no blocks
-                yield check, PionConfig(**options, **mode_options(mode, ranks))
+        if ranks > 2 and check in AT_TWO:
+            continue
+        halves = check in (check_resume, check_collectives)
+        some = tried_of(check, tried, ranks)
+        for mode, options in itertools.product(modes(ranks, ranks, halves=halves), some):
+            if fits(mode, options):
+                yield check, PionConfig(**options, **mode)
 
 
 def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
@@ -892,28 +923,22 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
 
     add(check_counting, "")
     add(check_zeros, "")
-    modes = (*((mode, 1) for mode in EXACT), *(("blockwise", n * ranks) for n in (1, 2)))
-    # Of pairs on 4 ranks: with 2 cores a check of "distributed" takes 1.5 s there.
-    for *options, (mode, blocks) in covering(*VALUES, modes, together=3 if ranks == 2 else 2):
-        config = config_of(*options, tp_mode=mode, blocks=blocks)
+    tried = [tuple(mode.items()) for mode in (*modes(ranks, ranks, halves=True), {"blocks": ranks})]
+    # All pairs; test_reference.py has all three together in one process.
+    for *options, mode in covering(*VALUES, tried, together=2):
+        config = config_of(*options, **dict(mode))
         add(check_reference, named(config), config)
-    for check, config in tried_configs(ranks):
+    for check, config in (*tried_configs(ranks), *stored_configs(ranks)):
         add(check, named(config), config)
     for options in FEW[:3]:
-        config = PionConfig(**options)
+        config = PionConfig(**options, team_size=1)
         add(check_exact_volume, named(config), config)
         coded = PionConfig(**options, state_dtype="int8")
         for check in check_resume, check_collectives, check_nan:
             add(check, named(coded), coded)
-    for config in stored_configs(ranks):
-        for check in check_stored, check_stored_state:
-            add(check, named(config), config)
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
         add(check_other_plan, what, what)
     add(check_blocks_of_ranks, "")
-    for weight in ODD_WEIGHTS:
-        add(check_distributed_needs_divisible, weight.name, weight, PUBLISHED)
-    add(check_distributed_needs_divisible, ODD_WIDE.name, ODD_WIDE, {})
     return found
 
 
@@ -921,6 +946,7 @@ def main(rank: int, ranks: int, port: int) -> None:
     """All checks, on one rank."""
     # The host's own name need not resolve.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    iterations.DIVIDED_ROWS = 8  # of matrices of the checks' size
     store = dist.TCPStore("127.0.0.1", port, timeout=3 * TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     place = Place(dist.new_group(timeout=TIMEOUT))

@@ -60,7 +60,7 @@ def test_the_defaults_are_what_the_documentation_says() -> None:
         "matmul_precision": "highest",
         "state_layout": "packed",
         "state_dtype": "fp32",
-        "tp_mode": "owner",
+        "team_size": "auto",
         "blocks": 1,
         "spectrum_reset_interval": 0,
     }
@@ -82,7 +82,7 @@ PAPER_1_3B = {
     "matmul_precision": "highest",
     "state_layout": "packed",
     "state_dtype": "fp32",
-    "tp_mode": "owner",
+    "team_size": "auto",
     "blocks": 1,
     "spectrum_reset_interval": 0,
 }

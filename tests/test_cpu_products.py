@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from megatron_runs import LIMIT_S, NO_DROPOUT, PION, ROOT, train
+from megatron_runs import LIMIT_S, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, launch, steps
 
 from pion_dist.update.precision import cpu_has_bf16_units
 
@@ -114,12 +114,13 @@ def test_a_training_is_the_same_on_both_paths(
     that on (measured: 2e-6 of the first loss, at most 4e-4 later). With Adam at 1e-2, whose first
     steps move an element by its gradient's sign alone, losses differ by 3e-3.
     """
-    flags = [*PION, *NO_DROPOUT, "--bf16", "--pion-init", "fan_in"]
+    data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+    flags = [*MODEL, *data, *PION, *NO_DROPOUT, "--bf16", "--pion-init", "fan_in"]
     flags += ["--lr", "1e-3", "--min-lr", "1e-4", "--pion-lr-mult", "10"]
-    units = train(corpus, *flags)
+    units = steps(launch(SCRIPT, *flags))
     for name, value in WITHOUT_UNITS.items():
         monkeypatch.setenv(name, value)
-    float32 = train(corpus, *flags)
+    float32 = steps(launch(SCRIPT, *flags))
     losses = [[float(step.loss) for step in run] for run in (units, float32)]
     assert losses[0] != losses[1], "both trainings took the same path"
     assert losses[0] == pytest.approx(losses[1], rel=2**-8)

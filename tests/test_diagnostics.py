@@ -23,7 +23,7 @@ CONFIGS = [
     PionConfig(),
     PionConfig(**PUBLISHED),
     PionConfig(momentum="ambient", direction="momentum", retraction="cayley"),
-    PionConfig(**MSIGN | {"retraction": "exp"}, tp_mode="blockwise", blocks=2),
+    PionConfig(**MSIGN | {"retraction": "exp"}, blocks=2),
 ]
 each_config = pytest.mark.parametrize(
     "config", CONFIGS, ids=["polar", "lie-taylor", "ambient-cayley", "transported-exp"]

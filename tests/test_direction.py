@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pion_dist.update.direction import inverse_root, polar
 from pion_dist.update.precision import Products, exact
+from pion_dist.update.squares import Squares
 
 # Of Newton-Schulz's, for singular values above 0.02 of the largest, see direction.py.
 LOW, HIGH = 0.68, 1.21
@@ -25,7 +26,12 @@ def drawn(m: int, n: int, *, values: Tensor | None = None) -> Tensor:
 
 
 def polar_of(x: Tensor, matmul: Products = exact) -> Tensor:
-    return polar([x.clone()], direction_products=matmul, all_reduce_sum=lambda x: x)
+    return polar([x.clone()], direction_products=matmul, squares=Squares(matmul))
+
+
+def inverse_root_of(gram: Tensor, matmul: Products = exact) -> tuple[Tensor, Tensor]:
+    h, root = inverse_root(matmul.rounded(gram), squares=Squares(matmul))
+    return h.to(gram.dtype), root.to(gram.dtype)
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (12, 9), (9, 8), (8, 8), (6, 1)])
@@ -57,7 +63,7 @@ def test_the_inverse_root_makes_the_polar_factor(shape: tuple[int, int], low: fl
     """
     values = torch.linspace(1, low, min(shape), dtype=torch.float64)
     x = drawn(*shape, values=values)
-    h, root = inverse_root(x.mT @ x, direction_products=exact)
+    h, root = inverse_root_of(x.mT @ x)
     tolerance = 1e-13 / low
     assert (x @ h - polar_of(x)).abs().max() <= tolerance
     assert (root - (x @ h).mT @ (x @ h)).abs().max() <= 2 * tolerance
@@ -71,7 +77,7 @@ def test_directions_below_the_rounding_of_the_gram_matrix_are_bounded() -> None:
     """
     x = drawn(96, 64, values=torch.logspace(0, -9, 64, dtype=torch.float64)).float()
     for matmul, limit in ((exact, HIGH), (BF16, HIGH * (1 + 10 * 2.0**-8))):
-        h, _ = inverse_root(x.mT @ x, direction_products=matmul)
+        h, _ = inverse_root_of(x.mT @ x, matmul)
         for made in (x @ h, polar_of(x, matmul)):
             assert made.isfinite().all() and torch.linalg.matrix_norm(made, 2).max() < limit
 
@@ -79,6 +85,6 @@ def test_directions_below_the_rounding_of_the_gram_matrix_are_bounded() -> None:
 @pytest.mark.parametrize("matmul", [exact, BF16], ids=["exact", "bf16"])
 def test_zeros_have_a_polar_factor_of_zeros(matmul: Products) -> None:
     x = torch.zeros(2, 9, 6)
-    h, root = inverse_root(x.mT @ x, direction_products=matmul)
+    h, root = inverse_root_of(x.mT @ x, matmul)
     assert h.isfinite().all() and not root.any()
     assert not (x @ h).any() and not polar_of(x, matmul).any()

@@ -74,7 +74,8 @@ def test_killed_runs_go_on_from_the_last_complete_checkpoint(jobs: Jobs) -> None
         "exchange": (DIST_OPT, dict(rank=0, moment="kill-in-exchange", count=12), 10),
         "gather": (DIST_OPT, dict(rank=1, moment="kill-in-gather", count=13), 10),
     }
-    again = []
+    straight = {" ".join(layout): f"{name}-straight" for name, (layout, _, _) in cases.items()}
+    again = [jobs.job(name, *layout.split()) for layout, name in straight.items()]
     for name, (layout, when, complete) in cases.items():
         ended = jobs.fail(jobs.job(name, *layout, *jobs.saving(name)), **when)
         assert ended.code != 0 and "SIGKILL" in ended.output
@@ -83,11 +84,10 @@ def test_killed_runs_go_on_from_the_last_complete_checkpoint(jobs: Jobs) -> None
         tracker = jobs.checkpoint(name) / "latest_checkpointed_iteration.txt"
         assert tracker.read_text() == str(complete)
         load = ["--load", str(jobs.checkpoint(name))]
-        again += [jobs.job(f"{name}-straight", *layout)]
         again += [jobs.job(f"{name}-resumed", *layout, *jobs.saving(name), *load)]
     # The save that was cut off left files that the resumed run has to replace.
     assert any((jobs.checkpoint("save") / "iter_0000010").iterdir())
     launch(ROOT / "tests" / "many_runs.py", jobs.write(*again), processes=2)
-    for name, (_, _, complete) in cases.items():
-        straight, resumed = jobs.steps(f"{name}-straight"), jobs.steps(f"{name}-resumed")
-        assert resumed == {i: straight[i] for i in range(complete + 1, 21)}
+    for name, (layout, _, complete) in cases.items():
+        whole, resumed = jobs.steps(straight[" ".join(layout)]), jobs.steps(f"{name}-resumed")
+        assert resumed == {i: whole[i] for i in range(complete + 1, 21)}

@@ -15,10 +15,19 @@ SOURCES = sorted(ROOT.glob("pion_dist/**/*.py"))
 # imports, such as torch, does not come to these rooms by way of others either.
 FLOORS = (
     ("config", "recipes", "iterations", "matrices", "classify"),
-    ("state", "cost", "plan", "checkpoint"),
+    ("state", "cost", "plan", "teams", "checkpoint"),
     ("kernels", "update", "storage", "guard", "spectrum"),
-    ("exchange",),
-    ("factors", "slots", "optimizer", "parameters", "combined", "diagnostics", "__init__"),
+    ("exchange", "dtensor"),
+    (
+        "factors",
+        "slots",
+        "execute",
+        "optimizer",
+        "parameters",
+        "combined",
+        "diagnostics",
+        "__init__",
+    ),
     ("scale",),
     ("doctor",),
 )
@@ -74,8 +83,8 @@ def test_import_law(path: Path) -> None:
         other = name.partition(".")[2].partition(".")[0]
         assert floor_of(other) <= floor_of(room), f"{other} is on a higher floor"
     assert not reaches(path, "megatron", "megatron_patches")
-    if room != "exchange":
-        assert not reaches(path, "torch.distributed"), "only the exchange knows process groups"
+    if room not in ("exchange", "dtensor"):
+        assert not reaches(path, "torch.distributed"), "only these know process groups"
     if room != "kernels":
         assert not reaches(path, "triton"), "kernels.backend decides what computes"
     if room in WITHOUT_TORCH:

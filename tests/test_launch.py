@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_runs import LIMIT_S, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, environment, steps, train
+from megatron_runs import LIMIT_S, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, environment, launch, steps
 
 from megatron_patches import LaunchError
 from megatron_patches.launch import (
@@ -204,7 +204,7 @@ def test_ranks_of_mpirun_train_the_run_of_torchruns(corpus: Path) -> None:
     done = mpirun(*launched, *MODEL, *data, *flags)
     assert done.returncode == 0, done.stderr[-8000:]
     assert done.stdout.count("launch: 4 ranks by MPI's variables") == 1
-    assert steps(done.stdout) == train(corpus, *flags, processes=4)
+    assert steps(done.stdout) == steps(launch(SCRIPT, *MODEL, *data, *flags, processes=4))
 
 
 @pytest.mark.slow

@@ -26,8 +26,9 @@ def tp(size: int, *more: str) -> tuple[str, ...]:
 
 
 SP = "--sequence-parallel"
-DISTRIBUTED = ("--pion-tp-mode", "distributed")
-BLOCKS = ("--pion-tp-mode", "blockwise", "--pion-blocks", "4")
+TEAMS2 = ("--pion-team-size", "2")
+TEAMS4 = ("--pion-team-size", "4")
+BLOCKS = ("--pion-blocks", "4")
 PP2 = ("--pipeline-model-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
@@ -47,13 +48,18 @@ MSIGN = ("--pion-direction=msign", "--pion-momentum=transported", FLAT)
 # sums are the same bits.
 BF16 = ("--bf16", "--clip-grad", "0")
 
-TP2 = Run("tp2 owner", 2, tp(2))
-TP2_DISTRIBUTED = Run("tp2 distributed", 2, tp(2, *DISTRIBUTED))
+TP2 = Run("tp2", 2, tp(2))
+TP2_TEAMS2 = Run("tp2 teams of 2", 2, tp(2, *TEAMS2))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
-TP2_FLAT = Run("tp2 owner, equal values", 2, tp(2), options=(FLAT,))
-DISTRIBUTED_FLAT = Run("tp2 distributed, equal values", 2, tp(2, *DISTRIBUTED), options=(FLAT,))
+# A data-parallel rank's tensor-parallel ranks, both, and ranks of data parallelism alone.
+DIST_OPT_TEAMS = [
+    Run("tp2 dp2 dist-opt teams of 2", 4, tp(2, *DIST_OPT, *TEAMS2)),
+    Run("tp2 dp2 dist-opt teams of 4", 4, tp(2, *DIST_OPT, *TEAMS4)),
+    Run("dp2 dist-opt teams of 2", 2, (*DIST_OPT, *TEAMS2)),
+]
+TP2_FLAT = Run("tp2, equal values", 2, tp(2), options=(FLAT,))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
 MOE_EP2_DIST_OPT = Run("moe ep2 dist-opt", 2, (*EP2, *DIST_OPT), "moe")
 # Experts' data-parallel groups are larger than the other weights', smaller, or other ranks.
@@ -73,17 +79,18 @@ MOE_DIST_OPT = [
         ("ep2 dp2", 4, EP2),
     )
 ]
-M_TP2 = Run("tp2 owner, msign", 2, tp(2), options=MSIGN)
-M_DISTRIBUTED = Run("tp2 distributed, msign", 2, tp(2, *DISTRIBUTED), options=MSIGN)
-M_BLOCKS = Run("tp2 blockwise, msign", 2, tp(2), options=(*MSIGN, *BLOCKS))
-M_RESET = Run("tp2 owner, reset", 2, tp(2), options=(*MSIGN, "--pion-spectrum-reset-interval", "4"))
-P_TP2 = Run("tp2 owner, published", 2, tp(2), options=PUBLISHED)
-P_DISTRIBUTED = Run("tp2 sp distributed, published", 2, tp(2, SP, *DISTRIBUTED), options=PUBLISHED)
-P_BLOCKS = Run("tp2 blockwise, published", 2, tp(2), options=(*PUBLISHED, *BLOCKS))
+MOE_TEAMS2 = Run("moe ep2 dp2 dist-opt teams of 2", 4, (*EP2, *DIST_OPT, *TEAMS2), "moe")
+SPLIT_GROUP = Run("one query group, tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), "one group")
+M_TP2 = Run("tp2, msign", 2, tp(2), options=MSIGN)
+M_BLOCKS = Run("tp2 blocks, msign", 2, tp(2), options=(*MSIGN, *BLOCKS))
+M_RESET = Run("tp2, reset", 2, tp(2), options=(*MSIGN, "--pion-spectrum-reset-interval", "4"))
+P_TP2 = Run("tp2, published", 2, tp(2), options=PUBLISHED)
+P_TEAMS2 = Run("tp2 sp teams of 2, published", 2, tp(2, SP, *TEAMS2), options=PUBLISHED)
+P_BLOCKS = Run("tp2 blocks, published", 2, tp(2), options=(*PUBLISHED, *BLOCKS))
 P_PP2 = Run("pp2, published", 2, PP2, options=PUBLISHED)
 P_DIST_OPT = Run("dp2 dist-opt overlap, published", 2, (*DIST_OPT, *OVERLAP), options=PUBLISHED)
 P_BLOCKS_DIST_OPT = Run(
-    "tp2 dp2 dist-opt blockwise, published", 4, tp(2, *DIST_OPT), options=(*PUBLISHED, *BLOCKS)
+    "tp2 dp2 dist-opt blocks, published", 4, tp(2, *DIST_OPT), options=(*PUBLISHED, *BLOCKS)
 )
 P_TP2_DIST_OPT = Run("tp2 dp2 dist-opt, published", 4, tp(2, *DIST_OPT), options=PUBLISHED)
 MOE_EP2_TP2 = Run("moe ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe")
@@ -104,14 +111,14 @@ WATCHED = ("--pion-spectrum-interval", "5", FLAT)
 # Factors that stretch by the fourth power of the angle, so that spectra drift until they are put
 # back.
 RESET = (*MSIGN, "--lr", "0.02", "--min-lr", "0.02", *WATCHED, "--pion-spectrum-reset-interval=7")
-W_TP2 = Run("tp2 owner, watched", 2, tp(2), options=WATCHED)
+W_TP2 = Run("tp2, watched", 2, tp(2), options=WATCHED)
 W_DIST_OPT = Run("dp2 dist-opt, watched", 2, DIST_OPT, options=WATCHED)
-W_RESET = Run("tp2 owner, watched resets", 2, tp(2), options=RESET)
+W_RESET = Run("tp2, watched resets", 2, tp(2), options=RESET)
 W_RESET_DIST_OPT = Run("dp2 dist-opt, watched resets", 2, DIST_OPT, options=RESET)
 WATCHED_RUNS = [
     W_TP2.one_process,
     W_TP2,
-    Run("tp2 distributed, watched", 2, tp(2, *DISTRIBUTED), options=WATCHED),
+    Run("tp2 teams of 2, watched", 2, tp(2, *TEAMS2), options=WATCHED),
     Run("pp2, watched", 2, PP2, options=WATCHED),
     W_DIST_OPT,
     W_TP2.moved_to(W_DIST_OPT),
@@ -119,7 +126,6 @@ WATCHED_RUNS = [
     Run("moe ep2, watched", 2, EP2, "moe", options=WATCHED[:2]),
     W_RESET.one_process,
     W_RESET,
-    Run("tp2 distributed, watched resets", 2, tp(2, *DISTRIBUTED), options=RESET),
     Run("pp2, watched resets", 2, PP2, options=RESET),
     W_RESET.moved_to(W_RESET_DIST_OPT),
 ]
@@ -130,12 +136,12 @@ FRESH = [
     TP2.moved_to(
         replace(run, name=f"{run.name}, alone", options=ALONE, against=TP2.moved_to(W_ALONE))
     )
-    for run in (TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN)
+    for run in (TP2_TEAMS2, PP2_RUN, DIST_OPT_RUN)
 ]
 # Under TP, Megatron's MLA without Transformer Engine has another gradient than in one process (the
 # first grad norm is 4.672 instead of 4.687, AdamW's too): it keeps only its own heads' part of the
 # gradient of the positional key. So the modes are compared with each other there.
-MLA_DISTRIBUTED = Run("mla tp2 distributed", 2, tp(2, *DISTRIBUTED), "mla")
+MLA_TEAMS2 = Run("mla tp2 teams of 2", 2, tp(2, *TEAMS2), "mla")
 
 ZEROS = [
     Run("zeros tp2", 2, tp(2), "zeros", options=(FLAT,)),
@@ -145,15 +151,13 @@ ZEROS = [
 
 FLOAT32 = [
     TP2,
-    TP2_DISTRIBUTED,
+    TP2_TEAMS2,
     Run("tp2 sp", 2, tp(2, SP)),
     Run("tp2 sp, heads", 2, tp(2, SP), options=HEADS),
-    Run("tp4 owner", 4, tp(4)),
-    Run("tp4 distributed", 4, tp(4, *DISTRIBUTED)),
+    Run("tp4", 4, tp(4)),
+    Run("tp4 teams of 4", 4, tp(4, *TEAMS4)),
     TP2_FLAT,
-    DISTRIBUTED_FLAT,
     M_TP2,
-    M_DISTRIBUTED,
     M_BLOCKS,
     Run("dp2 dist-opt overlap, msign", 2, (*DIST_OPT, *OVERLAP), options=MSIGN),
     PP2_RUN,
@@ -164,8 +168,11 @@ FLOAT32 = [
     Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP)),
     TP2_DIST_OPT,
     Run("dp4 dist-opt", 4, DIST_OPT),
-    Run("tp2 dist-opt", 2, tp(2, *DIST_OPT)),
-    Run("tp2 dp2 dist-opt distributed", 4, tp(2, *DIST_OPT, *DISTRIBUTED)),
+    Run("tp2 dist-opt teams of 2", 2, tp(2, *DIST_OPT, *TEAMS2)),
+    *DIST_OPT_TEAMS,
+    MOE_TEAMS2,
+    SPLIT_GROUP,
+    Run("one query group, tp2 sp heads", 2, tp(2, SP, *DIST_OPT), "one group", options=HEADS),
     Run("pp2 vpp2 dist-opt", 2, (*PP2, *VPP2, *DIST_OPT)),
     Run("dp4 dist-opt, 2 instances", 4, (*DIST_OPT, *INSTANCES)),
     Run("tp2 dp2", 4, tp(2)),
@@ -183,8 +190,8 @@ FLOAT32 = [
     Run("mtp tp2 sp", 2, tp(2, SP), "mtp"),
     Run("mtp pp2", 2, PP2, "mtp"),
     *ZEROS,
-    Run("mla tp2, owner to distributed", 2, tp(2), "mla", against=MLA_DISTRIBUTED),
-    *(P_TP2, P_DISTRIBUTED, P_BLOCKS, P_PP2),
+    Run("mla tp2, to teams of 2", 2, tp(2), "mla", against=MLA_TEAMS2),
+    *(P_TP2, P_TEAMS2, P_BLOCKS, P_PP2),
     *(P_DIST_OPT, P_BLOCKS_DIST_OPT, P_TP2_DIST_OPT, P_MOE_EP2, P_FEW),
 ]
 BFLOAT16 = [  # against one process, or TP's ranks alone
@@ -194,7 +201,7 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2 dist-opt, published", 2, DIST_OPT, options=(*BF16, *PUBLISHED)),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
 ]
-OF_POLAR = [TP2, TP2_DISTRIBUTED, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
+OF_POLAR = [TP2, TP2_TEAMS2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 MOE_PLACES = [MOE_EP2.one_process, MOE_EP2, MOE_EP2_DIST_OPT]
 P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2]
@@ -205,15 +212,19 @@ MOVES = [
     *(saved.moved_to(saved) for saved in PLACES[2:]),
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*MOE_PLACES, MOE_PLACES[0]])),
     *(run.moved_to(run) for run in (MOE_EP2_DIST_OPT, *MOE_DIST_OPT)),
-    *(TP2.moved_to(TP2_DISTRIBUTED), TP2_DISTRIBUTED.moved_to(TP2.one_process)),
+    MOE_TEAMS2.moved_to(MOE_TEAMS2),
+    *(SPLIT_GROUP.one_process.moved_to(SPLIT_GROUP), SPLIT_GROUP.moved_to(SPLIT_GROUP.one_process)),
+    *(
+        saved.moved_to(loaded)
+        for saved, loaded in pairwise([TP2.one_process, *DIST_OPT_TEAMS, TP2.one_process])
+    ),
     TP2_FLAT.moved_to(TP2_FLAT.one_process),
     *FRESH,
-    *(M_TP2.moved_to(M_DISTRIBUTED), M_DISTRIBUTED.moved_to(M_TP2.one_process)),
     *(M_BLOCKS.one_process.moved_to(M_BLOCKS), M_BLOCKS.moved_to(M_BLOCKS.one_process)),
     M_TP2.moved_to(M_RESET),  # without spectra at start
     # Every place of Lie moments saves once and loads once.
     *(saved.moved_to(loaded) for saved, loaded in pairwise([*P_PLACES, P_PLACES[0]])),
-    *(P_TP2.moved_to(P_DISTRIBUTED), P_DISTRIBUTED.moved_to(P_TP2)),
+    *(P_TP2.moved_to(P_TEAMS2), P_TEAMS2.moved_to(P_TP2)),
     *(P_MOE_EP2.one_process.moved_to(P_MOE_EP2), P_MOE_EP2.moved_to(P_MOE_EP2.one_process)),
     *(P_BLOCKS.one_process.moved_to(P_BLOCKS), P_BLOCKS.moved_to(P_BLOCKS.one_process)),
     P_FEW.moved_to(P_FEW),

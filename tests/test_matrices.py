@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
@@ -26,7 +26,6 @@ def views(draw: st.DrawFn) -> MatrixView:
 
 
 @given(views(), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(deadline=None, derandomize=True)
 def test_merge_is_the_inverse_of_split(
     view: MatrixView, transposed: bool, dtype: torch.dtype
 ) -> None:

@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,11 @@ from megatron_runs import (
 )
 
 from megatron_patches.arguments import FLAGS
+from megatron_patches.distributed_optimizer import PionAndAdam
+from megatron_patches.optimizer_state import _reshardable
+from megatron_patches.registration import _refuse_split_groups
+from pion_dist import PionConfig
+from pion_dist.classify import ParamInfo, classify
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 MOMENTUM = ["--pion-direction", "momentum"]
@@ -103,12 +110,14 @@ def test_resume_prints_the_same_losses(
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
-        (["--pion-tp-mode", "blockwise", "--pion-blocks", "4"], ["--pion-tp-mode", "polar"]),
-        ([*MOMENTUM, "--pion-blocks", "4"], ["--pion-blocks", "blockwise"]),
+        (["--pion-blocks", "4"], ["--pion-blocks=4", "direction='polar'"]),
+        (["--pion-team-size", "3"], ["--pion-team-size=3", "'auto' or a power of two"]),
+        (["--pion-team-size", "all"], ["--pion-team-size='all'", "'auto' or a power of two"]),
+        ([*MOMENTUM, "--pion-blocks", "4", "--pion-team-size", "2"], ["--pion-team-size=2"]),
         (["--pion-spectrum-exact"], ["--pion-spectrum-exact", "--pion-spectrum-interval"]),
         (["--pion-spectrum-interval", "-1"], ["--pion-spectrum-interval", "0"]),
         (
-            [*MOMENTUM, "--pion-tp-mode", "blockwise", "--pion-blocks", "3", *TP2],
+            [*MOMENTUM, "--pion-blocks", "3", *TP2],
             ["--pion-blocks 3", "--tensor-model-parallel-size 2"],
         ),
         (
@@ -121,6 +130,26 @@ def test_resume_prints_the_same_losses(
 def test_bad_flags_are_refused_before_training(flags: list[str], says: list[str]) -> None:
     output = refused(SCRIPT, *MODEL, *PION, *flags)
     assert all(word in output.splitlines()[-1] for word in says), output[-1500:]
+
+
+def test_a_script_without_megatrons_arguments_reads_metadata() -> None:
+    """megatron.core alone, as other libraries use it."""
+    assert _reshardable(lambda: {"kind": 1})() == {"kind": 1}
+
+
+def test_a_rank_s_ranges_are_no_state_dict() -> None:
+    with pytest.raises(ValueError, match="sharded_state_dict"):
+        PionAndAdam.__new__(PionAndAdam).state_dict()
+
+
+def test_a_part_of_a_query_group_needs_the_distributed_optimizer() -> None:
+    qkv = (("q", 4), ("k", 2), ("v", 2))
+    shape = {"name": "linear_qkv.weight", "shape": (4, 5), "qkv": qkv, "head_dim": 2}
+    for split, says in ((True, "--use-distributed-optimizer"), (False, "")):
+        info = ParamInfo(**shape, tp_axis="rows", tp_size=2 if split else 1, split_groups=split)
+        decisions = [(info, None, classify(replace(info, shape=(8, 5)), PionConfig()))]
+        with pytest.raises(ValueError, match=says) if says else nullcontext():
+            _refuse_split_groups(decisions)
 
 
 def test_a_missing_script_and_a_moved_seam_are_refused(tmp_path: Path) -> None:

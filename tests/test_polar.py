@@ -404,7 +404,6 @@ def test_a_weight_that_is_not_finite_is_refused_by_name() -> None:
         {"state_layout": "dense"},
         {"blocks": 2},
         {"spectrum_reset_interval": 5},
-        {"tp_mode": "blockwise"},
     ],
     ids=str,
 )

@@ -447,7 +447,6 @@ CUT_VIEWS = (
         for axis in ("rows", "cols", None)
     ),
 )  # fmt: skip
-BLOCKWISE = {"tp_mode": "blockwise"}
 # TOLERANCE is derived for errors that add up over steps. With msign a step may enlarge those of the
 # steps before it, where a generator has a small singular value: over 720 options with 2 and 4
 # blocks at most 2e-13 after 4 steps, and 3e-12 after 6.
@@ -497,9 +496,7 @@ def test_every_option_is_the_reference_with_blocks(
     retraction: tuple[str, int],
     blocks: int,
 ) -> None:
-    config = config_of(
-        momentum, direction, nesterov, scaling, side, retraction, blocks=blocks, **BLOCKWISE
-    )
+    config = config_of(momentum, direction, nesterov, scaling, side, retraction, blocks=blocks)
     rng = np.random.default_rng(7)
     params, references = cut_problem(CUT_VIEWS, config, rng)
     lr = moderate_lr(config)
@@ -529,7 +526,7 @@ def test_a_weight_without_a_view_is_cut_along_its_longer_dimension(shape: tuple[
     """The rows where it is square; at lr 0.2 the other cut is another update by far."""
     axis: Axis = "rows" if shape[0] >= shape[1] else "cols"
     other: Axis = "cols" if axis == "rows" else "rows"
-    config = PionConfig(blocks=4, **PUBLISHED, **BLOCKWISE)
+    config = PionConfig(blocks=4, **PUBLISHED)
     rng = np.random.default_rng(8)
     ((w,), (g,)) = draw(rng, [shape], 0.2), draw(rng, [shape], 1.0)
     params = parameters([w], torch.float64)
@@ -571,7 +568,7 @@ def test_blocks_keep_the_spectrum_and_their_own(
     (w,) = draw(rng, [shape], 0.2)
     drift, own_drift = {}, {}
     for count in (1, blocks):
-        mode = {"blocks": count, **BLOCKWISE} if count > 1 else {}
+        mode = {"blocks": count} if count > 1 else {}
         params = parameters([w], torch.float64)
         views = {params[0]: whole(*shape, axis=axis)}
         optimizer = Pion(params, lr=0.2, config=PionConfig(**options, **mode), views=views)
@@ -609,7 +606,7 @@ def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: 
     one = Pion(
         params,
         lr=3e-2,
-        config=PionConfig(blocks=4, **options, **BLOCKWISE),
+        config=PionConfig(blocks=4, **options),
         views={params[0]: whole(*shape, axis=axis)},
     )
     each = Pion(alone, lr=3e-2, config=PionConfig(**options))
@@ -628,16 +625,17 @@ def test_a_block_moves_by_its_own_gradient(momentum: str, direction: str, axis: 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tp_mode": "blockwise"}, "blocks"),
-        ({"tp_mode": "blockwise", "blocks": 1}, "blocks"),
-        ({"tp_mode": "blockwise", "blocks": 0}, "blocks"),
-        ({"tp_mode": "blockwise", "blocks": 2.0}, "blocks"),
-        ({"blocks": 2}, "blockwise"),
-        ({"blocks": 2, "tp_mode": "distributed"}, "blockwise"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"blocks": 2.0}, r"blocks=2\.0"),
+        ({"blocks": 2, "team_size": 2}, "team_size=2: with blocks=2"),
+        ({"team_size": 3}, "team_size=3: must be 'auto' or a power of two"),
+        ({"team_size": 0}, "team_size=0"),
+        ({"team_size": "all"}, "team_size='all'"),
+        ({"team_size": True}, "team_size=True"),
     ],
     ids=str,
 )
-def test_blocks_and_their_mode_belong_together(options: dict[str, object], says: str) -> None:
+def test_blocks_and_teams_that_cannot_be_are_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         PionConfig(**PUBLISHED | options)
 
@@ -656,7 +654,7 @@ def test_blocks_and_their_mode_belong_together(options: dict[str, object], says:
 def test_what_does_not_divide_into_the_blocks_is_refused(view: MatrixView) -> None:
     """10, 2, 6 and, in one part only, 2 are not multiples of 4."""
     fits, bad = parameters([np.zeros((8, 8)), np.zeros((view.rows, view.cols))], torch.float64)
-    config = PionConfig(blocks=4, **PUBLISHED, **BLOCKWISE)
+    config = PionConfig(blocks=4, **PUBLISHED)
     with pytest.raises(ValueError, match=r"odd\.weight"):
         Pion([("even.weight", fits), ("odd.weight", bad)], config=config, views={bad: view})
     # The same matrices without a cut axis are updated whole.

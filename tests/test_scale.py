@@ -14,19 +14,21 @@ import torch
 from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, launch
 from reference import PUBLISHED
 
-from pion_dist import Pion, PionConfig, cost
-from pion_dist.config import Axis
+from pion_dist import Pion, PionConfig, cost, iterations
+from pion_dist.config import Axis, TeamSize
 from pion_dist.cost import step_flop, traffic
 from pion_dist.iterations import NEWTON_SCHULZ
+from pion_dist.recipes import in_bf16
 from pion_dist.scale.__main__ import main
 from pion_dist.scale.dealing import buffer, planned, pools, ranks_of, weights
 from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
 from pion_dist.scale.muon import listed, packed
-from pion_dist.scale.pion import Work, handed, pipelined, step_of
+from pion_dist.scale.pion import Work, handed, matrices_work, pipelined, step_of
 from pion_dist.scale.predict import Method, Prediction, predict
 from pion_dist.scale.rates import Group, priced
 from pion_dist.scale.report import best, exact, limits, methods
 from pion_dist.scale.trace import kernels
+from pion_dist.state import divided_axis
 
 SMALL = Model(name="small", layers=4, hidden=32, ffn=48, heads=4, groups=2, head_dim=8, vocab=64)
 MIXED = Model(
@@ -58,19 +60,29 @@ def predicted(model: Model, layout: Layout, **options: object) -> Prediction:
         (PUBLISHED, None, 1),
         (MSIGN | {"retraction": "cayley", "side": "both"}, None, 1),
         (PUBLISHED | {"direction": "msign", "retraction": "exp"}, None, 1),
-        ({"tp_mode": "distributed"}, "rows", 4),
-        ({"tp_mode": "distributed"}, "cols", 2),
-        ({"tp_mode": "distributed", **MSIGN}, "rows", 4),
-        ({"tp_mode": "distributed", **PUBLISHED}, "cols", 2),
-        ({"tp_mode": "blockwise", "blocks": 4, **MSIGN}, "cols", 2),
-        ({"tp_mode": "blockwise", "blocks": 4, **PUBLISHED}, "rows", 1),
+        ({}, "rows", 4),
+        ({}, "cols", 2),
+        (MSIGN, "rows", 4),
+        (PUBLISHED, "cols", 2),
+        ({"blocks": 4, **MSIGN}, "cols", 2),
+        ({"blocks": 4, **PUBLISHED}, "rows", 1),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("least", [iterations.DIVIDED_ROWS, 8], ids=["alike", "divided"])
 def test_flop_read_from_the_step_are_those_that_cost_counts(
-    shape: tuple[int, int], options: dict[str, object], axis: Axis | None, ranks: int
+    shape: tuple[int, int],
+    options: dict[str, object],
+    axis: Axis | None,
+    ranks: int,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Square matrices are each rank's, or divided from so many rows on."""
+    monkeypatch.setattr(iterations, "DIVIDED_ROWS", least)
+    kernels.cache_clear()
     config = PionConfig(**options)
+    axis = None if axis is None else divided_axis(*shape, config, axis)
     launched = [kernels(3, *shape, config, axis, ranks=ranks, step=step) for step in (1, 2)]
     flop = sum(k.flop for each in launched for k in each) / 2
     assert flop == pytest.approx(3 * step_flop(*shape, config, axis, ranks=ranks), rel=1e-12)
@@ -169,21 +181,23 @@ def test_state_is_what_the_optimizer_holds(model: Model, options: dict[str, obje
     assert 0 <= p.buffers - 6 * sum(x.numel() for x in views) < 2 * 6 * 128
 
 
-@pytest.mark.parametrize("mode", ["distributed", "blockwise"])
-def test_tensor_parallel_traffic_is_what_cost_counts(mode: str) -> None:
+@pytest.mark.parametrize("options", [{"team_size": 2}, {"blocks": 4, **PUBLISHED}], ids=str)
+def test_traffic_within_teams_is_what_cost_counts(options: dict[str, object]) -> None:
     """tests/rank_checks.py compares the same counts with what ranks on gloo hand over."""
-    blocks = {"blocks": 4, **PUBLISHED} if mode == "blockwise" else {}
-    config = PionConfig(tp_mode=mode, **blocks)
-    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), tp_mode=mode, **blocks)
+    config = PionConfig(**options)
+    p = predicted(SMALL, Layout(gpus=2, tp=2, batch=1), **options)
     expected: dict[str, float] = {}
     for w in weights(SMALL, Layout(gpus=2, tp=2), config)[0]:
         for batch, m, n in w.rotated.view.whole_shapes(2).values():
             for step in (1, 2):
-                found = traffic(batch, m, n, config, w.rotated.view.axis, ranks=2, step=step)
-                for op, elements in found.elements.items():
-                    expected[f"tp {op}"] = expected.get(f"tp {op}", 0.0) + 4 * elements / 2
-    assert {op: size for op, size in p.moved.items() if op.startswith("tp ")} == expected
-    assert "grid all_to_all" not in p.moved  # every rank has its shards
+                along = divided_axis(m, n, config, w.rotated.view.axis)
+                assert along is not None
+                found = traffic(batch, m, n, config, along, ranks=2, step=step)
+                for op, size in found.bytes.items():
+                    expected[f"team {op}"] = expected.get(f"team {op}", 0.0) + size / 2
+    assert {op: size for op, size in p.moved.items() if op.startswith("team ")} == expected
+    # Every rank has its blocks; polar divides the longer dimension, whichever is cut.
+    assert ("grid all_to_all" in p.moved) == ("blocks" not in options)
 
 
 LAYOUTS = {
@@ -195,20 +209,20 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["owner", "distributed"])
+@pytest.mark.parametrize("size", ["auto", 1, 2])
 @pytest.mark.parametrize("options", [{}, PUBLISHED, MSIGN], ids=["default", "published", "msign"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_and_state_are_the_plans_on_every_rank(
-    name: str, options: dict[str, object], mode: str
+    name: str, options: dict[str, object], size: TeamSize
 ) -> None:
     """tests/rank_checks.py compares the same plans with what ranks on gloo exchange and hold."""
     model, layout = LAYOUTS[name]
-    config = PionConfig(**options, tp_mode=mode)
+    config = PionConfig(**options, team_size=size)
     p = predict(model, layout, H100, Method(config=config))
     busiest: Counter[str] = Counter()
     states = [0] * layout.gpus
     for pool in pools(model, layout, config):
-        found, most = planned(pool, config), Counter()
+        found, most = planned(pool, config, H100.node), Counter()
         ranks = range(pool.tp * pool.ranks)
         for step in (1, 2):
             works, _ = step_of(pool, found, H100, step)
@@ -236,8 +250,9 @@ def test_bytes_and_state_are_the_plans_on_every_rank(
 def test_a_step_exchanges_gradients_once_and_weights_once() -> None:
     """Polar's: 4 bytes an element there and 4 back, and a flag for each piece of a matrix."""
     model, layout = LAYOUTS["TP 2 x DP 2"]
-    (pool,) = pools(model, layout, PionConfig())
-    (waves,) = planned(pool, PionConfig()).waves
+    config = PionConfig(team_size=1)
+    (pool,) = pools(model, layout, config)
+    (waves,) = planned(pool, config, H100.node).waves
     sent, returned = sum(sum(w.sent) for w in waves), sum(sum(w.returned) for w in waves)
     assert sent == 4 * pool.numel * pool.tp
     # A matrix of 2 shards has a piece on each rank that stores some of it, at least 2, at most 4.
@@ -251,9 +266,10 @@ def test_waves_hide_what_travels_behind_what_is_computed() -> None:
     There 1, then the first is computed while the second travels; back likewise. Long computations
     hide all but the first second and the last; short ones hide nothing.
     """
-    links = Group(2, replace(H100, latency=0.0, link=1.0, nvlink=0.5), within=True)
+    links = Group(2, replace(H100, latency=0.0, link=1.0, nvlink=0.5))
     assert links.seconds("all_to_all", 1.0, 1) == 1.0
-    wave = planned(pools(SMALL, Layout(gpus=2, tp=2), PionConfig())[0], PionConfig()).waves[0][0]
+    (pool,) = pools(SMALL, Layout(gpus=2, tp=2), PionConfig())
+    wave = planned(pool, PionConfig(), H100.node).waves[0][0]
     one = replace(wave, sent=(1, 0), got=(0, 1), returned=(1, 1), taken=(0, 1))
     for seconds, expected in ((0.0, 4.0), (0.5, 4.0), (1.0, 4.0), (10.0, 22.0)):
         works = [[Work(seconds), Work()]] * 2
@@ -267,16 +283,16 @@ def test_an_exchange_leaves_the_node_where_its_ranks_do(gpus: int, ep: int, leav
     config, layout = PionConfig(), Layout(gpus=gpus, ep=ep, batch=gpus)
     _, experts = pools(MIXED, layout, config)
     slow = replace(H100, network=H100.network / 2)
-    found = [step_of(experts, planned(experts, config), c, 1)[1] for c in (H100, slow)]
+    found = [step_of(experts, planned(experts, config, c.node), c, 1)[1] for c in (H100, slow)]
     assert (found[0] < found[1]) == leaves
 
 
 def test_the_real_70b_is_dealt_and_works_as_one_process_does() -> None:
     """Over the 256 ranks of a stage on 1,024 GPUs; sums of 140 float64 to a rounding each."""
-    model, config = MODELS["llama-70b"], PionConfig()
+    model, config = MODELS["llama-70b"], PionConfig(team_size=1)
     (pool,) = pools(model, Layout(gpus=1024, tp=8, pp=4), config)
     (alone,) = pools(model, Layout(gpus=4, pp=4), config)
-    plan, one = planned(pool, config).plan, planned(alone, config).plan
+    plan, one = (planned(each, config, H100.node).plan for each in (pool, alone))
     names = [x.name(0) for x in plan.matrices]
     assert len(set(names)) == len(names) == 140 == len(one.matrices)
     assert plan.sizes == (256,) and one.sizes == ()
@@ -289,6 +305,36 @@ def test_the_real_70b_is_dealt_and_works_as_one_process_does() -> None:
     # Costliest first: no rank has a second matrix of the largest while another has none.
     largest = max(cost.polar_flop(x.m, x.n) for x in plan.matrices)
     assert max(flop) == largest
+
+
+def test_teams_of_the_real_70b_have_less_to_wait_for() -> None:
+    """By default, on 1,024 GPUs: no rank has much more than the mean, in seconds and in memory."""
+    model, layout = MODELS["llama-70b"], Layout(gpus=1024, tp=8, pp=4, batch=512)
+    config = in_bf16("pretrain")
+    auto, one = (
+        predict(model, layout, H100, Method(config=replace(config, team_size=size)))
+        for size in ("auto", 1)
+    )
+    adamw = predict(model, layout, H100, Method(optimizer="adamw"))
+    assert auto.step < 0.6 * one.step and auto.imbalance < 1.3 < one.imbalance
+    assert auto.memory < 1.05 * adamw.memory < one.memory
+    # Every team is within a node: 8 tensor-parallel ranks, as its members are neighbours.
+    (pool,) = pools(model, layout, config)
+    teams = [x.team for x in planned(pool, config, H100.node).plan.matrices]
+    assert all(len({rank // H100.node for rank in team}) == 1 for team in teams)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(28672, 8192), (8192, 8192), (14336, 4096)], ids=str)
+def test_teams_are_chosen_by_about_the_predicted_seconds(
+    shape: tuple[int, int], ranks: int
+) -> None:
+    """The counts behind ``auto`` are coarse, but a size of team changes more than a tenth."""
+    config = in_bf16("pretrain")
+    along = divided_axis(*shape, config, None)
+    counted = cost.seconds(1, *shape, config, along, ranks=ranks, travels=0)
+    predicted = matrices_work(1, *shape, config, along, ranks, 1, H100).total
+    assert counted == pytest.approx(predicted, rel=0.1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 64, 100])
@@ -357,7 +403,7 @@ def test_weights_lie_in_buffers_as_megatron_lays_them(
 
 def test_where_there_are_more_ranks_than_matrices_ranks_idle_and_it_is_said() -> None:
     layouts = [Layout(gpus=gpus, batch=256) for gpus in (2, 8, 32, 64, 256)]
-    found = [predicted(SMALL, layout) for layout in layouts]
+    found = [predicted(SMALL, layout, team_size=1) for layout in layouts]
     adamw = [predict(SMALL, layout, H100, Method(optimizer="adamw")) for layout in layouts]
     # Of each of 4 layers Q, K, V, the projection, gate, up and fc2.
     assert [p.idle for p in found] == [0.0, 0.0, 1 - 28 / 32, 1 - 28 / 64, 1 - 28 / 256]
@@ -395,7 +441,7 @@ def test_every_rate_matters_and_none_helps_when_it_is_halved() -> None:
         ("high", ("tf32", "bf16", "memory", "nvlink", "network")),
         ("highest", ("fp32",)),
     ):
-        method = Method(config=PionConfig(tp_mode="distributed", matmul_precision=precision))
+        method = Method(config=PionConfig(team_size=8, matmul_precision=precision))
         base = predict(model, layout, H100, method)
         for rate in rates:
             halved = replace(H100, **{rate: getattr(H100, rate) / 2})
@@ -404,10 +450,23 @@ def test_every_rate_matters_and_none_helps_when_it_is_halved() -> None:
 
 
 def test_collectives_of_rings_compose() -> None:
-    group = Group(8, replace(H100, latency=0.0), within=True)
+    group = Group(8, replace(H100, latency=0.0))
     apart = group.seconds("reduce_scatter", 1e9, 1) + group.seconds("all_gather", 1e9 / 8, 1)
     assert group.seconds("all_reduce", 1e9, 1) == pytest.approx(apart)
-    assert Group(1, H100, within=True).seconds("all_reduce", 1e9, 1) == 0.0
+    assert Group(1, H100).seconds("all_reduce", 1e9, 1) == 0.0
+
+
+def test_rings_of_whole_nodes_use_all_of_their_adapters() -> None:
+    """Of 16 neighbours on two nodes, up to NVLink's rate; not of ranks that are 8 apart.
+
+    An all-to-all sends half of what a rank has to the other node, through its own adapter.
+    """
+    slow = replace(H100, latency=0.0, network_latency=0.0, nvlink=8.0, network=1.0, link=1.0)
+    near, far, both = Group(8, slow), Group(16, slow, apart=8), Group(16, slow)
+    assert near.seconds("all_gather", 8.0, 1) == 7.0
+    assert both.seconds("all_gather", 8.0, 1) == 15.0
+    assert far.seconds("all_gather", 8.0, 1) == 120.0
+    assert both.seconds("all_to_all", 16.0, 1) == 15.0
 
 
 def test_large_products_take_their_arithmetic() -> None:
@@ -442,7 +501,7 @@ def test_models_have_their_published_sizes(name: str, billions: float) -> None:
         (["--model", "qwen3-235b", "--ep", "3"], ["--ep 3", "change --ep"]),
         (["--batch", "33"], ["--batch 33", "32 data-parallel", "change --batch"]),
         (["--blocks", "12", "--recipe", "paper-60m"], ["--blocks 12", "--tp 8"]),
-        (["--blocks", "8"], ["--blocks 8", "--direction polar", "leave it out"]),
+        (["--blocks", "8"], ["--blocks 8", "than polar", "leave it out"]),
         (["--micro-batch", "0"], ["--micro-batch 0", "1 or more"]),
     ],
     ids=" ".join,
@@ -460,16 +519,16 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> No
     small = "--layers 4 --hidden 512 --ffn 1536 --heads 8 --groups 4 --head-dim 64 --vocab 1024"
     main([*small.split(), "--gpus", "16", "--tp", "2", "--pp", "2", "--matmul", "0.5"])
     text = capsys.readouterr().out
-    assert "16 GPUs as TP 2, PP 2" in text and "--pion-tp-mode" in text
-    for mode in ("owner", "distributed", "AdamW", "Muon"):
+    assert "16 GPUs as TP 2, PP 2" in text and "--pion-team-size" in text
+    for mode in ("Pion, auto", "Pion, teams of 8", "AdamW", "Muon"):
         assert mode in text
-    assert "0.5 to 0.25" in text and "blockwise 2" not in text
+    assert "0.5 to 0.25" in text and "in 2 blocks" not in text
     main([*small.split(), "--gpus", "16", "--tp", "2", "--recipe", "paper-60m"])
-    assert "blockwise 2" in capsys.readouterr().out
-    for recipe, blockwise in (("pretrain", False), ("paper-60m", True)):
+    assert "in 2 blocks" in capsys.readouterr().out
+    for recipe, blocks in (("pretrain", False), ("paper-60m", True)):
         main([*small.split(), "--gpus", "16", "32", "--tp", "2", "--recipe", recipe])
         text = capsys.readouterr().out
-        assert "Muon (blockwise)" in text and ("Pion, blockwise" in text) == blockwise
+        assert "Muon (blockwise)" in text and ("Pion, in blocks" in text) == blocks
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ VIEWS = (
     stacked(16, 9, name="gate_up", count=2, axis="rows"),
 )
 EXP = {"retraction": "exp"}
-BLOCKS = {"tp_mode": "blockwise", "blocks": 2}
+BLOCKS = {"blocks": 2}
 BLOCK_VIEWS = (whole(8, 8, axis="rows"), whole(12, 9, axis="rows"), whole(5, 10, axis="cols"))
 
 
@@ -167,9 +167,8 @@ def test_what_has_been_rounded_to_8_bits_stays(scale: float, momentum: str) -> N
 def test_8_bits_refuse_what_would_have_other_scales() -> None:
     lie = {"direction": "msign", "momentum": "lie"}
     for options, says in (
-        ({"tp_mode": "distributed"}, "tp_mode='owner'"),
-        (lie | {"tp_mode": "distributed"}, "tp_mode='owner'"),
-        (lie | {"tp_mode": "blockwise", "blocks": 2}, "tp_mode='owner'"),
+        ({"team_size": 2}, "team_size=2 divides"),
+        (lie | {"blocks": 2}, "blocks=2 divides"),
         (lie | {"state_layout": "dense"}, "state_layout='packed'"),
         ({"betas": (0.96, 0.95)}, r"betas up to 0\.95"),
     ):

@@ -603,7 +603,7 @@ def state_table() -> Table:
         "lie adaptive": adaptive,
         "dense": replace(adaptive, state_layout="dense"),
         "in bf16": replace(adaptive, **low),
-        "in 8 blocks": replace(adaptive, tp_mode="blockwise", blocks=8),
+        "in 8 blocks": replace(adaptive, blocks=8),
     }
     table = Table(
         "State and float32 masters of a layer's matrices at the true sizes, counted, bytes a "

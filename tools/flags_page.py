@@ -27,12 +27,12 @@ writes this page from the code.
 
 `--pion-recipe NAME` sets the defaults of most; a flag that is given wins, before it or after it.
 Without it the recipe is `{DEFAULT_RECIPE}`. In plain PyTorch the options are those of
-[PionConfig](../pion_dist/config.py): `--pion-tp-mode` is `tp_mode`, `--pion-beta1` and
+[PionConfig](../pion_dist/config.py): `--pion-team-size` is `team_size`, `--pion-beta1` and
 `--pion-beta2` are `betas`, `--pion-no-split-gate` is `split_gate=False`. Recipes are
 [RECIPES](../pion_dist/recipes.py).
 
 Values that contradict each other are refused before anything is built, with the flag to change.
-What Pion refuses of Megatron's own flags is in [Modes and layouts](layouts.md#refused).
+What Pion refuses of Megatron's own flags is in [Teams and layouts](layouts.md#refused).
 """
 
 

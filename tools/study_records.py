@@ -45,7 +45,6 @@ _UNNAMED: Mapping[str, Any] = {
     "exclude": None,
     "matmul_precision": "highest",
     "state_dtype": "fp32",
-    "tp_mode": "owner",
     "spectrum_reset_interval": 0,
     "init": "keep",
     "init_scale": 1.0,
@@ -98,9 +97,9 @@ def _inapplicable(values: Mapping[str, Any]) -> set[str]:
         names.add("degree")
     if values["scaling"] != "rms":
         names.add("rms")
-    if values["tp_mode"] != "blockwise":
-        names |= {"blocks", "tp_mode"}  # the other modes have one result
-    names.add("state_layout")  # how moments are stored, not what they are
+    if values["blocks"] == 1:
+        names.add("blocks")
+    names |= {"state_layout", "team_size"}  # how moments are stored, and where
     return names
 
 

@@ -15,8 +15,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 ABOUT = """# Troubleshooting
 
 Every refusal and warning of `megatron_patches` and `pion_dist`, by topic. `…` stands for a name or
-a value that the message fills in. In Megatron an option appears as its flag: `tp_mode=` is
-`--pion-tp-mode=`. The reasons of most refusals are in [Modes and layouts](layouts.md#refused).
+a value that the message fills in. In Megatron an option appears as its flag: `team_size=` is
+`--pion-team-size=`. The reasons of most refusals are in [Teams and layouts](layouts.md#refused).
 `tools/troubleshooting_page.py` writes this page from the code.
 """
 KINDS = ("ValueError", "RuntimeError", "TypeError", "SeamError", "LaunchError", "warning", "error")
@@ -25,7 +25,7 @@ TOPICS = {
     "Starting the ranks": "megatron_patches/(__main__|launch|cpu_device)",
     "Versions of Megatron and Transformer Engine": "megatron_patches/(seams|transformer_engine)",
     "Weights and their matrices": "megatron_patches/(parameters|initialization)|"
-    "pion_dist/(classify|matrices|parameters|kernels)",
+    "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor)",
     "Checkpoints": "megatron_patches/(optimizer_state|stacks)",
     "The optimizer and its steps": "megatron_patches/distributed_optimizer|"
     "pion_dist/(optimizer|combined|factors|guard|exchange)",
@@ -45,6 +45,10 @@ ADVICE = {
     "needs --ckpt-format torch_dist": "Add `--ckpt-format torch_dist`.",
     "needs --use-distributed-optimizer": "Add it, or leave `--fp8-param-gather` out.",
     "--optimizer pion does not support …": "Leave the flag out ([why](layouts.md#refused)).",
+    "has a part of a query group": (
+        "Set `--use-distributed-optimizer`, or leave the weight to Adam with "
+        "`--pion-exclude linear_qkv`."
+    ),
     "is no regular expression": "Correct the pattern, one for Python's `re.search`.",
     "alone sets nothing": "Unpack `megatron_patches.recipe(NAME)` ([how](integrations.md)).",
     "with use_distributed_optimizer=": "Change both configs ([how](integrations.md)).",

@@ -104,7 +104,12 @@ def average(
 
 
 def angles(
-    b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
+    b_Bpr: Tensor,
+    transposed_Bpr: Tensor | None,
+    sigma_Br: Tensor,
+    *,
+    scale: float | Tensor,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute how far a step B turns the singular frames of W = U Σ Vᵀ (docs/algorithm.md).
 
@@ -117,26 +122,30 @@ def angles(
     and c_j = σ_j / (σ_j² + max(d² − ‖b_j‖², 0) + d²), where b_j is a column of B.
 
     Args:
-        b_Brr: B [B, r, r].
+        b_Bpr: B [B, r, r], or some of its rows [B, p, r].
+        transposed_Bpr: the same rows of Bᵀ; None where B has all.
         sigma_Br: σ [B, r].
         scale: d, a number or a scalar.
+        first: number of the first row.
 
     Returns:
-        X and Y [B, r, r], skew, and c [B, r].
+        The same rows of X and Y [B, p, r], which are skew, and elements of c [B, p].
     """
-    least = scale * scale + torch.finfo(b_Brr.dtype).tiny  # B is 0 where d and δ are 0
-    x, y = torch.empty_like(b_Brr), torch.empty_like(b_Brr)
-    for rows in _panels(b_Brr.shape[-1]):
-        row, column = sigma_Br[:, rows].unsqueeze(-1), sigma_Br.unsqueeze(-2)
-        b, mirrored = b_Brr[:, rows], b_Brr[:, :, rows].mT
+    least = scale * scale + torch.finfo(b_Bpr.dtype).tiny  # B is 0 where d and δ are 0
+    x, y = torch.empty_like(b_Bpr), torch.empty_like(b_Bpr)
+    other = b_Bpr.mT if transposed_Bpr is None else transposed_Bpr
+    own = sigma_Br[:, first : first + b_Bpr.shape[1]]
+    for rows in _panels(b_Bpr.shape[1]):
+        row, column = own[:, rows].unsqueeze(-1), sigma_Br.unsqueeze(-2)
+        b, mirrored = b_Bpr[:, rows], other[:, rows]
         p, q = b + mirrored, b - mirrored
         for entries, distance in ((p, column - row), (q, column + row)):
             below = entries.square().addcmul_(distance, distance).add_(least)
             entries.mul_(distance).div_(below).mul_(-0.5)
         torch.add(p, q, out=x[:, rows])
         torch.sub(p, q, out=y[:, rows])
-    beside = (scale * scale - torch.linalg.vector_norm(b_Brr, dim=-2).square_()).clamp_min_(0.0)
-    c = sigma_Br / (beside.add_(sigma_Br.square()).add_(least))
+    beside = (scale * scale - torch.linalg.vector_norm(other, dim=-1).square_()).clamp_min_(0.0)
+    c = own / (beside.add_(own.square()).add_(least))
     return x, y, c
 
 

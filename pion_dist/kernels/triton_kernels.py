@@ -239,38 +239,58 @@ def _square_sums(
 
 
 @triton.jit
-def _angles(b_ptr, sigma_ptr, scale_ptr, x_ptr, y_ptr, c_ptr, b_batch, r, TILE: tl.constexpr):
-    """Compute angles; a program goes down a tile's columns, whose sums of squares c needs."""
-    across = tl.cdiv(r, TILE)
-    matrix = (tl.program_id(0) // across).to(tl.int64)
-    j = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
+def _angles(
+    b_ptr,
+    transposed_ptr,
+    sigma_ptr,
+    scale_ptr,
+    x_ptr,
+    y_ptr,
+    c_ptr,
+    b_batch,
+    transposed_batch,
+    rows,
+    r,
+    first,
+    TILE: tl.constexpr,
+):
+    """Compute angles; a program goes along a tile's rows. transposed_ptr is None if B is square."""
+    down = tl.cdiv(rows, TILE)
+    matrix = (tl.program_id(0) // down).to(tl.int64)
+    i = (tl.program_id(0) % down) * TILE + tl.arange(0, TILE)
     b_ptr += matrix * b_batch
     sigma_ptr += matrix * r
-    x_ptr += matrix * r * r
-    y_ptr += matrix * r * r
-    column = tl.load(sigma_ptr + j, mask=j < r, other=0.0)
+    x_ptr += matrix * rows * r
+    y_ptr += matrix * rows * r
+    row = tl.load(sigma_ptr + first + i, mask=i < rows, other=0.0)
     length = tl.load(scale_ptr)
     square = length * length
     least = square + 1.1754943508222875e-38  # B is 0 where the length and δ are 0
     norms = tl.zeros([TILE], tl.float32)
     for start in range(0, r, TILE):
-        i = start + tl.arange(0, TILE)
-        row = tl.load(sigma_ptr + i, mask=i < r, other=0.0)
-        inside = (i < r)[:, None] & (j < r)[None, :]
-        here, there = _at(i[:, None], j[None, :], r), _at(j[:, None], i[None, :], r)
+        j = start + tl.arange(0, TILE)
+        column = tl.load(sigma_ptr + j, mask=j < r, other=0.0)
+        inside = (i < rows)[:, None] & (j < r)[None, :]
+        here = _at(i[:, None], j[None, :], r)
         b = tl.load(b_ptr + here, mask=inside, other=0.0)
-        inside_t = (j < r)[:, None] & (i < r)[None, :]
-        mirror = tl.trans(tl.load(b_ptr + there, mask=inside_t, other=0.0))
+        if transposed_ptr is None:
+            inside_t = (j < r)[:, None] & (i < rows)[None, :]
+            there = _at(j[:, None], i[None, :], r)
+            mirror = tl.trans(tl.load(b_ptr + there, mask=inside_t, other=0.0))
+        else:
+            mirror = tl.load(
+                transposed_ptr + matrix * transposed_batch + here, mask=inside, other=0.0
+            )
         plus, minus = b + mirror, b - mirror
         near, far = column[None, :] - row[:, None], column[None, :] + row[:, None]
         p = -0.5 * (plus * near / (plus * plus + near * near + least))
         q = -0.5 * (minus * far / (minus * minus + far * far + least))
         tl.store(x_ptr + here, p + q, mask=inside)
         tl.store(y_ptr + here, p - q, mask=inside)
-        norms += tl.sum(b * b, axis=0)
+        norms += tl.sum(mirror * mirror, axis=1)
     beside = tl.maximum(square - norms, 0.0)
-    c = column / (beside + column * column + least)
-    tl.store(c_ptr + matrix * r + j, c, mask=j < r)
+    c = row / (beside + row * row + least)
+    tl.store(c_ptr + matrix * rows + i, c, mask=i < rows)
 
 
 @triton.jit
@@ -303,23 +323,32 @@ def skew(x_Bdd: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None)
 
 
 def angles(
-    b_Brr: Tensor, sigma_Br: Tensor, *, scale: float | Tensor
+    b_Bpr: Tensor,
+    transposed_Bpr: Tensor | None,
+    sigma_Br: Tensor,
+    *,
+    scale: float | Tensor,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``reference.angles``."""
-    batch, r = sigma_Br.shape
-    x, y = (b_Brr.new_empty(b_Brr.shape) for _ in range(2))
-    c, length = sigma_Br.new_empty(sigma_Br.shape), sigma_Br.new_empty(1)
+    batch, rows, r = b_Bpr.shape
+    x, y = (b_Bpr.new_empty(b_Bpr.shape) for _ in range(2))
+    c, length = sigma_Br.new_empty(batch, rows), sigma_Br.new_empty(1)
     length.copy_(scale) if isinstance(scale, Tensor) else length.fill_(scale)
-    with torch.cuda.device_of(b_Brr):
-        _angles[(batch * triton.cdiv(r, TILE),)](
-            b_Brr,
+    with torch.cuda.device_of(b_Bpr):
+        _angles[(batch * triton.cdiv(rows, TILE),)](
+            b_Bpr,
+            transposed_Bpr,
             sigma_Br.contiguous(),
             length,
             x,
             y,
             c,
-            b_Brr.stride(0),
+            b_Bpr.stride(0),
+            0 if transposed_Bpr is None else transposed_Bpr.stride(0),
+            rows,
             r,
+            first,
             TILE=TILE,
             num_warps=TILE_WARPS,
         )

@@ -45,10 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     _numbers(layout, Layout, without=("gpus",))
     pion = parser.add_argument_group("Pion")
     pion.add_argument("--recipe", default="pretrain", choices=list(RECIPES))
-    pion.add_argument("--blocks", type=int, help="of blockwise; by default --tp")
+    pion.add_argument("--blocks", type=int, help="of the other algorithm; by default --tp")
     for option, values in choices().items():
-        if option != "tp_mode":
-            pion.add_argument(f"--{option.replace('_', '-')}", choices=values)
+        pion.add_argument(f"--{option.replace('_', '-')}", choices=values)
     _numbers(parser.add_argument_group("in place of the model's"), Model)
     _numbers(parser.add_argument_group("in place of the cluster's"), Cluster)
     return parser
@@ -81,8 +80,8 @@ def _print(args: argparse.Namespace) -> None:
     )
     if args.blocks is not None and config.direction == "polar":
         raise ValueError(
-            f"--blocks {args.blocks} is of blockwise, which --direction polar has not: leave it "
-            "out, or choose another --direction or --recipe"
+            f"--blocks {args.blocks} is of other directions than polar: leave it out, or choose "
+            "another --direction or --recipe"
         )
     drawn: dict[str, list[tuple[Layout, report.Found]]] = {}
     for name in args.model:

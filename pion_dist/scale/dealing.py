@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from ..classify import ParamInfo, Rotated, classify
 from ..config import PionConfig
-from ..plan import MatrixPlan, StepPlan, build_plan, ranges
+from ..plan import MatrixPlan, StepPlan, ranges
+from ..state import divided_axis
+from ..teams import GroupSizes, build_plan, team_sizes
 from .describe import Layout, Model
 
 ALIGNMENT = 64  # elements, of a weight's start in its buffer
@@ -224,13 +226,28 @@ class Planned:
 
 
 @functools.lru_cache(maxsize=32)
-def planned(pool: Pool, config: PionConfig) -> Planned:
-    """Plan a pool as a run does: ranges of a buffer, and teams that ``plan.build_plan`` chooses."""
-    matrices, sizes = matrices_of(pool)
-    return with_waves(pool, build_plan(matrices, list(sizes.values()), config), tuple(sizes))
+def planned(pool: Pool, config: PionConfig, node: int) -> Planned:
+    """Plan a pool as a run does: ranges of a buffer, and teams that ``teams.build_plan`` chooses.
+
+    Args:
+        pool: the weights.
+        config: the run's options.
+        node: ranks of a node.
+    """
+    matrices, sizes = matrices_of(pool, config)
+    groups = []
+    for name, ranks in sizes.items():
+        near = max(1, node // apart(pool, name))
+        groups.append(GroupSizes(ranks, team_sizes(ranks, config, cut=pool.tp, near=near)))
+    return with_waves(pool, build_plan(matrices, groups, config), tuple(sizes))
 
 
-def matrices_of(pool: Pool) -> tuple[list[MatrixPlan], dict[str, int]]:
+def apart(pool: Pool, name: str) -> int:
+    """Distance of neighbours in a group of a pool, in the order of all ranks."""
+    return 1 if name == "grid" else pool.apart
+
+
+def matrices_of(pool: Pool, config: PionConfig) -> tuple[list[MatrixPlan], dict[str, int]]:
     """A pool's matrices, whose teams are to be chosen, and the sizes of groups by name."""
     stored = buffer([w.numel for w in pool.items], pool.ranks)
     sizes: dict[str, int] = {}
@@ -253,6 +270,7 @@ def matrices_of(pool: Pool) -> tuple[list[MatrixPlan], dict[str, int]]:
                 group=list(sizes).index(name) if size > 1 else None,
                 cut=cut,
                 stored=tuple((view.position(part, a), view.position(part, b)) for a, b in parts),
+                along=divided_axis(m, n, config, view.axis),
             )
             for part, (batch, m, n) in view.whole_shapes(cut).items()
         ]
@@ -286,12 +304,13 @@ def _wave(plan: StepPlan, indices: Sequence[int], size: int) -> Wave:
         for place, (start, stop) in enumerate(parts):
             if start == stop:
                 continue
-            there = x.itemsize * tensors * (stop - start)
-            back = x.itemsize * (stop - start + plan.flags(x))
             for rank in range(place * x.cut, (place + 1) * x.cut):
-                member = x.member(rank)
-                sent[rank] += there
-                got[member] += there
-                returned[member] += back
-                taken[rank] += back
+                for share, member in enumerate(x.team):
+                    if count := x.flow(rank, share):
+                        there = x.itemsize * tensors * count
+                        back = x.itemsize * (count + plan.flags(x))
+                        sent[rank] += there
+                        got[member] += there
+                        returned[member] += back
+                        taken[rank] += back
     return Wave(tuple(indices), *map(tuple, (sent, got, returned, taken)))

@@ -119,6 +119,6 @@ def _rank(
         if mode == "duplicated" and w.rotated.ranks > 1:
             gathered += STATE * w.numel
     compute += streamed((TRAFFIC + AROUND) * local, cluster)
-    group = Group(tp, cluster, within=tp <= cluster.node)
+    group = Group(tp, cluster)
     exchange = group.seconds("all_gather", gathered, len(items)) if gathered else 0.0
     return compute, exchange, local, gathered

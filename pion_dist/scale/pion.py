@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from .. import cost
 from ..config import Axis, PionConfig
 from ..plan import StepPlan
-from .dealing import Planned, Pool, Wave, ranks_of
+from .dealing import Planned, Pool, Wave, apart, ranks_of
 from .describe import Cluster
 from .rates import AROUND, MASTER, Group, Stepped, priced, streamed
 from .trace import kernels
 
-# Bytes read and written for one that travels. Two copies make what is sent, and the matrices of
+# Bytes read and written for one that travels. Two copies make what is sent, one the matrices of
 # what is received. Where weights are stored, old values and flags are read besides.
-PACKED, UNPACKED = 4, 8
+PACKED, RECEIVED, UNPACKED = 4, 2, 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def handed(planned: Planned, place: Sequence[int], work: Work) -> Counter[str]:
         place: its numbers in the plan's groups.
         work: its own.
     """
-    found = Counter({f"tp {op}": size for op, size in work.moved.items()})
+    found = Counter({f"team {op}": size for op, size in work.moved.items()})
     for name, waves, rank in zip(planned.names, planned.waves, place, strict=True):
         found[f"{name} all_reduce"] += 4  # whether all gradients are finite
         if waves:
@@ -94,13 +94,13 @@ def step_of(pool: Pool, planned: Planned, cluster: Cluster, step: int) -> tuple[
     plan = planned.plan
     places = [ranks_of(pool, planned.names, rank) for rank in range(pool.ranks * pool.tp)]
     # Every rank that stores such matrices computes them, or its shards.
-    in_place = _work(plan, plan.in_place(), cluster, step)
+    in_place = _work(plan, plan.in_place(), cluster, step, 1)
     found, seconds = [in_place] * len(places), in_place.total
     for group, (name, waves) in enumerate(zip(planned.names, planned.waves, strict=True)):
         size = plan.sizes[group]
-        apart = 1 if name == "grid" else pool.apart
-        links = Group(size, cluster, within=size * apart <= cluster.node)
-        works = [_of_wave(plan, wave, size, cluster, step) for wave in waves]
+        between = apart(pool, name)
+        links = Group(size, cluster, between)
+        works = [_of_wave(plan, wave, size, cluster, step, between) for wave in waves]
         seconds += links.seconds("all_reduce", 4, 1) + pipelined(waves, works, links)
         for work in works:
             found = [x + work[place[group]] for x, place in zip(found, places, strict=True)]
@@ -127,7 +127,9 @@ def pipelined(waves: Sequence[Wave], works: Sequence[Sequence[Work]], links: Gro
     return back
 
 
-def _of_wave(plan: StepPlan, wave: Wave, size: int, cluster: Cluster, step: int) -> list[Work]:
+def _of_wave(
+    plan: StepPlan, wave: Wave, size: int, cluster: Cluster, step: int, between: int
+) -> list[Work]:
     """A wave's work by rank, copies of what travels included."""
     mine: dict[int, list[int]] = {}
     for i in wave.indices:
@@ -135,15 +137,17 @@ def _of_wave(plan: StepPlan, wave: Wave, size: int, cluster: Cluster, step: int)
             mine.setdefault(rank, []).append(i)
     found = []
     for rank in range(size):
-        packed = PACKED * (wave.sent[rank] + wave.got[rank] + wave.returned[rank])
+        packed = PACKED * (wave.sent[rank] + wave.returned[rank]) + RECEIVED * wave.got[rank]
         copies = Work(streamed(packed + UNPACKED * wave.taken[rank], cluster))
-        work = _work(plan, mine[rank], cluster, step) if rank in mine else Work()
+        work = _work(plan, mine[rank], cluster, step, between) if rank in mine else Work()
         found.append(copies + work)
     return found
 
 
-def _work(plan: StepPlan, indices: Sequence[int], cluster: Cluster, step: int) -> Work:
-    """What a rank of their team does with some matrices."""
+def _work(
+    plan: StepPlan, indices: Sequence[int], cluster: Cluster, step: int, between: int
+) -> Work:
+    """What a rank of their team does with some matrices; ``between``: see ``dealing.apart``."""
     found = Work()
     for batch in plan.batches(indices, "cuda"):
         x = plan.matrices[batch[0]]
@@ -154,7 +158,9 @@ def _work(plan: StepPlan, indices: Sequence[int], cluster: Cluster, step: int) -
         for first in range(0, count, most):
             some = min(most, count - first)
             turn = step if plan.config.side == "alternate" else 1  # other steps are alike
-            found += matrices_work(some, x.m, x.n, plan.config, x.axis, ranks, turn, cluster)
+            found += matrices_work(
+                some, x.m, x.n, plan.config, x.along, ranks, turn, cluster, between
+            )
     return found
 
 
@@ -168,18 +174,32 @@ def matrices_work(
     ranks: int,
     step: int,
     cluster: Cluster,
+    between: int = 1,
 ) -> Work:
-    """What one of ``ranks`` ranks does with a batch of matrices [B, m, n]."""
-    cut = axis if ranks > 1 or config.tp_mode == "blockwise" else None
+    """What one of ``ranks`` ranks does with a batch of matrices [B, m, n].
+
+    Args:
+        batch: B.
+        m: rows of a whole matrix.
+        n: columns of a whole matrix.
+        config: the run's options.
+        axis: along which ranks or blocks divide the matrices.
+        ranks: of the team.
+        step: number of the step, from 1.
+        cluster: has the rates.
+        between: distance of the team's members; see ``dealing.apart``.
+    """
+    cut = axis if ranks > 1 or config.blocks > 1 else None
     compute = priced(kernels(batch, m, n, config, cut, ranks=ranks, step=step), cluster)
     if ranks == 1:
         return Work(compute)
     assert axis is not None, "a divided matrix has an axis"
     traffic = cost.traffic(batch, m, n, config, axis, ranks=ranks, step=step)
-    group = Group(ranks, cluster, within=ranks <= cluster.node)
-    moved = Counter({op: 4 * count for op, count in traffic.elements.items()})
-    seconds = sum(group.seconds(op, moved[op], calls) for op, calls in traffic.calls.items())
-    return Work(compute, seconds, moved)
+    group = Group(ranks, cluster, between)
+    seconds = sum(
+        group.seconds(op, traffic.bytes[op], calls) for op, calls in traffic.calls.items()
+    )
+    return Work(compute, seconds, traffic.bytes)
 
 
 def _states(planned: Planned) -> dict[int | None, list[int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..config import PionConfig
+from ..state import divided_axis, divides
 from . import muon, pion
 from .dealing import Pool, buffer, planned, pools
 from .describe import Cluster, Layout, Model
@@ -125,7 +126,7 @@ def predict(model: Model, layout: Layout, cluster: Cluster, method: Method) -> P
 
 
 def _check_blocks(model: Model, layout: Layout, config: PionConfig) -> None:
-    if config.tp_mode != "blockwise":
+    if config.blocks == 1:
         return
     sizes = [model.hidden, model.heads * model.head_dim, model.groups * model.head_dim]
     sizes += [x for x in (model.ffn, model.expert_ffn, model.shared_ffn) if x]
@@ -179,8 +180,8 @@ def _share(pool: Pool, cluster: Cluster, method: Method) -> _Share:
     elif method.optimizer == "adamw":
         stepped = _adamw(pool, cluster)
     else:
-        stepped = pion.stepped(pool, planned(pool, method.config), cluster)
-    group = Group(pool.ranks, cluster, within=pool.ranks * pool.apart <= cluster.node)
+        stepped = pion.stepped(pool, planned(pool, method.config, cluster.node), cluster)
+    group = Group(pool.ranks, cluster, pool.apart)
     return _Share(
         pool=pool,
         stepped=stepped,
@@ -249,17 +250,18 @@ def largest_matrix(
         layout: on which ranks.
         cluster: their rates.
         config: Pion's options.
-        ranks: of its team; 1, or the tensor-parallel ranks, if these cut the matrix.
+        ranks: of its team.
     """
-    here = replace(config, tp_mode="distributed" if ranks > 1 else "owner", blocks=1)
+    here = replace(config, blocks=1)
     shapes = {
-        (m, n, view.axis, ranks if w.rotated.ranks > 1 and view.axis is not None else 1)
+        (m, n, divided_axis(m, n, here, view.axis))
         for pool in pools(model, layout, here)
         for w in pool.items
         for view in (w.rotated.view,)
         for _, m, n in view.whole_shapes(w.rotated.ranks).values()
+        if divides(m, n, here, ranks)
     }
     return max(
-        sum(pion.matrices_work(1, m, n, here, axis, team, s, cluster).total for s in (1, 2)) / 2
-        for m, n, axis, team in shapes
+        sum(pion.matrices_work(1, m, n, here, along, ranks, s, cluster).total for s in (1, 2)) / 2
+        for m, n, along in shapes
     )

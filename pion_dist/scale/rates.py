@@ -36,19 +36,30 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks of a collective, and the links between them."""
+    """Ranks of a collective, and the links between them.
+
+    Attributes:
+        size: number of ranks.
+        cluster: has the links.
+        apart: distance of neighbours in the order of all ranks, of which a node has consecutive
+            ones.
+    """
 
     size: int
     cluster: Cluster
-    within: bool
+    apart: int = 1
 
     def seconds(self, op: str, sent: float, calls: int) -> float:
         """Time of ``calls`` collectives of ``sent`` input bytes together, in ring algorithms."""
         if self.size == 1 or not calls:
             return 0.0
         c = self.cluster
-        rate = c.link * (c.nvlink if self.within else c.network)
-        latency = c.latency if self.within else c.network_latency
+        rate, latency = c.nvlink, c.latency
+        if self.size * self.apart > c.node:
+            latency = c.network_latency
+            # Rings enter and leave a node once, each through the adapter of another of its GPUs.
+            rings = 1 if op == "all_to_all" else max(1, c.node // self.apart)
+            rate = min(rate, rings * c.network)
         others = self.size - 1
         passes = {
             "all_gather": others,
@@ -56,7 +67,7 @@ class Group:
             "all_to_all": others / self.size,
             "all_reduce": 2 * others / self.size,
         }[op]
-        return passes * sent / rate + calls * latency * math.ceil(math.log2(self.size))
+        return passes * sent / (c.link * rate) + calls * latency * math.ceil(math.log2(self.size))
 
 
 def priced(launched: Sequence[Kernel], cluster: Cluster) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import MatmulPrecision, PionConfig, TpMode
+from ..config import MatmulPrecision, PionConfig, TeamSize
 from .describe import Cluster, Layout, Model
 from .muon import Path as MuonPath
 from .predict import Method, Prediction, largest_matrix, predict
@@ -16,6 +16,8 @@ Found = Mapping[str, tuple[Method, Prediction]]
 
 ASSUMED = ("matmul", "solver", "stream", "link", "mfu")
 """Shares of a cluster's peaks that nothing here was measured on."""
+
+TEAMS: tuple[TeamSize, ...] = ("auto", 1, 2, 4, 8, 16, 32)
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -29,18 +31,18 @@ def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method
         found[f"Muon duplicated, {path}"] = Method(optimizer="muon", path=path)
         if layout.tp > 1:
             found[f"Muon blockwise, {path}"] = Method(optimizer="muon", path=path, muon="blockwise")
-    modes: tuple[TpMode, ...] = ("owner", "distributed") if layout.tp > 1 else ("owner",)
-    for mode in modes:
-        found[f"Pion {mode}"] = Method(config=replace(config, tp_mode=mode, blocks=1))
+    for size in TEAMS:
+        name = "Pion, auto" if size == "auto" else f"Pion, teams of {size}"
+        found[name] = Method(config=replace(config, team_size=size, blocks=1))
     if blocks > 1 and config.direction != "polar":  # has no blocks
-        here = replace(config, tp_mode="blockwise", blocks=blocks)
-        found[f"Pion blockwise {blocks}"] = Method(config=here)
+        here = replace(config, team_size="auto", blocks=blocks)
+        found[f"Pion in {blocks} blocks"] = Method(config=here)
     return found
 
 
 def exact(method: Method) -> bool:
     """Whether a method is Pion, and its result that of one process whatever the layout."""
-    return method.optimizer == "pion" and method.config.tp_mode != "blockwise"
+    return method.optimizer == "pion" and method.config.blocks == 1
 
 
 def best(found: Found, cluster: Cluster, *, among: str) -> tuple[str, Method, Prediction] | None:
@@ -62,9 +64,11 @@ def best(found: Found, cluster: Cluster, *, among: str) -> tuple[str, Method, Pr
 
 def flags(method: Method) -> str:
     """A method's flags for Megatron."""
-    parts = ["--use-distributed-optimizer", f"--pion-tp-mode {method.config.tp_mode}"]
+    parts = ["--use-distributed-optimizer"]
     if method.config.blocks > 1:
         parts.append(f"--pion-blocks {method.config.blocks}")
+    else:
+        parts.append(f"--pion-team-size {method.config.team_size}")
     parts.append(f"--pion-matmul-precision {method.config.matmul_precision}")
     return " ".join(parts)
 
@@ -119,7 +123,7 @@ PRECISIONS: tuple[MatmulPrecision, ...] = ("highest", "high", "bf16")
 
 def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> str:
     """The best exact mode at every matmul precision, and what bounds it."""
-    rows, teams = [], (1, layout.tp) if layout.tp > 1 else (1,)
+    rows, teams = [], (1, 2, 4, 8)
     for precision in PRECISIONS:
         here = {
             name: (other, predict(model, layout, cluster, other))
@@ -131,13 +135,13 @@ def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> 
         if chosen is None:
             continue
         name, method, p = chosen
-        # The whole matrices' arithmetic: distributed forms generators that owner never does.
-        owner = replace(method.config, tp_mode="owner")
+        # The whole matrices' arithmetic: teams repeat some of it.
+        owner = replace(method.config, team_size=1)
         mean = predict(model, layout, cluster, replace(method, config=owner)).mean
         rows.append(
             (
                 precision,
-                name.removeprefix("Pion "),
+                name.removeprefix("Pion, "),
                 milliseconds(p.step),
                 f"{p.share:.1%}",
                 milliseconds(mean),
@@ -183,10 +187,10 @@ def advice(found: Found, layout: Layout, cluster: Cluster) -> list[str]:
         f"Best exact flags: {flags(method)} ({p.share:.1%} of an iteration, AdamW "
         f"{adamw.share:.1%})."
     ]
-    blockwise = best(found, cluster, among="Pion blockwise")
-    if blockwise is not None:
+    blocks = best(found, cluster, among="Pion in")
+    if blocks is not None:
         lines.append(
-            f"Another algorithm: {flags(blockwise[1])} ({blockwise[2].share:.1%} of an iteration)."
+            f"Another algorithm: {flags(blocks[1])} ({blocks[2].share:.1%} of an iteration)."
         )
     return lines + limits(p, adamw)
 
@@ -213,7 +217,7 @@ def limits(p: Prediction, adamw: Prediction) -> list[str]:
 
 def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
     """A row for each number of GPUs."""
-    # Not every direction has blockwise.
+    # Not every direction has blocks.
     names = [name for _, found in rows for name in found]
     kinds = {k: v for k, v in KINDS.items() if k == "exact" or any(n.startswith(k) for n in names)}
     head = ("GPUs", "DP", "samples", "forward, backward", *kinds.values())
@@ -229,7 +233,7 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
                 str(layout.batch),
                 milliseconds(adamw.model),
                 *("does not fit" if c is None else f"{c[2].share:.1%}" for c in chosen.values()),
-                "" if pion is None else pion[0].removeprefix("Pion "),
+                "" if pion is None else pion[0].removeprefix("Pion, "),
                 "" if pion is None else f"{pion[2].step / (pion[2].model + pion[2].step):.1%}",
                 f"{even(found):.1%}",
                 "" if pion is None else f"{pion[2].imbalance:.1f}",
@@ -241,7 +245,7 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
 
 def even(found: Found) -> float:
     """Pion's share if its whole matrices' computation were dealt evenly and nothing else cost."""
-    p = found["Pion owner"][1]
+    p = found["Pion, teams of 1"][1]
     return p.mean / (p.model + p.mean)
 
 
@@ -250,7 +254,7 @@ KINDS = {
     "Muon duplicated": "Muon (duplicated)",
     "Muon blockwise": "Muon (blockwise)",
     "exact": "Pion, best exact mode",
-    "Pion blockwise": "Pion, blockwise",
+    "Pion in": "Pion, in blocks",
 }
 """What is compared over numbers of GPUs, with labels."""
 

@@ -1,7 +1,8 @@
 """What a Pion step executes, read from the step itself: it runs on tensors without data.
 
 Moments and skew parts are read as torch operations (``kernels.reference``), of which Triton's
-kernels need fewer passes. What makes moments of 8 bits float32 ones, and back, is left out.
+kernels need fewer passes; but polar's angles, which would be most of them, as Triton's one kernel.
+What makes moments of 8 bits float32 ones, and back, is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .. import cost, state
+from .. import kernels as gpu
 from ..config import SIDE_OF, Axis, PionConfig
-from ..factors import Rows
 from ..update import polar
 from ..update.layout import Blocks, Divided
 from ..update.step import step as update
@@ -62,8 +64,8 @@ def kernels(
         m: rows of a whole matrix.
         n: columns of a whole matrix.
         config: the run's options.
-        axis: along which the matrices are cut.
-        ranks: that share their computation (``distributed``, ``blockwise``).
+        axis: along which ranks or blocks divide the matrices.
+        ranks: of the team.
         step: number of the step, from 1.
     """
     shape = [batch, m, n]
@@ -71,7 +73,7 @@ def kernels(
         shape[1 if axis == "rows" else 2] //= ranks
     w, g = torch.empty(shape, device="meta"), torch.empty(shape, device="meta")
     layout: Blocks | Divided | None = None
-    if axis is not None and config.tp_mode == "blockwise":
+    if axis is not None and config.blocks > 1:
         peers = Peers(ranks) if ranks > 1 else None
         layout = Blocks(SIDE_OF[axis], config.blocks // ranks, peers)
     elif axis is not None and ranks > 1:
@@ -83,9 +85,9 @@ def kernels(
             dtype=torch.bfloat16 if moment.dtype == "bf16" else w.dtype,
             device="meta",
         )
-        for name, moment in state.moments(batch, m, n, config, axis).items()
+        for name, moment in state.moments(batch, m, n, config, axis, ranks).items()
     }
-    with _Recorder() as recorder:
+    with _Recorder() as recorder, patch.object(gpu, "angles", functools.partial(_angles, recorder)):
         if config.direction == "polar":
             _polar(w, g, held, m, n, config, axis, ranks=ranks, grads_finite=grads_finite)
             return tuple(recorder.kernels)
@@ -115,25 +117,40 @@ def _polar(
     ranks: int,
     grads_finite: Tensor,
 ) -> None:
-    """A polar step, as ``optimizer`` takes it."""
+    """A polar step, as ``execute`` takes it."""
     large = state.large_side(m, n, axis)
-    rows = Rows(Peers(ranks) if axis is not None and ranks > 1 else None, axis, large)
     stepped, go, _ = polar.step(
-        rows.from_shard(g),
+        g,
         held,
         config=config,
         lr=0.1,
         large=large,
         rows=max(m, n),
         grads_finite=grads_finite,
-        all_reduce_sum=rows.all_reduce_sum,
+        peers=Peers(ranks) if ranks > 1 else None,
     )
-    torch.where(go, rows.to_shard(stepped), w, out=w)
+    torch.where(go, stepped, w, out=w)
+
+
+def _angles(
+    recorder: _Recorder,
+    b_Bpr: Tensor,
+    transposed_Bpr: Tensor | None,
+    sigma_Br: Tensor,
+    *,
+    scale: float | Tensor,
+    first: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``kernels.angles`` as Triton has it: one kernel, which reads B and its transpose."""
+    x, y = torch.empty_like(b_Bpr), torch.empty_like(b_Bpr)
+    c = sigma_Br.new_empty(b_Bpr.shape[:2])
+    recorder.kernels.append(Kernel("other", 0.0, 2 * _bytes([b_Bpr]), _bytes([x, y, c])))
+    return x, y, c
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Stand in for ``size`` ranks, as ``update.layout.Peers``: shapes, no communication."""
+    """Stand in for ``size`` ranks, as ``update.peers.Peers``: shapes, no communication."""
 
     size: int
     rank: int = 0
@@ -143,16 +160,17 @@ class Peers:
         return x
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """Join ``size`` times X: the copy that ``exchange.GroupPeers`` makes."""
-        return torch.cat([x] * self.size, dim=dim)
-
-    def all_to_all(self, x: Tensor, join_dim: int, cut_dim: int) -> Tensor:
-        """Join the shares of X: the copies that ``exchange.GroupPeers`` makes."""
-        return torch.cat(list(torch.stack(x.chunk(self.size, cut_dim))), dim=join_dim)
+        """Join ``size`` times X: the copy that ``exchange.GroupPeers`` makes, if it does."""
+        return x.new_empty(self.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """Return a share of X."""
-        return torch.stack(x.chunk(self.size, dim))[0]
+        return torch.unflatten(x, dim, (self.size, -1)).movedim(dim, 0).contiguous()[0]
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """Return X: its blocks transposed and copied twice, as they travel."""
+        parts = torch.unflatten(x, -1, (self.size, -1)).permute(2, 0, 3, 1).contiguous()
+        return parts.movedim(0, 2).flatten(2)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -183,8 +201,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 inputs = inputs[1:]  # what would be added is not read
         elif name in _SOLVERS:
             flop, kind = _SOLVERS[name](inputs[0].shape), "solver"
-        read = 0 if name.startswith("aten::new_") else _bytes(inputs)  # these read shapes alone
-        self.kernels.append(Kernel(kind, flop, read, _bytes(outputs)))
+        read, written = _bytes(inputs), _bytes(outputs)
+        if name.startswith("aten::new_"):
+            read = 0  # reads a shape alone
+        elif name == "aten::copy_":
+            read = _bytes(inputs[1:])
+        elif name == "aten::index":
+            read = written
+        elif name == "aten::index_put_":
+            read = written = _bytes(_tensors(args[2:]))
+        self.kernels.append(Kernel(kind, flop, read, written))
         return out
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..iterations import NEWTON_SCHULZ
 from .precision import Products
+from .squares import Squares
 
 
 def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
@@ -54,9 +53,7 @@ def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(
-    unit: list[Tensor], *, direction_products: Products, all_reduce_sum: Callable[[Tensor], Tensor]
-) -> Tensor:
+def polar(unit: list[Tensor], *, direction_products: Products, squares: Squares) -> Tensor:
     """Compute the polar factor X (XᵀX)^(−1/2) of tall matrices by the iteration of ``msign``.
 
     Args:
@@ -64,7 +61,7 @@ def polar(
             zero. X is taken out of the list, so that its memory is free while the next iterate is
             made. (its values are lost)
         direction_products: the products to use.
-        all_reduce_sum: sums over the ranks that divide the rows (in place).
+        squares: the algebra of n x n matrices, over the ranks that divide the rows.
 
     Returns:
         [B, m, n], singular values in [0.68, 1.21] where X's are above 0.02 of the largest.
@@ -73,58 +70,50 @@ def polar(
     batch, _, n = x.shape
     dtype = x.dtype
     x = direction_products.rounded(x)
-    gram, poly = x.new_empty(batch, n, n), x.new_empty(batch, n, n)
+    poly = x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        direction_products.mirrored(gram, x.mT, x, sign=1)
-        gram = direction_products.rounded(all_reduce_sum(gram.to(wide(dtype))))
+        gram = squares.gram(x, direction_products)
         if step == 0:
-            direction_products.mirrored(poly, gram, gram, sign=1)
+            squares.mirrored(poly, gram, gram, sign=1)
             r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)
             x.mul_(r.to(x.dtype))
             poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
         else:
-            direction_products.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
+            squares.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
         x = direction_products.into(torch.empty_like(x), x, poly, add=x, beta=a)
     return x.to(dtype)
 
 
-def inverse_root(gram: Tensor, *, direction_products: Products) -> tuple[Tensor, Tensor]:
+def inverse_root(gram: Tensor, *, squares: Squares) -> tuple[Tensor, Tensor]:
     """Compute the polynomial H of G = XᵀX for which X H is ``polar(X)``, without X.
 
     Args:
-        gram: G [B, n, n], float32 or float64; of trace 1, or zero.
-        direction_products: the products to use.
+        gram: G [B, n, n], whole as ``squares`` has it; of trace 1, or zero.
+        squares: the algebra of n x n matrices.
 
     Returns:
-        H and H G H, [B, n, n] in G's dtype. H differs from ``polar``'s in directions in which G is
-        below its rounding; the bound of H is the same there.
+        H and H G H, whole [B, n, n]. H differs from ``polar``'s in directions in which G is below
+        its rounding; the bound of H is the same there.
     """
-    dtype = gram.dtype
-    gram = direction_products.rounded(gram)
     h: Tensor | None = None
     for a, b, c in NEWTON_SCHULZ:
-        poly, square = torch.empty_like(gram), torch.empty_like(gram)
-        direction_products.mirrored(square, gram, gram, sign=1)
+        square = torch.empty_like(gram)
         if h is None:
+            squares.mirrored(square, gram, gram, sign=1)
             r = spectral_bound_scale(kernels.frobenius(square), pairs=False)
             gram = gram * (r**2).to(gram.dtype)
             poly = square.mul_((c * r**4).to(gram.dtype)).add_(gram, alpha=b)
         else:
-            poly = square.mul_(c).add_(gram, alpha=b)
+            poly = squares.mirrored(square, gram, gram, sign=1, add=gram, beta=b, alpha=c)
         poly.diagonal(dim1=-2, dim2=-1).add_(a)
         if h is None:
             h = poly * r.to(poly.dtype)
         else:
-            h = direction_products.mirrored(torch.empty_like(h), h, poly, sign=1)
-        square = direction_products.mirrored(torch.empty_like(gram), poly, poly, sign=1)
-        gram = direction_products.mirrored(torch.empty_like(gram), gram, square, sign=1)
+            h = squares.mirrored(torch.empty_like(h), h, poly, sign=1)
+        square = squares.mirrored(torch.empty_like(gram), poly, poly, sign=1)
+        gram = squares.mirrored(torch.empty_like(gram), gram, square, sign=1)
     assert h is not None, "there is a step"
-    return h.to(dtype), gram.to(dtype)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which ranks add up products of ``dtype``."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    return h, gram
 
 
 def spectral_bound_scale(norm: Tensor, *, pairs: bool = True) -> Tensor:

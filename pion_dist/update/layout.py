@@ -23,30 +23,10 @@ from ..config import PionConfig, Side
 from ..iterations import NEWTON_SCHULZ
 from .direction import adapted, msign, spectral_bound_scale
 from .generators import Dense, Generator, Matmul, factors, generator
+from .peers import Peers
 from .precision import Products
 
 _DIM: dict[Side, int] = {"out": 1, "in": 2}  # the dimension of X [B, m, n] that a side multiplies
-
-
-class Peers(Protocol):
-    """The ranks that share the matrices, and their collectives."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def rank(self) -> int:
-        """Index of this rank."""
-
-    def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Sum the ranks' tensors (modified in place)."""
-
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """Join the ranks' tensors along ``dim``."""
-
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        """Sum the ranks' tensors, and return this rank's share along ``dim``."""
 
 
 @dataclass(frozen=True)

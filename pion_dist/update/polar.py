@@ -12,7 +12,7 @@ E(A)ᵀE(A) = I − A⁶/64; a product with I + (I − UᵀU)/2 removes that and
 A wide W is stepped as its transpose: L is the larger of m and n, and U has L rows. Where L is much
 larger than r, D is not formed: D V = (M V) H, with a polynomial H of (M V)ᵀ M V that is close to
 its inverse root. So only M V, U and V are multiplied with L rows. Ranks that divide the rows
-exchange sums of r x r matrices and nothing else.
+exchange sums of r x r matrices, and where r is large divide the algebra of these (``squares``).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..config import PionConfig, Side
 from ..cost import uses_gram
 from ..state import LEFT, RIGHT, SIGMA
 from .direction import inverse_root, polar
+from .peers import Peers
 from .precision import (
     DIRECTION_PRODUCTS,
     Products,
@@ -37,6 +38,7 @@ from .precision import (
     float32_precision,
 )
 from .readings import read_polar
+from .squares import Squares, squares_of
 
 # Muon's steps with this root mean square train at AdamW's learning rates (Moonlight, 2025,
 # https://arxiv.org/abs/2502.16982, section 2.2).
@@ -71,14 +73,19 @@ def mismatch(w_Bmn: Tensor, moments: Mapping[str, Tensor], *, all_reduce_sum: Su
 class _Frames:
     """Muon's step in the singular frames, in the form that U's step needs.
 
+    B and ZᵀZ are rows, H is whole, as ``Squares`` has them.
+
     Attributes:
         b: B = Uᵀ D V, [B, r, r].
-        y: Y [B, L, r] of D V = Y H; None for a square W, unless metrics are collected.
-        h: H [B, r, r]; None for the identity.
+        b_transposed: Bᵀ.
+        y: Y [B, L, r]: D V = η' Y H, or Y if there is no H; None for a square W, unless metrics are
+            collected.
+        h: H [B, r, r]; None where Y is D V.
         out: ZᵀZ = (D V)ᵀ D V − BᵀB, [B, r, r]; None for a square W, whose Z is zero.
     """
 
     b: Tensor
+    b_transposed: Tensor
     y: Tensor | None
     h: Tensor | None
     out: Tensor | None
@@ -94,7 +101,7 @@ def step(
     large: Side,
     rows: int,
     grads_finite: Tensor,
-    all_reduce_sum: Sum = lambda x: x,
+    peers: Peers | None = None,
     collect_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Move the average and the factors by one step.
@@ -110,7 +117,7 @@ def step(
         large: the side of the larger dimension.
         rows: L, the number of rows on all ranks.
         grads_finite: boolean scalar on the gradients' device; where it is False nothing moves.
-        all_reduce_sum: sums over the ranks that divide the rows.
+        peers: the ranks that divide the rows, if any do.
         collect_metrics: whether to measure what the step does.
 
     Returns:
@@ -123,6 +130,8 @@ def step(
     left, right, sigma = moments[LEFT], moments[RIGHT], moments[SIGMA]
     u, v = (left, right) if large == "out" else (right, left)
     r = v.shape[-1]
+    squares = squares_of(direction_products, peers, r)
+    all_reduce_sum: Sum = _itself if peers is None else peers.all_reduce_sum
     scale = lr * (RMS * math.sqrt(rows))
     beta, nesterov = config.betas[0], config.nesterov
     s = kernels.average(
@@ -146,21 +155,24 @@ def step(
         scale,
         rows=rows,
         direction_products=direction_products,
-        all_reduce_sum=all_reduce_sum,
+        squares=squares,
         collect_metrics=collect_metrics,
     )
-    x, y, c = kernels.angles(frames.b, sigma, scale=scale)
+    x, y, c = squares.angles(frames.b, frames.b_transposed, sigma, scale=scale)
     before = None
     if collect_metrics and frames.y is not None:
-        d = frames.y if frames.h is None else direction_products(frames.y, frames.h)
-        squares = [_outward(x, c, frames), exact.symmetric(y, -y)]
-        before = d, squares, v.clone(), u * sigma.unsqueeze(-2)
+        d = frames.y
+        if frames.h is not None:
+            d = direction_products(d, frames.h).mul_(scale)
+        of_v = squares.complete(y)
+        turns = [_outward(x, c, frames, squares), exact.symmetric(of_v, -of_v)]
+        before = d, turns, v.clone(), u * sigma.unsqueeze(-2)
     beside, inner = frames.y, None
     if frames.out is None:
         del frames  # those of a square W are as large as its factors
-        coefficients = _cubic(x, direction_products=direction_products)
+        coefficients = _cubic(x, squares)
     else:
-        coefficients, inner = _coefficients(x, c, frames, direction_products=direction_products)
+        coefficients, inner = _coefficients(x, c, frames, scale, squares)
         del frames
     del x
     new_u = direction_products(u, coefficients)
@@ -168,32 +180,33 @@ def step(
         direction_products.added(new_u, beside, inner, alpha=-1.0)
     new_u.add_(u)
     del coefficients, beside, inner
-    _polish(
-        new_u,
-        direction_products=direction_products,
-        weight_products=weight_products,
-        all_reduce_sum=all_reduce_sum,
-    )
+    _polish(new_u, squares, direction_products=direction_products, weight_products=weight_products)
     torch.where(go, new_u, u, out=u)
     del new_u
-    y = _cubic(y, direction_products=direction_products)
-    new_v = direction_products(v, y).add_(v)
+    mine = squares.rows(v)
+    new_v = direction_products(mine, _cubic(y, squares)).add_(mine)
     del y
     _polish(
         new_v,
+        squares,
         direction_products=direction_products,
         weight_products=weight_products,
-        all_reduce_sum=lambda x: x,
+        cut=squares.divided,
     )
-    torch.where(go, new_v, v, out=v)
-    del new_v
+    torch.where(go, squares.complete(new_v), v, out=v)
+    del new_v, mine
     w = weight_products(left, (right * sigma.unsqueeze(-2)).mT)
     if before is None:
         return w, go, None
-    d, squares, old_v, old_us = before
+    d, turns, old_v, old_us = before
     change = exact(w if large == "out" else w.mT, old_v).sub_(old_us)  # ΔW V, of the old V
-    metrics = read_polar(change, d, (u, v), squares, numel=rows * r, all_reduce_sum=all_reduce_sum)
+    metrics = read_polar(change, d, (u, v), turns, numel=rows * r, all_reduce_sum=all_reduce_sum)
     return w, go, torch.where(grads_finite, metrics, torch.zeros_like(metrics))
+
+
+def _itself(x: Tensor) -> Tensor:
+    """Return X: the sum over one rank."""
+    return x
 
 
 def _normalized(s: Tensor, norm: Tensor, *, own: bool, direction_products: Products) -> Tensor:
@@ -210,7 +223,7 @@ def _frames(
     *,
     rows: int,
     direction_products: Products,
-    all_reduce_sum: Sum,
+    squares: Squares,
     collect_metrics: bool,
 ) -> _Frames:
     """Compute Muon's step in the frames by the cheaper of two ways.
@@ -222,22 +235,14 @@ def _frames(
         scale: η'.
         rows: L.
         direction_products: the products to use.
-        all_reduce_sum: sums over the ranks that divide the rows.
+        squares: the algebra of r x r matrices.
         collect_metrics: whether the metrics need Y.
     """
     r = v.shape[-1]
     if uses_gram(rows, r):
-        return _through_gram(
-            unit, u, v, scale, direction_products=direction_products, all_reduce_sum=all_reduce_sum
-        )
+        return _through_gram(unit, u, v, scale, squares, direction_products=direction_products)
     frames = _directly(
-        unit,
-        u,
-        v,
-        scale,
-        square=rows == r,
-        direction_products=direction_products,
-        all_reduce_sum=all_reduce_sum,
+        unit, u, v, scale, squares, square=rows == r, direction_products=direction_products
     )
     return frames if frames.out is not None or collect_metrics else replace(frames, y=None)
 
@@ -247,24 +252,20 @@ def _through_gram(
     u: Tensor,
     v: Tensor,
     scale: float | Tensor,
+    squares: Squares,
     *,
     direction_products: Products,
-    all_reduce_sum: Sum,
 ) -> _Frames:
     """Compute the frames from Y = M V and the inverse root of YᵀY."""
     y = direction_products(unit.pop(), direction_products.rounded(v))
-    gram, inner = _sums(
-        [
-            direction_products.symmetric(y.mT, y),
-            direction_products(direction_products.rounded(u).mT, y),
-        ],
-        v.dtype,
-        all_reduce_sum,
-    )
-    h, root = inverse_root(gram, direction_products=direction_products)
-    b = direction_products(inner, h).mul_(scale)
-    out = root.mul_(scale**2).sub_(direction_products.symmetric(b.mT, b))
-    return _Frames(b, y, h.mul_(scale), out)
+    inner = squares.summed(direction_products(direction_products.rounded(u).mT, y))
+    h, root = inverse_root(squares.gram(y, direction_products), squares=squares)
+    b = direction_products(inner, h).to(v.dtype).mul_(scale)
+    del inner
+    out = squares.rows(root).to(b.dtype).mul_(scale**2)
+    del root
+    b_transposed = squares.transposed(b)
+    return _Frames(b, b_transposed, y, h, _without_inner(out, b, b_transposed, squares))
 
 
 def _directly(
@@ -272,75 +273,95 @@ def _directly(
     u: Tensor,
     v: Tensor,
     scale: float | Tensor,
+    squares: Squares,
     *,
     square: bool,
     direction_products: Products,
-    all_reduce_sum: Sum,
 ) -> _Frames:
     """Compute the frames from D = η' polar(M) itself."""
-    y = direction_products(
-        polar(unit, direction_products=direction_products, all_reduce_sum=all_reduce_sum),
-        direction_products.rounded(v),
-    ).mul_(scale)
-    inner = direction_products(direction_products.rounded(u).mT, y)
+    d = polar(unit, direction_products=direction_products, squares=squares)
+    y = direction_products(d, direction_products.rounded(v)).mul_(scale)
+    del d
+    b = squares.summed(direction_products(direction_products.rounded(u).mT, y)).to(v.dtype)
+    b_transposed = squares.transposed(b)
     if square:
-        return _Frames(all_reduce_sum(inner.to(v.dtype)), y, None, None)
-    b, gram = _sums([inner, direction_products.symmetric(y.mT, y)], v.dtype, all_reduce_sum)
-    return _Frames(b, y, None, gram.sub_(direction_products.symmetric(b.mT, b)))
+        return _Frames(b, b_transposed, y, None, None)
+    out = squares.summed(direction_products.symmetric(y.mT, y)).to(v.dtype)
+    return _Frames(b, b_transposed, y, None, _without_inner(out, b, b_transposed, squares))
 
 
-def _sums(parts: list[Tensor], dtype: torch.dtype, all_reduce_sum: Sum) -> list[Tensor]:
-    """Sum r x r matrices over ranks, in one collective."""
-    return list(all_reduce_sum(torch.stack([x.to(dtype) for x in parts])).unbind())
+def _without_inner(out: Tensor, b: Tensor, b_transposed: Tensor, squares: Squares) -> Tensor:
+    """Subtract BᵀB from rows of (D V)ᵀ D V. (modified in place)"""
+    return out.sub_(squares.symmetric(b_transposed, squares.whole(b)))
 
 
 def _coefficients(
-    x: Tensor, c: Tensor, frames: _Frames, *, direction_products: Products
+    x: Tensor, c: Tensor, frames: _Frames, scale: float | Tensor, squares: Squares
 ) -> tuple[Tensor, Tensor]:
     """Compute K and L of E(A) U = U (I + K) − Y L, for a W that is not square. (X, ZᵀZ are lost)
 
     A² U = U (X² − N) − Z C X and A³ U = U (X³ − X N − N X) − Z C (X² − N), where C = diag(c) and
     N = C ZᵀZ C. So E(A) U = U S − Z T, which with Z = Y H − U B is U (S + B T) − Y (H T).
+
+    Args:
+        x: rows of X.
+        c: all of c.
+        frames: of the step.
+        scale: η'.
+        squares: the algebra of these matrices.
+
+    Returns:
+        K and L, whole.
     """
     assert frames.out is not None, "a square's Z is zero"
-    n = frames.out.mul_(c.unsqueeze(-1)).mul_(c.unsqueeze(-2))
-    square = direction_products.symmetric(x, x)
-    third = direction_products(x, torch.sub(square, n, alpha=2.0))  # 2 X (X²/2 − N)
-    third = kernels.skew(third, scale=1.0 / 16.0)
+    n = frames.out.mul_(squares.rows(c).unsqueeze(-1)).mul_(c.unsqueeze(-2))
+    whole_x = squares.whole(x)
+    square = squares.symmetric(squares.rows(whole_x), whole_x).to(x.dtype)
+    of_third = squares.whole(torch.sub(square, n, alpha=2.0))  # 2 (X²/2 − N)
+    third = squares.products(squares.rows(whole_x), of_third).to(x.dtype)
+    del whole_x, of_third
+    third = squares.skew(third, scale=1.0 / 16.0)
     square.sub_(n)
-    t = x.mul(0.5).add_(square, alpha=0.125)
-    t.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    t.mul_(c.unsqueeze(-1))
-    s = square.mul_(0.5).add_(third).add_(x)
-    del third
-    direction_products.added(s, frames.b, t)
-    t = t if frames.h is None else direction_products(frames.h, t)
-    return s, direction_products.rounded(t)
+    t = torch.add(square, x, alpha=4.0)
+    squares.diagonal(t).add_(8.0)
+    t = squares.whole(t.mul_(0.125 * squares.rows(c).unsqueeze(-1)))
+    s = x.add_(square, alpha=0.5).add_(third)
+    del square, third
+    s.add_(squares.products(squares.products.rounded(frames.b), t))
+    if frames.h is not None:
+        t = squares.whole(squares.products(squares.rows(frames.h), t).mul_(scale))
+    return squares.whole(s), t
 
 
-def _outward(x: Tensor, c: Tensor, frames: _Frames) -> Tensor:
-    """Compute −A² restricted to U: N − X²."""
+def _outward(x: Tensor, c: Tensor, frames: _Frames, squares: Squares) -> Tensor:
+    """Compute −A² restricted to U: N − X²; all rows."""
+    x = squares.complete(x)
     square = exact.symmetric(x, -x)
     if frames.out is None:
         return square
-    return square + frames.out * (c.unsqueeze(-1) * c.unsqueeze(-2))
+    return square + squares.complete(frames.out) * (c.unsqueeze(-1) * c.unsqueeze(-2))
 
 
-def _cubic(a: Tensor, *, direction_products: Products) -> Tensor:
-    """Compute E(A) − I of skew matrices [B, r, r]."""
-    square = direction_products.symmetric(a, a)
-    third = direction_products.symmetric(square, a, sign=-1)
-    return square.mul_(0.5).add_(third, alpha=0.125).add_(a)
+def _cubic(a: Tensor, squares: Squares) -> Tensor:
+    """Compute E(A) − I of the rows of skew matrices [B, r, r], whole."""
+    whole = squares.whole(a)
+    square = squares.symmetric(squares.rows(whole), whole)
+    third = squares.symmetric(square, whole, sign=-1)
+    return squares.whole(a.add(square, alpha=0.5).add_(third, alpha=0.125))
 
 
 def _polish(
-    u: Tensor, *, direction_products: Products, weight_products: Products, all_reduce_sum: Sum
+    u: Tensor,
+    squares: Squares,
+    *,
+    direction_products: Products,
+    weight_products: Products,
+    cut: bool = True,
 ) -> None:
     """Multiply U by I + (I − UᵀU)/2, which squares its orthogonality error. (modified in place)
 
-    The Gram matrix decides how far W's spectrum is from Σ. The product with it is a correction of
-    1e-3 at most, which bf16 rounds to 4e-6.
+    UᵀU decides how far W's spectrum is from Σ. The product with UᵀU − I is a correction of 1e-3
+    at most, which bf16 rounds to 4e-6.
     """
-    gram = all_reduce_sum(weight_products.symmetric(u.mT, u)).mul_(-0.5)
-    gram.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    u.add_(direction_products(u, gram))
+    error = squares.gram(u, weight_products, less=1.0, cut=cut)
+    u.sub_(direction_products(direction_products.rounded(u), error), alpha=0.5)

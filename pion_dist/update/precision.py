@@ -153,7 +153,8 @@ class Products:
 
     def symmetric(self, a: Tensor, b: Tensor, *, sign: Literal[1, -1] = 1) -> Tensor:
         """Compute a symmetric (``sign`` 1) or skew (-1) a @ b in their dtype, by ``mirrored``."""
-        left, right = self.rounded(a), self.rounded(b)
+        left = self.rounded(a)
+        right = left if b is a else self.rounded(b)
         out = left.new_empty(a.shape[0], a.shape[1], b.shape[2])
         return self.mirrored(out, left, right, sign=sign).to(a.dtype)
 

@@ -1,0 +1,65 @@
+"""The process groups of teams: neighbours that may compute a matrix together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from pion_dist import PionConfig
+from pion_dist.exchange import ProcessGroup
+from pion_dist.teams import team_sizes
+
+from .parameters import of_all_ranks
+
+Teams = dict[ProcessGroup, list[ProcessGroup]]
+
+
+def make(groups: Sequence[ProcessGroup], config: PionConfig, tp: ProcessGroup) -> Teams:
+    """Make this rank's teams in some groups; a collective of all ranks of the run.
+
+    Args:
+        groups: that together store weights.
+        config: the run's options, which say how large teams may be.
+        tp: the ranks that have the shards of a weight; it is a team where it is one's size.
+    """
+    known = {_ranks(group): group for group in (*groups, tp)}
+    blocks = {group: _blocks(_ranks(group), config, tp.size()) for group in groups}
+    wanted = {block for each in blocks.values() for block in each} - known.keys()
+    # Every rank makes every group, in one order, as Megatron makes its own.
+    for ranks in sorted(set().union(*of_all_ranks(wanted))):
+        made = dist.new_group(ranks)
+        if ranks in wanted:
+            known[ranks] = made
+    return {group: [known[block] for block in each] for group, each in blocks.items()}
+
+
+def _ranks(group: ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _blocks(ranks: tuple[int, ...], config: PionConfig, tp: int) -> list[tuple[int, ...]]:
+    """This rank's possible teams of more than one, by size."""
+    blocks = []
+    for size in team_sizes(len(ranks), config, cut=tp, near=_near(ranks)):
+        if size == 1:
+            continue
+        first = ranks.index(dist.get_rank()) // size * size
+        blocks.append(ranks[first : first + size])
+    return blocks
+
+
+def _near(ranks: Sequence[int]) -> int:
+    """Neighbours that are in one node, wherever a team of so many begins."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    size = 1
+    while len(ranks) % (2 * size) == 0 and _within_nodes(ranks, 2 * size, node):
+        size *= 2
+    return size
+
+
+def _within_nodes(ranks: Sequence[int], size: int, node: int) -> bool:
+    firsts = range(0, len(ranks), size)
+    return all(len({rank // node for rank in ranks[at : at + size]}) == 1 for at in firsts)
