@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 from pion_dist import PionConfig
@@ -43,23 +41,9 @@ def _ranks(group: ProcessGroup) -> tuple[int, ...]:
 def _blocks(ranks: tuple[int, ...], config: PionConfig, tp: int) -> list[tuple[int, ...]]:
     """This rank's possible teams of more than one, by size."""
     blocks = []
-    for size in team_sizes(len(ranks), config, cut=tp, near=_near(ranks)):
+    for size in team_sizes(len(ranks), config, cut=tp):
         if size == 1:
             continue
         first = ranks.index(dist.get_rank()) // size * size
         blocks.append(ranks[first : first + size])
     return blocks
-
-
-def _near(ranks: Sequence[int]) -> int:
-    """Neighbours that are in one node, wherever a team of so many begins."""
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    size = 1
-    while len(ranks) % (2 * size) == 0 and _within_nodes(ranks, 2 * size, node):
-        size *= 2
-    return size
-
-
-def _within_nodes(ranks: Sequence[int], size: int, node: int) -> bool:
-    firsts = range(0, len(ranks), size)
-    return all(len({rank // node for rank in ranks[at : at + size]}) == 1 for at in firsts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import log2
 from typing import Literal
 
 from .config import SIDE_OF, Axis, PionConfig, Side
@@ -236,12 +237,13 @@ def traffic(
 
 # What decides between teams, of an H100 as pion_dist.scale describes it (not measured): FLOP a
 # second of a step's products, those in three pieces among them; bytes a second of memory, between
-# GPUs of a node and through a network adapter; seconds of a small collective. And bytes that a
+# GPUs of a node and through a network adapter, of which every GPU has one; seconds of each doubling
+# of a small collective's ranks, in a node and beyond it. And bytes that a
 # polar step moves in memory for each element of W and of its r x r matrices; of these, where ranks
 # divide them, for each of a rank's own and of all. Fitted to what pion_dist.scale takes from a
 # trace: tests/test_scale.py compares the seconds.
 _PRODUCTS = {"highest": 40e12, "high": 250e12, "bf16": 450e12}
-_MEMORY, _NODE, _NETWORK, _LATENCY = 2.7e12, 340e9, 37e9, 20e-6
+_MEMORY, _NODE, _NETWORK, _NODE_LATENCY, _NETWORK_LATENCY = 2.7e12, 340e9, 37e9, 7e-6, 15e-6
 _BYTES_OF_W, _BYTES_OF_SQUARE, _BYTES_OF_OWN, _BYTES_OF_ALL = 340, 200, 130, 150
 
 
@@ -253,6 +255,7 @@ def seconds(
     axis: Axis | None,
     *,
     ranks: int,
+    near: int,
     travels: int,
 ) -> float:
     """Seconds for which a team is busy with a step of matrices [B, m, n], roughly.
@@ -266,6 +269,7 @@ def seconds(
         config: the run's options.
         axis: along which ranks divide them.
         ranks: of the team.
+        near: of them, that are in one node, at most.
         travels: how often the matrices travel to the team or back.
     """
     numel, square = batch * m * n / ranks, batch * min(m, n) ** 2
@@ -277,9 +281,13 @@ def seconds(
     total += (_BYTES_OF_W * numel + of_square * square) / _MEMORY
     if ranks > 1 and axis is not None:
         moved = traffic(batch, m, n, config, axis, ranks=ranks, step=1)
+        latency = _NODE_LATENCY if ranks <= near else _NETWORK_LATENCY
         for op, calls in moved.calls.items():
+            rate = _NODE
+            if ranks > near:  # a ring passes a node's adapters by turns
+                rate = min(_NODE, _NETWORK * (1 if op == "all_to_all" else near))
             passes = {"all_gather": ranks - 1.0, "all_reduce": 2.0}.get(op, 1.0)
-            total += calls * _LATENCY + passes * moved.bytes[op] / _NODE
+            total += calls * latency * log2(ranks) + passes * moved.bytes[op] / rate
     return total
 
 

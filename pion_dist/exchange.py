@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup as ProcessGroup
 
 from .plan import Box, MatrixPlan, differences
+from .teams import neighbours
 
 Stored = Callable[[int], list[Tensor]]
 Given = dict[int, list[Tensor]]
@@ -234,6 +236,12 @@ def agree(grads_finite: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
     return flag.bool()
+
+
+def in_a_node(group: ProcessGroup) -> int:
+    """``teams.neighbours`` of a group, a node having as many ranks as the launcher says, or GPUs."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    return neighbours(dist.get_process_group_ranks(group), node)
 
 
 def is_first() -> bool:

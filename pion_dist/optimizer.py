@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dtensor, exchange, state, storage
 from .checkpoint import Record
 from .config import PionConfig
-from .exchange import GroupPeers, ProcessGroup, Route
+from .exchange import GroupPeers, ProcessGroup, Route, in_a_node
 from .execute import Readings, Step, complete
 from .factors import Factors
 from .guard import Guard
@@ -113,7 +113,7 @@ class Pion(torch.optim.Optimizer):
         self._members: dict[int, list[Tensor]] = {}
         self._guard = Guard()
         self._factors = Factors()
-        self.plan = StepPlan(self.config, (), ())
+        self.plan = StepPlan(self.config, (), (), ())
         self._started: set[Tensor] = set()  # parameters whose spectra at start are measured
         # What the next step's factors do, by (number in the plan, number in its batch), is put
         # here; for ``diagnostics``.
@@ -275,7 +275,10 @@ class Pion(torch.optim.Optimizer):
                             config=self.config,
                         )
                     )
-        sizes = [GroupSizes(g.size(), tuple(sorted({1, *self._teams_in(g)}))) for g in self.groups]
+        sizes = [
+            GroupSizes(g.size(), tuple(sorted({1, *self._teams_in(g)})), in_a_node(g))
+            for g in self.groups
+        ]
         self.plan = build_plan(matrices, sizes, self.config)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
         self._numbers = {place: i for i, place in enumerate(self._places)}

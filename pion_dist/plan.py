@@ -144,8 +144,13 @@ class MatrixPlan:
             return True
         return not self.stored and len(self.team) == self.cut and self.along == self.axis
 
-    def seconds(self, config: PionConfig) -> float:
-        """Seconds for which a member of the team is busy with the matrices, by ``cost.seconds``."""
+    def seconds(self, config: PionConfig, near: int) -> float:
+        """Seconds for which a member of the team is busy with the matrices, by ``cost.seconds``.
+
+        Args:
+            config: the run's options.
+            near: neighbours of the group that are in one node.
+        """
         travels = 2 if config.direction == "polar" else 3  # G, W where it is needed, and W back
         return cost.seconds(
             self.batch,
@@ -154,6 +159,7 @@ class MatrixPlan:
             config,
             self.along,
             ranks=len(self.team),
+            near=near,
             travels=0 if self.in_place else travels,
         )
 
@@ -253,11 +259,13 @@ class StepPlan:
     Attributes:
         config: the run's options.
         sizes: ranks of each process group.
+        near: of each, neighbours that are in one node.
         matrices: all that the rank has or shares, in order.
     """
 
     config: PionConfig
     sizes: tuple[int, ...]
+    near: tuple[int, ...]
     matrices: tuple[MatrixPlan, ...] = field(repr=False)
 
     def of_group(self, group: int) -> list[int]:
@@ -337,7 +345,11 @@ class StepPlan:
 
         Waits for other ranks are not among them.
         """
-        return sum(x.seconds(self.config) for x in self.matrices if self._computes(x, ranks))
+        return sum(
+            x.seconds(self.config, 1 if x.group is None else self.near[x.group])
+            for x in self.matrices
+            if self._computes(x, ranks)
+        )
 
     def state_bytes(self, ranks: Sequence[int]) -> int:
         """Bytes of a rank's moments; see ``flop``."""

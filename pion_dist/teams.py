@@ -11,8 +11,8 @@ from .config import PionConfig
 from .plan import MatrixPlan, StepPlan, deal, loads_of
 from .state import divides
 
-# Ranks of the largest team that `auto` chooses.
-LARGEST_TEAM = 8
+# Ranks of the largest team that `auto` chooses: four nodes of eight.
+LARGEST_TEAM = 32
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class GroupSizes:
         ranks: all.
         teams: sizes of the teams of neighbours that can compute a matrix, in ascending order. Each
             divides the number of ranks.
+        near: neighbours that are in one node, wherever a team of so many begins.
     """
 
     ranks: int
     teams: tuple[int, ...] = (1,)
+    near: int = 1
 
 
 def build_plan(
@@ -45,7 +47,8 @@ def build_plan(
         chosen = _teams([matrices[i] for i in indices], sizes, config)
         for i, team in zip(indices, chosen, strict=True):
             found[i] = dataclasses.replace(found[i], team=team)
-    return StepPlan(config, tuple(each.ranks for each in groups), tuple(found))
+    ranks, near = tuple(x.ranks for x in groups), tuple(x.near for x in groups)
+    return StepPlan(config, ranks, near, tuple(found))
 
 
 def _teams(
@@ -61,7 +64,7 @@ def _teams(
     """
     costs = [
         tuple(
-            (size, dataclasses.replace(x, team=tuple(range(size))).seconds(config))
+            (size, dataclasses.replace(x, team=tuple(range(size))).seconds(config, group.near))
             for size in _sizes(x, group, config)
         )
         for x in matrices
@@ -104,18 +107,33 @@ def _teams(
     return teams
 
 
-def team_sizes(ranks: int, config: PionConfig, *, cut: int, near: int) -> tuple[int, ...]:
+def neighbours(ranks: Sequence[int], node: int) -> int:
+    """Neighbours of a group that are in one node, wherever a team of so many begins.
+
+    Args:
+        ranks: the group's, among all of the run.
+        node: ranks of a node.
+    """
+    size = 1
+    while len(ranks) % (2 * size) == 0 and all(
+        len({rank // node for rank in ranks[first : first + 2 * size]}) == 1
+        for first in range(0, len(ranks), 2 * size)
+    ):
+        size *= 2
+    return size
+
+
+def team_sizes(ranks: int, config: PionConfig, *, cut: int) -> tuple[int, ...]:
     """The sizes of the teams of neighbours that so many ranks can form, in ascending order.
 
     Args:
         ranks: that together store weights.
         config: the run's options.
         cut: of them, that have the shards of a weight.
-        near: neighbours that are in one node, at most.
     """
     if config.blocks > 1:
         return (cut,)
-    most = min(LARGEST_TEAM, near) if config.team_size == "auto" else config.team_size
+    most = LARGEST_TEAM if config.team_size == "auto" else config.team_size
     powers = (1 << power for power in range(most.bit_length()))
     return tuple(size for size in powers if ranks % size == 0)
 

@@ -17,7 +17,7 @@ from pion_dist.config import Axis
 from pion_dist.cost import step_flop
 from pion_dist.plan import WAVES, MatrixPlan, StepPlan, deal, differences, loads_of
 from pion_dist.state import divided_axis, divides, moments, unfit
-from pion_dist.teams import GroupSizes, build_plan, team_sizes
+from pion_dist.teams import GroupSizes, build_plan, neighbours, team_sizes
 
 
 @given(st.lists(st.floats(1, 1e6), max_size=40), st.integers(1, 8))
@@ -52,8 +52,8 @@ def plan_of(ranks: int, *, cut: int = 0, **options: object) -> StepPlan:
         for i, (m, n, axis) in enumerate(shapes)
     ]
     alone = MatrixPlan(weight="alone", part="whole", batch=2, m=4, n=6)
-    teams = team_sizes(ranks, config, cut=cut or ranks, near=ranks)
-    return build_plan([*matrices, alone], [GroupSizes(ranks, teams)], config)
+    teams = team_sizes(ranks, config, cut=cut or ranks)
+    return build_plan([*matrices, alone], [GroupSizes(ranks, teams, ranks)], config)
 
 
 @pytest.mark.parametrize("options", [{}, MSIGN, PUBLISHED], ids=["default", "msign", "published"])
@@ -159,11 +159,20 @@ def test_a_team_has_equal_shares() -> None:
 
 def test_the_sizes_of_teams() -> None:
     auto = PionConfig()
-    assert team_sizes(24, auto, cut=8, near=16) == (1, 2, 4, 8)
-    assert team_sizes(6, auto, cut=1, near=16) == (1, 2)
-    assert team_sizes(16, auto, cut=1, near=2) == (1, 2)
-    assert team_sizes(64, PionConfig(team_size=16), cut=8, near=8) == (1, 2, 4, 8, 16)
-    assert team_sizes(64, PionConfig(**PUBLISHED, blocks=6), cut=3, near=8) == (3,)
+    assert team_sizes(24, auto, cut=8) == (1, 2, 4, 8)
+    assert team_sizes(6, auto, cut=1) == (1, 2)
+    assert team_sizes(64, auto, cut=1) == (1, 2, 4, 8, 16, 32)
+    assert team_sizes(64, PionConfig(team_size=16), cut=8) == (1, 2, 4, 8, 16)
+    assert team_sizes(64, PionConfig(**PUBLISHED, blocks=6), cut=3) == (3,)
+
+
+def test_neighbours_in_a_node() -> None:
+    """Ranks of a run, 8 to a node: all, every 2nd, every 8th, some of a node, none of its own."""
+    assert neighbours(range(32), 8) == 8
+    assert neighbours(range(0, 32, 2), 8) == 4
+    assert neighbours(range(0, 64, 8), 8) == 1
+    assert neighbours([1, 3, 5, 7], 8) == 4
+    assert neighbours([6, 7, 8, 9], 8) == 2 and neighbours([7, 8, 9, 10], 8) == 1
 
 
 def test_a_given_size_is_the_largest() -> None:
@@ -195,7 +204,7 @@ def test_large_matrices_have_larger_teams() -> None:
         )
         for i, (m, n) in enumerate(shapes)
     ]
-    found = build_plan(matrices, [GroupSizes(16, (1, 2, 4, 8))], config).matrices
+    found = build_plan(matrices, [GroupSizes(16, (1, 2, 4, 8), 8)], config).matrices
     assert len(found[0].team) > 1 and all(len(x.team) == 1 for x in found[1:])
     # The members are neighbours, from a multiple of their number on.
     first, size = found[0].team[0], len(found[0].team)

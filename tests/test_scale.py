@@ -319,12 +319,28 @@ def test_teams_of_the_real_70b_have_less_to_wait_for() -> None:
     assert auto.step < 0.6 * one.step and auto.imbalance < 1.3 < one.imbalance
     assert auto.memory < 1.05 * adamw.memory < one.memory
     # Every team is within a node: 8 tensor-parallel ranks, as its members are neighbours.
+    assert max(len(team) for team in teams_of(model, layout, config)) <= H100.node
+
+
+def test_teams_go_beyond_a_node_where_that_is_faster() -> None:
+    """By default, 70B on 16,384 GPUs: AdamW's share of an iteration and two points more, at most."""
+    model, config = MODELS["llama-70b"], in_bf16("pretrain")
+    layout = Layout(gpus=16384, tp=8, pp=4, batch=2048)
+    assert H100.node < max(len(team) for team in teams_of(model, layout, config))
+    pion, adamw = (
+        predict(model, layout, H100, method)
+        for method in (Method(config=config), Method(optimizer="adamw"))
+    )
+    assert pion.share < adamw.share + 0.02 and pion.memory < 1.05 * adamw.memory
+
+
+def teams_of(model: Model, layout: Layout, config: PionConfig) -> list[tuple[int, ...]]:
+    """The teams of a stage's dense matrices."""
     (pool,) = pools(model, layout, config)
-    teams = [x.team for x in planned(pool, config, H100.node).plan.matrices]
-    assert all(len({rank // H100.node for rank in team}) == 1 for team in teams)
+    return [x.team for x in planned(pool, config, H100.node).plan.matrices]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("shape", [(28672, 8192), (8192, 8192), (14336, 4096)], ids=str)
 def test_teams_are_chosen_by_about_the_predicted_seconds(
     shape: tuple[int, int], ranks: int
@@ -332,7 +348,7 @@ def test_teams_are_chosen_by_about_the_predicted_seconds(
     """The counts behind ``auto`` are coarse, but a size of team changes more than a tenth."""
     config = in_bf16("pretrain")
     along = divided_axis(*shape, config, None)
-    counted = cost.seconds(1, *shape, config, along, ranks=ranks, travels=0)
+    counted = cost.seconds(1, *shape, config, along, ranks=ranks, near=8, travels=0)
     predicted = matrices_work(1, *shape, config, along, ranks, 1, H100).total
     assert counted == pytest.approx(predicted, rel=0.1)
 

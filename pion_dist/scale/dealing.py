@@ -238,7 +238,7 @@ def planned(pool: Pool, config: PionConfig, node: int) -> Planned:
     groups = []
     for name, ranks in sizes.items():
         near = max(1, node // apart(pool, name))
-        groups.append(GroupSizes(ranks, team_sizes(ranks, config, cut=pool.tp, near=near)))
+        groups.append(GroupSizes(ranks, team_sizes(ranks, config, cut=pool.tp), near))
     return with_waves(pool, build_plan(matrices, groups, config), tuple(sizes))
 
 
