@@ -11,6 +11,7 @@ from typing import Any
 
 from pion_dist import RECIPES, PionConfig
 from pion_dist.config import choices
+from pion_dist.initialization import KINDS
 from pion_dist.recipes import in_bf16
 
 _CHOICES = choices()
@@ -18,7 +19,7 @@ DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
 # Options of the own recipes that follow the training: in float32, and with --bf16.
 _FOLLOWING = {"matmul_precision": ("highest", "bf16"), "state_dtype": ("fp32", "bf16")}
-INITS = ("keep", "fan_in", "orthogonal", "spectral")
+INITS = ("keep", *KINDS)
 INIT_OF_RECIPE = {
     "pretrain": "fan_in",
     "finetune": "keep",
@@ -162,9 +163,8 @@ FLAGS = (
         "team-size",
         _DEFAULT.team_size,
         "At most so many of the ranks that together store a matrix compute it together, each its "
-        "rows of the longer dimension; a power of two. auto: up to 8 neighbours within a node, as "
-        "makes the busiest rank's step shortest by a count of FLOP and bytes. The result is the "
-        "same.",
+        "rows of the longer dimension; a power of two. auto: up to 32 neighbours, as makes the "
+        "busiest rank's step shortest by a count of FLOP and bytes. The result is the same.",
         {"type": _team_size, "metavar": "RANKS"},
     ),
     Flag(

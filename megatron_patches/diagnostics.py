@@ -5,33 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from pion_dist.diagnostics import Diagnostics
+from pion_dist.diagnostics import Diagnostics, line, scalars
 from pion_dist.optimizer import Pion
 
 _WATCH = "pion_watch"  # attribute of the run's optimizer
-
-
-@dataclass(frozen=True)
-class Row:
-    """A matrix's numbers; see ``pion_dist.diagnostics.Report``."""
-
-    name: str
-    exact: bool
-    size: int
-    drift: float
-    shift: float
-    orthogonality: float
-    angle: float
-    alpha: float
-    kept: float
-    update_rms: float
 
 
 def apply() -> None:
@@ -90,13 +72,7 @@ class Watch:
         """After an iteration, whether it has moved the weights or not."""
         if iteration % self._interval or self._diagnostics is None:
             return
-        mine = [
-            Row(name, exact, size, *values.tolist())
-            for report in (each.report() for each in self._diagnostics)
-            for name, exact, size, values in zip(
-                report.names, report.exact, report.sizes, report.values, strict=True
-            )
-        ]
+        mine = [row for each in self._diagnostics for row in each.report()]
         rank, last = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
         everyone: list[Any] | None = [None] * (last + 1) if rank == last else None
         torch.distributed.gather_object(mine, everyone, dst=last)
@@ -129,66 +105,6 @@ def _elsewhere(pions: Iterable[Pion]) -> set[str]:
         for number, name in enumerate(sorted(found))
     }
     return {name for name, first in mine.items() if chosen[name] != first}
-
-
-# Tag of a kind, whether it is of exact matrices, and a row's number.
-_KINDS: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
-    ("drift", True, lambda row: row.drift),
-    ("shift", True, lambda row: row.shift),
-    ("norm-drift", False, lambda row: row.drift),
-)
-
-
-def scalars(rows: Sequence[Row]) -> dict[str, float]:
-    """What the writers get, by tag."""
-    found = {}
-    for kind, exact, value in _KINDS:
-        parts: dict[str, float] = {}
-        for row in rows:
-            if row.exact == exact:
-                part = row.name.rpartition("[")[0]
-                parts[part] = max(value(row), parts.get(part, 0.0))
-        if parts:
-            found[f"pion/{kind}"] = max(parts.values())
-        found |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
-    stepped = [row for row in rows if not math.isnan(row.angle)]
-    if stepped:
-        size = sum(row.size for row in stepped)
-        squares = sum(row.size * row.update_rms**2 for row in stepped)
-        found |= {
-            "pion/orthogonality": max(row.orthogonality for row in stepped),
-            "pion/angle": max(row.angle for row in stepped),
-            "pion/update-rms": math.sqrt(squares / size),
-        }
-        # Generators have the one, polar the other.
-        if alphas := [row.alpha for row in stepped if not math.isnan(row.alpha)]:
-            found |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
-        if shares := [row.kept for row in stepped if not math.isnan(row.kept)]:
-            found["pion/kept-min"] = min(shares)
-    return found
-
-
-def line(rows: Sequence[Row], iteration: int) -> str:
-    """What the log gets."""
-    values = scalars(rows)
-    words = [f" pion at iteration {iteration}"]
-    for kind, exact, value in _KINDS:
-        if some := [row for row in rows if row.exact == exact]:
-            worst = max(some, key=value)
-            words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
-    if "pion/angle" in values:
-        words += [
-            f"orthogonality: {values['pion/orthogonality']:.3E}",
-            f"angle: {values['pion/angle']:.3E}",
-        ]
-        if "pion/alpha-min" in values:
-            words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")
-        if "pion/kept-min" in values:
-            words.append(f"kept: {values['pion/kept-min']:.3E}")
-        words.append(f"update rms: {values['pion/update-rms']:.3E}")
-    else:
-        words.append("no step was taken")
-    return " | ".join(words) + " |"
 
 
 def _write(values: dict[str, float], iteration: int) -> None:

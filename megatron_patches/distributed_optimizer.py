@@ -24,7 +24,7 @@ from pion_dist.plan import ranges
 from pion_dist.slots import Storage
 
 from . import seams, teams
-from .parameters import decided, of_all_ranks
+from .parameters import decided
 from .sharded_state import CheckpointedPion
 
 # Set on the config that Megatron makes its optimizer with, which says Adam.
@@ -258,6 +258,4 @@ def _grid(tp: Any, dp: Any) -> Any:
             f"--optimizer pion with --use-distributed-optimizer: ranks {mine} store a weight "
             "together; tensor-parallel ranks must be neighbours"
         )
-    # Every rank makes every group, in one order, as Megatron makes its own.
-    made = {ranks: dist.new_group(ranks) for ranks in sorted(set(of_all_ranks(mine)))}
-    return made[mine]
+    return teams.made_by_all({mine})[mine]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from math import sqrt
+from collections.abc import Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.initialization import KINDS
 from pion_dist.matrices import MatrixView
-from pion_dist.spectrum import largest
 
 from . import transformer_engine
 from .parameters import entries, pieces
@@ -126,37 +125,3 @@ def _whole_view(
     decision = classify(dataclasses.replace(info, shape=shape, tp_size=1), config)
     assert isinstance(decision, Rotated)
     return decision.view
-
-
-def fan_in(gaussian_mn: Tensor, scale: float) -> Tensor:
-    """N(0, scale**2 / n): what has mean squares of 1 comes out with ``scale**2``."""
-    deviation: float = scale * gaussian_mn.shape[1] ** -0.5
-    return gaussian_mn * deviation
-
-
-def orthogonal(gaussian_mn: Tensor, scale: float) -> Tensor:
-    """Orthonormal rows or columns, uniformly distributed, with ``fan_in``'s mean Frobenius norm.
-
-    All singular values are ``scale * max(1, sqrt(m / n))``.
-    """
-    m, n = gaussian_mn.shape
-    tall = gaussian_mn.double() if m >= n else gaussian_mn.double().mT
-    q, r = torch.linalg.qr(tall)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)  # without them, q's are Householder's
-    found: Tensor = q * (scale * max(1.0, sqrt(m / n)) * signs)
-    return found if m >= n else found.mT
-
-
-def spectral(gaussian_mn: Tensor, scale: float) -> Tensor:
-    """Gaussian, with a largest singular value of ``scale * sqrt(m / n)``."""
-    m, n = gaussian_mn.shape
-    factor = scale * sqrt(m / n) / largest(gaussian_mn.double())
-    return gaussian_mn * factor
-
-
-KINDS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "fan_in": fan_in,
-    "orthogonal": orthogonal,
-    "spectral": spectral,
-}
-"""How a Gaussian matrix [m, n] becomes an initial one, given the scale."""

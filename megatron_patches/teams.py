@@ -25,13 +25,16 @@ def make(groups: Sequence[ProcessGroup], config: PionConfig, tp: ProcessGroup) -
     """
     known = {_ranks(group): group for group in (*groups, tp)}
     blocks = {group: _blocks(_ranks(group), config, tp.size()) for group in groups}
-    wanted = {block for each in blocks.values() for block in each} - known.keys()
-    # Every rank makes every group, in one order, as Megatron makes its own.
-    for ranks in sorted(set().union(*of_all_ranks(wanted))):
-        made = dist.new_group(ranks)
-        if ranks in wanted:
-            known[ranks] = made
+    known |= made_by_all({x for each in blocks.values() for x in each} - known.keys())
     return {group: [known[block] for block in each] for group, each in blocks.items()}
+
+
+def made_by_all(wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], ProcessGroup]:
+    """Make the process groups of these ranks; a collective of all ranks of the run."""
+    # Every rank makes every group, in one order, as Megatron makes its own.
+    everyones = sorted(set().union(*of_all_ranks(wanted)))
+    made = {ranks: dist.new_group(ranks) for ranks in everyones}
+    return {ranks: made[ranks] for ranks in wanted}
 
 
 def _ranks(group: ProcessGroup) -> tuple[int, ...]:

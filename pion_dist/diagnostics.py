@@ -4,16 +4,16 @@
     ...
     watch.record()  # record the next step
     optimizer.step()
-    report = watch.report()
-    print(report.names[report.values[:, 0].argmax()], report.values.amax(0))
+    print(line(watch.report(), step))
 
 Other steps measure nothing. ``docs/diagnostics.md`` explains the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,27 +26,30 @@ from .update import readings
 # singular values take a product of 2 k² max(m, n) operations and a decomposition of 4/3 k³.
 EXACT_SIDE = 1024
 
-COLUMNS = ("drift", "shift", *readings.COLUMNS)
-
 
 @dataclass(frozen=True)
-class Report:
-    """Metrics of the matrices that this rank reports; ranks that share a matrix report it once.
+class Row:
+    """Metrics of a matrix.
 
     Attributes:
-        names: weight, part and number of each matrix, identical in every layout.
-        exact: for each matrix, whether its drift is that of all singular values, or of norms.
-        sizes: number of elements of each matrix.
-        values: [matrices, 7] in float64, on the CPU, with COLUMNS. Drift and shift are since the
-            start, see ``spectrum``; shift is NaN where a matrix is not exact. Orthogonality, angle,
-            alpha, kept and update_rms are of the recorded step, see ``update.readings``; they are
-            NaN where none was recorded.
+        name: weight, part and number of the matrix, identical in every layout.
+        exact: whether its drift is that of all singular values, or of norms.
+        size: number of its elements.
+        drift, shift: since the start, see ``spectrum``; shift is NaN where they are not exact.
+        orthogonality, angle, alpha, kept, update_rms: of the recorded step, see
+            ``update.readings``; NaN where none was recorded.
     """
 
-    names: list[str]
-    exact: list[bool]
-    sizes: list[int]
-    values: Tensor
+    name: str
+    exact: bool
+    size: int
+    drift: float
+    shift: float
+    orthogonality: float
+    angle: float
+    alpha: float
+    kept: float
+    update_rms: float
 
 
 class Diagnostics:
@@ -79,17 +82,20 @@ class Diagnostics:
         """Record the metrics of the next step's factors, until ``report``."""
         self._optimizer.readings = []
 
-    def report(self) -> Report:
-        """Report the drift so far, and the recorded step."""
+    def report(self) -> list[Row]:
+        """Report the drift so far, and the recorded step.
+
+        Returns:
+            The matrices that this rank reports; of those that ranks share one rank reports each.
+        """
         pion = self._optimizer
-        report = Report([], [], [], torch.empty(0, len(COLUMNS), dtype=torch.float64))
+        report = []
         steps = {
             member: row
             for members, rows in pion.readings or ()
             for member, row in zip(members, rows, strict=True)
         }
         pion.readings = None
-        columns = []
         for i, now in self._measured().items():
             x, start = pion.plan.matrices[i], pion.start(i)
             exact = self._is_exact(i)
@@ -101,11 +107,10 @@ class Diagnostics:
             rows = torch.stack([steps.get((i, index), nothing) for index in range(x.batch)])
             drift = spectrum.drift(start, now)
             shift = spectrum.shift(start, now) if exact else torch.full_like(drift, torch.nan)
-            columns.append(torch.cat((torch.stack((drift, shift), -1), rows), -1).cpu())
-            report.names.extend(pion.names(i))
-            report.exact.extend([exact] * x.batch)
-            report.sizes.extend([x.m * x.n] * x.batch)
-        return replace(report, values=torch.cat([report.values, *columns]))
+            values = torch.cat((torch.stack((drift, shift), -1), rows), -1).tolist()
+            each = zip(pion.names(i), values, strict=True)
+            report += [Row(name, exact, x.m * x.n, *numbers) for name, numbers in each]
+        return report
 
     def _is_exact(self, i: int) -> bool:
         x = self._optimizer.plan.matrices[i]
@@ -121,3 +126,63 @@ class Diagnostics:
         if self._is_exact(i):
             return spectrum.values_of(spectrum.gram(matrices))
         return spectrum.norms_of(matrices)
+
+
+# Tag of a kind, whether it is of exact matrices, and a row's number.
+_KINDS: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
+    ("drift", True, lambda row: row.drift),
+    ("shift", True, lambda row: row.shift),
+    ("norm-drift", False, lambda row: row.drift),
+)
+
+
+def scalars(rows: Sequence[Row]) -> dict[str, float]:
+    """Compute the scalars for TensorBoard and the like, by tag."""
+    found = {}
+    for kind, exact, value in _KINDS:
+        parts: dict[str, float] = {}
+        for row in rows:
+            if row.exact == exact:
+                part = row.name.rpartition("[")[0]
+                parts[part] = max(value(row), parts.get(part, 0.0))
+        if parts:
+            found[f"pion/{kind}"] = max(parts.values())
+        found |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
+    stepped = [row for row in rows if not math.isnan(row.angle)]
+    if stepped:
+        size = sum(row.size for row in stepped)
+        squares = sum(row.size * row.update_rms**2 for row in stepped)
+        found |= {
+            "pion/orthogonality": max(row.orthogonality for row in stepped),
+            "pion/angle": max(row.angle for row in stepped),
+            "pion/update-rms": math.sqrt(squares / size),
+        }
+        # Generators have the one, polar the other.
+        if alphas := [row.alpha for row in stepped if not math.isnan(row.alpha)]:
+            found |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
+        if shares := [row.kept for row in stepped if not math.isnan(row.kept)]:
+            found["pion/kept-min"] = min(shares)
+    return found
+
+
+def line(rows: Sequence[Row], iteration: int) -> str:
+    """Write a line for the log."""
+    values = scalars(rows)
+    words = [f" pion at iteration {iteration}"]
+    for kind, exact, value in _KINDS:
+        if some := [row for row in rows if row.exact == exact]:
+            worst = max(some, key=value)
+            words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
+    if "pion/angle" in values:
+        words += [
+            f"orthogonality: {values['pion/orthogonality']:.3E}",
+            f"angle: {values['pion/angle']:.3E}",
+        ]
+        if "pion/alpha-min" in values:
+            words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")
+        if "pion/kept-min" in values:
+            words.append(f"kept: {values['pion/kept-min']:.3E}")
+        words.append(f"update rms: {values['pion/update-rms']:.3E}")
+    else:
+        words.append("no step was taken")
+    return " | ".join(words) + " |"

@@ -239,7 +239,7 @@ def agree(grads_finite: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
 
 
 def in_a_node(group: ProcessGroup) -> int:
-    """``teams.neighbours`` of a group, a node having as many ranks as the launcher says, or GPUs."""
+    """``teams.neighbours`` of a group. The launcher says how many ranks a node has, or its GPUs."""
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
     return neighbours(dist.get_process_group_ranks(group), node)
 

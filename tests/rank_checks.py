@@ -20,7 +20,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -623,9 +623,8 @@ def check_stored_state(place: Place, config: PionConfig) -> None:
     for old, new in zip(straight.data, resumed.data, strict=True):
         assert torch.equal(old, new)
     mine, same = (watch.report() for watch in watches)
-    assert mine.names == same.names
-    assert torch.equal(mine.values.nan_to_num(), same.values.nan_to_num())
-    reported = [name for names in place.everyones(mine.names) for name in names]
+    assert repr(mine) == repr(same)  # to the bit, NaN included
+    reported = [row.name for rows in place.everyones(mine) for row in rows]
     shared = {w.name for w in run.weights if w.shared}
     of_shared = [name for name in reported if name.partition(":")[0] in shared]
     assert len(of_shared) == len(set(of_shared))
@@ -679,8 +678,7 @@ def check_diagnostics(place: Place, config: PionConfig) -> None:
         run.optimizer.forget_factors()
         watch.record()
         run.step()
-        report = watch.report()
-        found.append(list(zip(report.names, report.values.tolist(), strict=True)))
+        found.append([(row.name, astuple(row)[3:]) for row in watch.report()])
     mine, one = found
     everyones = [row for rows in place.everyones(mine) for row in rows]
     expected = dict(one)

@@ -15,7 +15,7 @@ import torch
 from layout_table import MODELS, Result, Run
 from megatron_runs import COMMON, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, launch, refused, run
 
-from megatron_patches.arguments import INITS
+from pion_dist.initialization import KINDS, spectral
 
 SCALE = 0.5
 SHAPES = [(1, 1), (1, 9), (9, 1), (64, 64), (48, 200), (200, 48), (300, 310)]
@@ -58,25 +58,18 @@ CHECKS: dict[str, Callable[[torch.Tensor, float], None]] = {
 }
 
 
-def test_the_flag_offers_every_kind() -> None:
-    from megatron_patches.initialization import KINDS
-
-    assert ("keep", *KINDS) == INITS
+def test_every_kind_is_checked() -> None:
     assert KINDS.keys() == CHECKS.keys()
 
 
 @pytest.mark.parametrize("kind", CHECKS)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_singular_values_are_what_the_kind_says(kind: str, m: int, n: int) -> None:
-    from megatron_patches.initialization import KINDS
-
     CHECKS[kind](KINDS[kind](gaussian(m, n), SCALE)[None], SCALE)
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_spectral_scales_the_gaussian(m: int, n: int) -> None:
-    from megatron_patches.initialization import spectral
-
     drawn = gaussian(m, n)
     ratio = spectral(drawn, SCALE).double() / drawn.double()
     assert ratio.max() / ratio.min() - 1 < 2**-22  # one rounding of each

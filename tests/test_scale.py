@@ -323,7 +323,7 @@ def test_teams_of_the_real_70b_have_less_to_wait_for() -> None:
 
 
 def test_teams_go_beyond_a_node_where_that_is_faster() -> None:
-    """By default, 70B on 16,384 GPUs: AdamW's share of an iteration and two points more, at most."""
+    """By default, of 70B on 16,384 GPUs: at most AdamW's share of an iteration plus two points."""
     model, config = MODELS["llama-70b"], in_bf16("pretrain")
     layout = Layout(gpus=16384, tp=8, pp=4, batch=2048)
     assert H100.node < max(len(team) for team in teams_of(model, layout, config))
