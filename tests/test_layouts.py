@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 
 import pytest
+import torch
 from layout_table import FLAT, Difference, Result, Run, Table
 from megatron_runs import PUBLISHED_FLAGS
 
@@ -61,6 +62,8 @@ DIST_OPT_TEAMS = [
 ]
 TP2_FLAT = Run("tp2, equal values", 2, tp(2), options=(FLAT,))
 MOE_EP2 = Run("moe ep2", 2, EP2, "moe")
+MOE_TP2 = Run("moe tp2, cut experts", 2, tp(2, SP), "moe")
+MOE_PP2 = Run("moe pp2", 2, PP2, "moe")
 MOE_EP2_DIST_OPT = Run("moe ep2 dist-opt", 2, (*EP2, *DIST_OPT), "moe")
 # Experts' data-parallel groups are larger than the other weights', smaller, or other ranks.
 MOE_DIST_OPT = [
@@ -181,7 +184,8 @@ FLOAT32 = [
     MOE_EP2,
     MOE_EP2_DIST_OPT,
     MOE_EP2_TP2,
-    Run("moe tp2, cut experts", 2, tp(2, SP), "moe"),
+    MOE_TP2,
+    MOE_PP2,
     *MOE_DIST_OPT,
     Run("mha, plain mlp, tp2 sp", 2, tp(2, SP), "plain"),
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
@@ -201,16 +205,28 @@ BFLOAT16 = [  # against one process, or TP's ranks alone
     Run("bf16 dp2 dist-opt, published", 2, DIST_OPT, options=(*BF16, *PUBLISHED)),
     Run("bf16 tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), options=BF16, against=BF16_TP2),
 ]
+# Without clipping, whose factor is a sum over all ranks, each element has the same history at DP 2
+# with and without the distributed optimizer: sums of two are the same in either order.
+NO_CLIP = ("--clip-grad", "0")
+SAME_BITS = [
+    Run(
+        f"{name}dp2 dist-opt overlap, no clipping",
+        2,
+        (*DIST_OPT, *OVERLAP),
+        options=(*NO_CLIP, *optimizer),
+        against=Run(f"{name}dp2, no clipping", 2, options=(*NO_CLIP, *optimizer)),
+    )
+    for name, optimizer in (("", ()), ("adam ", ("--optimizer", "adam")))
+]
 OF_POLAR = [TP2, TP2_TEAMS2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
-MOE_PLACES = [MOE_EP2.one_process, MOE_EP2, MOE_EP2_DIST_OPT]
+# The same of a MoE, and of the last ones those with the distributed optimizer.
+MOE_PLACES = [MOE_EP2.one_process, MOE_TP2, MOE_PP2, MOE_DIST_OPT[0], MOE_DIST_OPT[6]]
 P_PLACES = [P_TP2.one_process, P_TP2, P_TP2_DIST_OPT, P_DIST_OPT, P_PP2]
 MOVES = [
-    # What one process has saved loads everywhere, and so does what TP 2 has; every place saves.
-    *(saved.moved_to(loaded) for saved in PLACES[:2] for loaded in PLACES),
-    *(saved.moved_to(loaded) for saved, loaded in pairwise([*PLACES[2:], PLACES[0]])),
-    *(saved.moved_to(saved) for saved in PLACES[2:]),
-    *(saved.moved_to(loaded) for saved, loaded in pairwise([*MOE_PLACES, MOE_PLACES[0]])),
+    *(saved.moved_to(loaded) for saved in PLACES for loaded in PLACES),
+    *(run.moved_to(MOE_EP2) for run in (*MOE_PLACES, MOE_EP2, MOE_EP2_DIST_OPT)),
+    *(MOE_EP2.moved_to(run) for run in (*MOE_PLACES, MOE_EP2_DIST_OPT)),
     *(run.moved_to(run) for run in (MOE_EP2_DIST_OPT, *MOE_DIST_OPT)),
     MOE_TEAMS2.moved_to(MOE_TEAMS2),
     *(SPLIT_GROUP.one_process.moved_to(SPLIT_GROUP), SPLIT_GROUP.moved_to(SPLIT_GROUP.one_process)),
@@ -350,6 +366,16 @@ def far(run: Run) -> Limits:
 @named(FLOAT32)
 def test_float32(check: Callable[..., None], run: Run) -> None:
     check("float32, to one process", run, exact(run))
+
+
+@named(SAME_BITS)
+def test_the_distributed_optimizer_changes_no_bit(table: Table, run: Run) -> None:
+    """Adam's parameters beside Pion's too, as of Adam's own run."""
+    expected = table[run.reference]
+    assert all(table[run].steps[i][0] == loss for i, (loss, _) in expected.steps.items())
+    assert expected.weights.keys() == table[run].weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(table[run].weights[name], weight), name
 
 
 @named([run.start for run in ZEROS[:1]])
