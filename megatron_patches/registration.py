@@ -122,8 +122,10 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
         for tp in (pg_collection.tp, getattr(pg_collection, "expt_tp", None)):
             if tp is not None and tp.size() > 1:
                 teams_of |= teams.make([tp], options, tp)
+    # Where a script leaves the rate to its scheduler there is none to begin with.
+    lr = {} if config.lr is None else {"lr": config.lr * config.pion_lr_mult}
     return {
-        "lr": config.lr * config.pion_lr_mult,
+        **lr,
         "config": options,
         "views": views,
         "names": names,

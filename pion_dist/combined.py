@@ -112,7 +112,13 @@ class PionWithAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, of both: parameters are numbered through."""
+        """As torch's, of both: parameters are numbered through.
+
+        AdamW's state is there before its first step too, for ``torch.distributed.checkpoint``: that
+        loads what it finds here, and makes none where Pion has some.
+        """
+        for adamw in self.optimizers[1:]:
+            _make_state(adamw)
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         first = 0
@@ -146,3 +152,26 @@ class PionWithAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy needs."""
         return {"defaults": self.defaults, "optimizers": self.optimizers}
+
+
+@torch.no_grad()
+def _make_state(adamw: torch.optim.Optimizer) -> None:
+    """Make the state of parameters that have none, as the first step would; they do not move."""
+    params = [p for group in adamw.param_groups for p in group["params"]]
+    fresh = [p for p in params if not adamw.state.get(p)]
+    if not fresh:
+        return
+    grads, rates = [p.grad for p in params], [group["lr"] for group in adamw.param_groups]
+    for p in params:
+        p.grad = None
+    for p in fresh:
+        p.grad = torch.zeros_like(p)
+    for group in adamw.param_groups:
+        group["lr"] = 0.0 * group["lr"]  # a tensor, where it is one
+    adamw.step()
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    for group, rate in zip(adamw.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for p in fresh:
+        adamw.state[p]["step"].zero_()

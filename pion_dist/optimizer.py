@@ -45,8 +45,9 @@ class Pion(torch.optim.Optimizer):
     arXiv 2605.12492. Weight decay would change the spectrum and does not exist here.
 
     Parameters may be converted at any time, as by ``model.cuda()`` or ``model.double()``: the
-    moments follow at the next step. ``torch.compile`` leaves ``step`` out of its graph and compiles
-    a training step around it.
+    moments follow at the next step. Before the first step a sharded model's may stand in the places
+    of those that Pion was made with, as Accelerate puts them. ``torch.compile`` leaves ``step`` out
+    of its graph and compiles a training step around it.
 
     Args:
         params: 2-D parameters, or groups of them; as for any torch optimizer, also
@@ -182,6 +183,9 @@ class Pion(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Take over parameters that were converted, as by ``model.cuda()``, with their moments."""
+        now = self._params()
+        if list(map(id, now)) != list(map(id, self._slots)):
+            self._replace(now)
         if self._kinds == self._kinds_now():
             return
         for p, slot in self._slots.items():
@@ -194,6 +198,30 @@ class Pion(torch.optim.Optimizer):
                 value = storage.matrices(self.state[p][key], moment, ranks, key)
                 self.state[p][key] = storage.zeros(moment, ranks, p)
                 storage.store(value, self.state[p][key], moment, ranks, key)
+        self.settle()
+
+    def _replace(self, params: Sequence[Tensor]) -> None:
+        """Take over parameters that stand in others' places in the groups; a collective.
+
+        Accelerate puts those of a sharded model there, of an optimizer that was made before.
+
+        Raises:
+            RuntimeError: a step was taken, or they are not the same weights; and what to do.
+        """
+        old = list(self._slots.items())
+        shapes = [p.shape for p, _ in old]
+        if any(group["step"] for group in self.param_groups) or shapes != [p.shape for p in params]:
+            raise RuntimeError(
+                "param_groups have other parameters than Pion was made with: add some with "
+                "add_param_group, and put a sharded model's there before the first step"
+            )
+        places = {p: new for (p, _), new in zip(old, params, strict=True)}
+        self._views = {places[p]: view for p, view in self._views.items() if p in places}
+        self._shards = {places[p]: group for p, group in self._shards.items() if p in places}
+        self._slots = {
+            p: slot_of(p, slot.name, self.config, view=self._views.get(p), tp=self._shards.get(p))
+            for p, (_, slot) in zip(params, old, strict=True)
+        }
         self.settle()
 
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:

@@ -83,16 +83,29 @@ def slot_of(
         raise ValueError(f"{name} has shape {tuple(p.shape)}, its view is of {view}")
     view = _view_of(p) if view is None else view
     if is_dtensor(p):
-        divided = division(p, name)
-        if (tp := divided.columns) is not None:
-            view = replace(view, cols=view.cols // tp.size(), axis="cols")
-        if divided.ranges:
-            stored = Storage(p, divided.group, divided.ranges)
+        if tp is not None or stored is not None:
+            raise ValueError(
+                f"{name} is a DTensor, which says where it is stored: leave it out of shards and "
+                "stored"
+            )
+        view, tp, stored = _of_dtensor(p, name, view)
     slot = Slot(name, view, tp, stored)
     for _, m, n in slot.shapes.values():
         if why := unfit(m, n, config, view.axis, slot.cut):
             raise ValueError(f"{name}: {why}")
     return slot
+
+
+def _of_dtensor(
+    p: Tensor, name: str, view: MatrixView
+) -> tuple[MatrixView, ProcessGroup | None, Storage | None]:
+    """The view of a rank's columns, the ranks that have the others, and what this one stores."""
+    divided, storage = division(p, name), None
+    if (tp := divided.columns) is not None:
+        view = replace(view, cols=view.cols // tp.size(), axis="cols")
+    if divided.ranges:
+        storage = Storage(p, divided.group, divided.ranges)
+    return view, tp, storage
 
 
 def check_dtype(p: Tensor, name: str) -> None:

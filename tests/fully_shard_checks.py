@@ -51,6 +51,7 @@ CONFIGS = {
     "msign": PionConfig(**MSIGN),  # type: ignore[arg-type]
     "int8": PionConfig(state_dtype="int8"),
 }
+ONE_OBJECT = "one object"  # for polar and AdamW
 # A step passes on the rounding of a gradient's sum in another order, 2^-53 a term, by as much as
 # rows of few elements and small singular values enlarge it (measured: weights 9e-16 after four
 # steps, losses 2e-16).
@@ -133,6 +134,12 @@ def views(model: Model) -> dict[Tensor, Any]:
         block.gate_up.weight: stacked(20, WIDTH, name="gate_up", count=2, axis="rows")
         for block in model.blocks
     }
+
+
+def optimizers_of(model: Model, kind: str) -> tuple[torch.optim.Optimizer, ...]:
+    if kind == ONE_OBJECT:
+        return (PionWithAdamW(model, 1e-2, pion_lr_mult=5.0, views=views(model)),)
+    return optimizers(model, CONFIGS[kind])
 
 
 def optimizers(model: Model, config: PionConfig) -> tuple[Pion, torch.optim.AdamW]:
@@ -219,6 +226,32 @@ def check_one_object(mesh: DeviceMesh, data: Any) -> None:
     compare(model, alone)
 
 
+def check_replaced(mesh: DeviceMesh, data: Any) -> None:
+    """An optimizer that was made before its model was sharded, as Accelerate makes it."""
+    model, alone = made(), made()
+    optimizer = PionWithAdamW(model, 1e-2, views=views(model))
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    params = dict(sharded(model, mesh).named_parameters())
+    for group, its in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [params[name] for name in its]
+    train(model, [optimizer], range(3), data)
+    train(alone, [PionWithAdamW(alone, 1e-2, views=views(alone))], range(3))
+    compare(model, alone)
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(whole(p.detach())) for p in group["params"]]
+    refused(optimizer.step, "put a sharded model's there before the first step")
+
+
+def refused(call: Callable[[], object], says: str) -> None:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(f"not refused: {says}")
+
+
 def check_collectives(mesh: DeviceMesh) -> None:
     """A step's number of collectives does not depend on the number of weights."""
     counts = []
@@ -264,12 +297,7 @@ def check_changed_weights(mesh: DeviceMesh) -> None:
     with torch.no_grad():
         model.blocks[1].down.weight.mul_(1.1)
     loss_of(model, 1).backward()
-    try:
-        pion.step()
-    except RuntimeError as error:
-        assert "blocks.1.down.weight was changed since" in str(error), error
-    else:
-        raise AssertionError("a change was overwritten")
+    refused(pion.step, "blocks.1.down.weight was changed since")
     pion.forget_factors()
     pion.step()
 
@@ -277,17 +305,12 @@ def check_changed_weights(mesh: DeviceMesh) -> None:
 def check_refusals(ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     value = torch.randn(6 * ranks, 2 * ranks + 1)
-    for placement, says in (
-        (Shard(1), rf"a: \({6 * ranks}, {2 * ranks + 1}\) with placements"),
-        (Replicate(), ""),
-    ):
-        weight = nn.Parameter(distribute_tensor(value, mesh, [placement]))
-        try:
-            Pion([("a", weight)])
-        except ValueError as error:
-            assert says and "Pion takes Shard(0)" in str(error), error
-        else:
-            assert not says
+    weight = nn.Parameter(distribute_tensor(value, mesh, [Shard(1)]))
+    refused(lambda: Pion([("a", weight)]), "Pion takes Shard(0)")
+    weight = nn.Parameter(distribute_tensor(value, mesh, [Replicate()]))
+    Pion([("a", weight)])
+    shards = {weight: mesh.get_group()}
+    refused(lambda: Pion([("a", weight)], shards=shards), "leave it out of shards and stored")
 
 
 def state_of(model: Model, both: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -315,14 +338,14 @@ def load(folder: Path, model: Model, both: Sequence[torch.optim.Optimizer]) -> l
 
 def check_checkpoints(name: str, mesh: DeviceMesh | None, data: Any, folder: Path) -> None:
     """What any number of ranks has saved goes on here to the losses of its straight run."""
-    for kind, config in CONFIGS.items():
+    for kind in (*CONFIGS, ONE_OBJECT):
         ranks = dist.get_world_size()
         for path in sorted(folder.glob(f"{kind}, *")):
             model = sharded(made(), mesh)
             with torch.no_grad():
                 for p in model.parameters():
                     p.mul_(0.5)
-            both = optimizers(model, config)
+            both = optimizers_of(model, kind)
             straight = load(path, model, both)
             losses = train(model, both, range(2, 4), data)
             # Of int8 another team rounds what another order of a sum has changed: 2^-7 of the
@@ -334,10 +357,10 @@ def check_checkpoints(name: str, mesh: DeviceMesh | None, data: Any, folder: Pat
         if own.exists():
             continue
         model = sharded(made(), mesh)
-        both = optimizers(model, config)
+        both = optimizers_of(model, kind)
         losses = train(model, both, range(2), data)
         again = sharded(made(), mesh)
-        straight = train(again, optimizers(again, config), range(4), data)
+        straight = train(again, optimizers_of(again, kind), range(4), data)
         assert straight[:2] == losses
         save(own, model, both, straight)
 
@@ -369,6 +392,7 @@ def checks(ranks: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]
         for kind in ("polar", "published", "msign"):
             yield f"{name}, {kind}", partial(check_one_process, mesh, data, CONFIGS[kind])
         yield f"{name}, one object", partial(check_one_object, mesh, data)
+        yield f"{name}, replaced", partial(check_replaced, mesh, data)
         if name != "tp":
             yield f"{name}, checkpoints", partial(check_checkpoints, name, mesh, data, folder)
             yield f"{name}, whole state", partial(check_whole_state, mesh, data)

@@ -53,6 +53,22 @@ def made(model: nn.Module, **options: Any) -> PionWithAdamW:
     return PionWithAdamW(model, 0.02, pion_lr_mult=0.5, adamw=ADAMW, **options)
 
 
+def test_a_state_before_the_first_step_changes_no_step() -> None:
+    """AdamW's is made for it, weights and gradients staying as they are."""
+    asked, other = Tiny(), Tiny()
+    one, two = made(asked), made(other)
+    loss(asked, 0).backward()
+    grads = [p.grad.clone() for p in asked.parameters()]
+    state = one.state_dict()["state"]
+    assert len(state) == len(grads) and all(state.values())
+    assert all(not x["step"] for x in state.values() if "step" in x) and same(asked, other)
+    assert all(p.grad.equal(g) for p, g in zip(asked.parameters(), grads, strict=True))
+    assert [group["lr"] for group in one.param_groups] == [0.01, 0.02]
+    for each, optimizer in ((asked, one), (other, two)):
+        train(each, optimizer, range(3))
+    assert same(asked, other)
+
+
 def test_it_is_both_optimizers_on_one_schedule() -> None:
     together, apart = Tiny(), Tiny()
     one = made(together)
