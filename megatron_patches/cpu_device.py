@@ -12,6 +12,7 @@ thread-local and Megatron builds tensors in other threads too (checkpoint worker
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import copy
@@ -296,6 +297,7 @@ def _redirect_collectives() -> None:
         kwargs |= {"device_id": None, "pg_options": None}
         _set_rendezvous_defaults(kwargs.get("world_size", -1))
         real_init(_gloo_for_nccl(backend or "nccl"), *args, **kwargs)
+        atexit.register(_destroy_groups)
 
     @functools.wraps(real_new_group)
     def new_group(
@@ -337,6 +339,12 @@ def _redirect_collectives() -> None:
     for module in (dist, dist.distributed_c10d):
         _replace(module, init_process_group=init_process_group, new_group=new_group)
         _replace(module, all_gather=all_gather, all_to_all_single=all_to_all_single)
+
+
+def _destroy_groups() -> None:
+    # At the end of a process gloo's threads may else abort it: Megatron leaves its groups open.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _set_rendezvous_defaults(world_size: int) -> None:
