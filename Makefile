@@ -64,7 +64,10 @@ test-te: $(TE_STAMP) ## build Transformer Engine into .venv/te, once (20 minutes
 	@$(TE)/bin/python -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest-te \
 		tests/test_transformer_engine.py tests/test_fp8.py
 
-# Checks in one process, resumes, and a training at TP 2 and DP 2 whose checkpoint moves.
+# Checks in one process, resumes, a training at TP 2 and DP 2 whose checkpoint moves, and Megatron's
+# own tests of optimizers, with Pion in Adam's place.
+UNIT_TESTS := test_optimizer.py training/test_param_norm.py optimizer transformer/test_mup.py \
+	test_optimizer_param_scheduler.py test_emerging_optimizers.py models/mimo/test_mimo_optimizer_consensus.py
 test-megatron: $(DEV_STAMP) ## run some of the tests against another Megatron (SRC=a checkout of Megatron-LM)
 	@test -d "$(SRC)/megatron/core" || { echo "make test-megatron SRC=CHECKOUT: there is no" \
 		"$(SRC)/megatron/core; git clone https://github.com/NVIDIA/Megatron-LM CHECKOUT"; exit 2; }
@@ -73,6 +76,9 @@ test-megatron: $(DEV_STAMP) ## run some of the tests against another Megatron (S
 	@OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(SRC))" $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" \
 		--basetemp=$(VENV)/tmp/pytest-megatron tests/test_megatron.py tests/test_layouts.py \
 		-k "checks_inside or prints_the_same_losses or (float32 and tp2-dp2-dist-opt) or tp2-dp2-dist-opt-to"
+	@cd "$(SRC)" && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR):$(abspath $(SRC))" \
+		$(abspath $(VENV))/bin/torchrun --standalone --nproc-per-node 1 -m pytest -p megatron_unit_tests \
+		-p no:cacheprovider -q $(addprefix tests/unit_tests/,$(UNIT_TESTS))
 
 lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 	@$(RUN) -m ruff check .
