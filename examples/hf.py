@@ -1,20 +1,71 @@
-"""What sft.py and rl.py share: the optimizer and its schedule, checkpoints, a tiny model."""
+"""What sft.py and rl.py share: ranks, the optimizer and its schedule, checkpoints, a tiny model."""
 
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pion_dist import RECIPES, PionWithAdamW
 
 CLIP = 1.0  # norm of the gradient
-STATES = ("model", "optimizer", "schedule")  # of a checkpoint
+
+
+def join() -> None:
+    """Join torchrun's ranks, if it started this process."""
+    if "RANK" not in os.environ:
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def ranks() -> tuple[int, int]:
+    """This rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_of_ranks(x: torch.Tensor) -> float:
+    """The mean of a scalar over all ranks."""
+    total = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item() / ranks()[1]
+
+
+def load_model(name: str, device: torch.device, *, shard: bool) -> Any:
+    """Load a model in float32: on a device, or divided over all ranks by FSDP2, layer by layer."""
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if not shard:
+        return model.to(device)
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks()[1],))}
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
 
 
 class Scheduled:
@@ -57,23 +108,46 @@ class Scheduled:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def save(path: Path, scheduled: Scheduled, step: int) -> None:
-    """Write a checkpoint, which is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    states = {name: getattr(scheduled, name).state_dict() for name in STATES}
-    torch.save(states | {"step": step}, part)
-    os.replace(part, path)
+def save(folder: Path, scheduled: Scheduled, step: int) -> None:
+    """Write a checkpoint, which is there as a whole or not at all; all ranks do so together."""
+    part = folder.with_suffix(".part")
+    dcp.save(
+        _states(scheduled, step), checkpoint_id=part
+    )  # ends on all ranks when all have written
+    if ranks()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
 
 
-def resume(path: Path, scheduled: Scheduled) -> int:
-    """Load a checkpoint if there is one; the number of steps taken."""
-    if not path.exists():
+def resume(folder: Path, scheduled: Scheduled) -> int:
+    """Load a checkpoint of any number of ranks if there is one; the number of steps taken."""
+    if not folder.exists():
         return 0
-    states = torch.load(path, map_location="cpu", weights_only=True)
-    for name in STATES:
-        getattr(scheduled, name).load_state_dict(states[name])
+    states = _states(scheduled, 0)
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(
+        scheduled.model,
+        scheduled.optimizer,
+        model_state_dict=states["model"],
+        optim_state_dict=states["optimizer"],
+    )
+    scheduled.schedule.load_state_dict(states["schedule"])
     return int(states["step"])
+
+
+def _states(scheduled: Scheduled, step: int) -> dict[str, Any]:
+    model, optimizer = get_state_dict(scheduled.model, scheduled.optimizer)
+    schedule = scheduled.schedule.state_dict()
+    return {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step}
+
+
+def save_trained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the model as Hugging Face does; all ranks do so together."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if ranks()[0] == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:

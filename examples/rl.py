@@ -1,13 +1,14 @@
 """Reinforce a Hugging Face causal LM's right answers, with Pion and AdamW in plain PyTorch.
 
     python examples/rl.py --model MODEL --data pairs.jsonl --out OUT
+    torchrun --nproc-per-node 8 examples/rl.py --shard ...   # FSDP2: an eighth of the model each
     python examples/rl.py --smoke --out OUT    # a tiny model, half trained before, on the CPU
 
 A line of the data is {"prompt": ..., "response": ...}; the reward of an answer is 1 if it is the
 response and 0 if not. A step samples a group of answers to each of some prompts, and follows the
 policy gradient with each reward less its group's mean, over their standard deviation (GRPO's
-advantage; one update for each batch of answers, so there is no ratio to clip, and no KL term). One
-process. The trained model is in OUT/model.
+advantage; one update for each batch of answers, so there is no ratio to clip, and no KL term). With
+--shard each rank has prompts of its own. The trained model is in OUT/model.
 """
 
 import argparse
@@ -15,8 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf import Scheduled, prompt_text, read_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch.distributed as dist
+from hf import (
+    Scheduled,
+    join,
+    load_model,
+    mean_of_ranks,
+    prompt_text,
+    ranks,
+    read_pairs,
+    save_trained,
+)
+from transformers import AutoTokenizer
 
 from pion_dist import RECIPES
 
@@ -48,6 +59,7 @@ def answers(
         attention_mask=inputs["attention_mask"].to(model.device),
         max_new_tokens=length,
         pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=dist.is_initialized(),  # a sharded model's layers are gathered by all
         **how,
     )
     ended = (tokens[:, start:] == tokenizer.eos_token_id).int().cumsum(dim=1)
@@ -81,13 +93,14 @@ def policy_loss(
 
 def train(args: argparse.Namespace) -> None:
     """Train and save the model."""
-    torch.manual_seed(args.seed)
+    rank, size = ranks()
+    torch.manual_seed(args.seed * size + rank)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    model = load_model(args.model, device, shard=args.shard)
     model.eval()  # no dropout: the probabilities are those that the answers were drawn with
     pairs = read_pairs(args.data)
     scheduled = Scheduled(
@@ -105,7 +118,11 @@ def train(args: argparse.Namespace) -> None:
         chunks = [tested[i : i + args.prompts] for i in range(0, len(tested), args.prompts)]
         return torch.cat([sample(chunk, 0)[2] for chunk in chunks]).mean().item()
 
-    print(f"right before: {accuracy():.3f}", flush=True)
+    def report(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    report(f"right before: {accuracy():.3f}")
     for step in range(args.steps):
         some = [pairs[int(i)] for i in torch.randperm(len(pairs))[: args.prompts]]
         tokens, mask, reward = sample(some, args.group)
@@ -120,10 +137,9 @@ def train(args: argparse.Namespace) -> None:
             (loss / mask.sum()).backward()
         scheduled.step()
         if step % args.log_every == 0 or step == args.steps - 1:
-            print(f"step {step + 1}/{args.steps}  reward {reward.mean():.3f}", flush=True)
-    print(f"right after: {accuracy():.3f}", flush=True)
-    model.save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
+            report(f"step {step + 1}/{args.steps}  reward {mean_of_ranks(reward.mean()):.3f}")
+    report(f"right after: {accuracy():.3f}")
+    save_trained(model, tokenizer, args.out / "model")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -146,6 +162,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tested", type=int, default=256, help="prompts; default: %(default)s")
     parser.add_argument("--log-every", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--shard", action="store_true", help="divide the model over torchrun's ranks"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model adds digits")
     return parser
 
@@ -157,6 +176,8 @@ def smoke(args: argparse.Namespace) -> None:
     first = sft.arguments().parse_args(["--smoke", "--out", str(args.out / "sft"), "--steps", "20"])
     sft.smoke(first)
     sft.train(first)
+    if dist.is_initialized():
+        dist.barrier()
     args.model, args.data = str(first.out / "model"), first.data
     args.lr, args.adam_lr, args.steps, args.length = 5e-3, 1e-3, 80, 4
     args.micro_batch = 128
@@ -165,6 +186,9 @@ def smoke(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
+    join()
+    if args.shard != dist.is_initialized():
+        parser.error("--shard and torchrun need each other: several ranks share one model")
     if args.smoke:
         smoke(args)
     elif not (args.model and args.data):
@@ -172,6 +196,8 @@ def main() -> None:
     if args.group < 2:
         parser.error(f"--group {args.group}: must be at least 2, to compare answers")
     train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,37 @@
 
     python examples/sft.py --model MODEL --data pairs.jsonl --out OUT
     torchrun --nproc-per-node 8 examples/sft.py ...     # data parallel: 8 times the batch
+    torchrun --nproc-per-node 8 examples/sft.py --shard ...   # FSDP2: an eighth of the model each
     python examples/sft.py --smoke --out OUT            # a tiny model, on the CPU, offline
 
 MODEL is a name or a folder; a line of the data is {"prompt": ..., "response": ...}. The loss is of
 the response alone. Weights are float32, products bf16 on a GPU. A run that was stopped goes on from
-its last checkpoint when it is started again; the trained model is in OUT/model.
+its last checkpoint when it is started again, on any number of ranks, sharded or not; the trained
+model is in OUT/model.
 """
 
 import argparse
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from hf import Scheduled, prompt_text, read_pairs, resume, save, tiny_model, tiny_sums
+from hf import (
+    Scheduled,
+    join,
+    load_model,
+    prompt_text,
+    ranks,
+    read_pairs,
+    resume,
+    save,
+    save_trained,
+    tiny_model,
+    tiny_sums,
+)
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pion_dist import RECIPES
 
@@ -72,26 +85,26 @@ def chosen(step: int, batch: int, count: int) -> list[int]:
 
 def train(args: argparse.Namespace) -> None:
     """Train and save the model."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    rank, size = ranks()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")  # the process's own, see main
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    model = load_model(args.model, device, shard=args.shard)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pairs = read_pairs(args.data)
     examples = [encode(tokenizer, *pair, args.max_length) for pair in pairs]
     examples = [each for each in examples if any(label != IGNORED for label in each[1])]
     if not examples:
         raise SystemExit(f"{args.data}: no response within --max-length {args.max_length}")
-    steps = args.steps or max(1, args.epochs * len(examples) // (args.batch * ranks))
+    steps = args.steps or max(1, args.epochs * len(examples) // (args.batch * size))
     scheduled = Scheduled(model, recipe=args.recipe, lr=args.lr, adam_lr=args.adam_lr, steps=steps)
-    checkpoint = args.out / "checkpoint.pt"
+    checkpoint = args.out / "checkpoint"
     start = resume(checkpoint, scheduled)
-    wrapped = DistributedDataParallel(model) if ranks > 1 else model
+    wrapped = DistributedDataParallel(model) if size > 1 and not args.shard else model
     model.train()
     for step in range(start, steps):
-        torch.manual_seed(step * ranks + rank)  # of dropout: a run that goes on has the same
-        indices = chosen(step, args.batch * ranks, len(examples))[rank::ranks]
+        torch.manual_seed(step * size + rank)  # of dropout: a run that goes on has the same
+        indices = chosen(step, args.batch * size, len(examples))[rank::size]
         batch = batch_of([examples[i] for i in indices], pad, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
             loss = wrapped(**batch).loss
@@ -99,12 +112,10 @@ def train(args: argparse.Namespace) -> None:
         scheduled.step()
         if rank == 0 and (step % args.log_every == 0 or step == steps - 1):
             print(f"step {step + 1}/{steps}  loss {loss.item():.6f}", flush=True)
-        if rank == 0 and (step + 1) % args.save_every == 0:
+        if (step + 1) % args.save_every == 0:
             save(checkpoint, scheduled, step + 1)
-    if rank == 0:
-        save(checkpoint, scheduled, steps)
-        model.save_pretrained(args.out / "model")
-        tokenizer.save_pretrained(args.out / "model")
+    save(checkpoint, scheduled, steps)
+    save_trained(model, tokenizer, args.out / "model")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -122,6 +133,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=int, default=2048, help="default: %(default)s")
     parser.add_argument("--log-every", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--save-every", type=int, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--shard", action="store_true", help="divide the model over torchrun's ranks"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model learns to add digits")
     return parser
 
@@ -130,7 +144,7 @@ def smoke(args: argparse.Namespace) -> None:
     """Write a tiny model and its data, and set the options for them."""
     torch.set_num_threads(1)  # more would only wait for each other, for long on a busy machine
     args.model, args.data = str(args.out / "tiny"), args.out / "sums.jsonl"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if ranks()[0] == 0:
         tiny_model(args.out / "tiny")
         tiny_sums(args.data)
     if dist.is_initialized():
@@ -141,10 +155,9 @@ def smoke(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
-    if "RANK" in os.environ:  # torchrun
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    join()
+    if args.shard and not dist.is_initialized():
+        parser.error("--shard divides the model over ranks: start it with torchrun")
     if args.smoke:
         smoke(args)
     elif not (args.model and args.data):

@@ -290,6 +290,21 @@ def spectra(folder: Path) -> dict[str, torch.Tensor]:
     return {n: torch.linalg.svdvals(w.double()) for n, w in weights.items() if "_proj" in n}
 
 
+def stop(command: list[str], line: str, how: int) -> None:
+    """Send a command a signal once it prints a line that begins so."""
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        for printed in job.stdout:
+            if printed.startswith(line):
+                os.kill(job.pid, how)
+    assert job.returncode != 0
+
+
+def on_two_ranks(command: list[str]) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [command[0], *torchrun, *command[1:]]
+
+
 @slow
 @pytest.mark.usefixtures("transformers")
 def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
@@ -304,14 +319,7 @@ def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     for name, now in spectra(tmp_path / "straight" / "model").items():
         # Rounding to float32 at each of 60 steps, 6e-8 of the weight's norm, which may add up.
         assert (now - before[name]).abs().max() < 60 * 1e-7 * before[name].max(), name
-    with subprocess.Popen(
-        command(tmp_path / "killed"), env=environment(), stdout=subprocess.PIPE, text=True
-    ) as job:
-        assert job.stdout is not None
-        for line in job.stdout:
-            if line.startswith("step 35/"):
-                os.kill(job.pid, signal.SIGKILL)
-    assert job.returncode == -signal.SIGKILL
+    stop(command(tmp_path / "killed"), "step 35/", signal.SIGKILL)
     resumed = losses(run(command(tmp_path / "killed")))
     # It was killed once step 35 was printed, and printing may have been ahead of it.
     first = min(resumed)
@@ -343,16 +351,25 @@ def test_fine_tuning_in_the_trainer_goes_on_from_its_checkpoint(tmp_path: Path) 
 @slow
 @pytest.mark.usefixtures("transformers")
 def test_fine_tuning_on_two_ranks(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, str(EXAMPLES / "sft.py"), "--smoke", "--steps", "30"]
-    found = losses(run([*command, "--out", str(tmp_path)]))
-    assert float(found[30]) < 0.5 * float(found[1])
+    """What a sharded run has saved goes on unsharded, to the losses of an unsharded run."""
+    flags = ["--smoke", "--steps", "30", "--log-every", "1", "--save-every", "10", "--out"]
+    straight = losses(run(on_two_ranks(example("sft.py", *flags, tmp_path / "straight"))))
+    assert len(straight) == 30 and float(straight[30]) < 0.5 * float(straight[1])
+    sharded = on_two_ranks(example("sft.py", "--shard", *flags, tmp_path / "stopped"))
+    stop(sharded, "step 15/", signal.SIGTERM)  # at which torchrun stops its ranks
+    resumed = losses(run(on_two_ranks(example("sft.py", *flags, tmp_path / "stopped"))))
+    assert min(resumed) in (11, 21) and max(resumed) == 30
+    for step, loss in resumed.items():
+        # Printed with 6 decimals; gradients are summed in another order, in float32.
+        assert float(loss) == pytest.approx(float(straight[step]), rel=1e-4, abs=1e-6)
 
 
 @slow
 @pytest.mark.usefixtures("transformers")
-def test_reinforcement_raises_the_reward(tmp_path: Path) -> None:
-    output = run(example("rl.py", "--smoke", "--out", tmp_path))
+@pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
+def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
+    command = example("rl.py", "--smoke", "--out", tmp_path)
+    output = run(on_two_ranks([*command, "--shard"]) if shard else command)
     before, after = (
         float(re.search(rf"right {when}: (\S+)", output)[1]) for when in ("before", "after")
     )
