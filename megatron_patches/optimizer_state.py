@@ -153,7 +153,9 @@ def _sharded_state_dict(
     for index, leaf in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
         state_of = _flat_state if distributed else _whole_state
-        states[index], recorded = state_of(leaf, model_sharded_state_dict, is_loading)
+        found, recorded = state_of(leaf, model_sharded_state_dict, is_loading)
+        # What has no state here would stay in the common part, which is one rank's.
+        states[index] = {number: entries for number, entries in found.items() if entries}
         for group, saved in zip(leaf.param_groups, recorded, strict=True):
             here[groups.name(group)] = (bool(group["params"]), saved)
     everyone = of_all_ranks((here, stacks.stacks(states.values())))
@@ -236,8 +238,9 @@ def _flat_state(
         for key, moment in pion.get(param, {}).items():
             add(index, key, record(places[index], moment, f"optimizer.state.{key}"))
     groups_of = [{k: v for k, v in g.items() if k != "params"} for g in leaf.param_groups]
-    step = _adam_step(adam)
-    return state, [group if _MARK in group else {**group, "step": step} for group in groups_of]
+    # FusedAdam cannot count on from None; it has no count before its first step.
+    step = {} if (count := _adam_step(adam)) is None else {"step": count}
+    return state, [group if _MARK in group else {**group, **step} for group in groups_of]
 
 
 def _copy(leaf: Any, param: torch.Tensor) -> int:
@@ -278,8 +281,9 @@ def _joined(leaf: Any, param: torch.Tensor, key: str, *, to: int) -> torch.Tenso
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in leaf.model_param_gbuf_map:
         main = _main(leaf, param)
-        tensor = main if key == _MASTER else leaf.optimizer.state[main][key]
-        whole[_range(leaf, param)] = tensor.detach().float()
+        state = {_MASTER: main, **leaf.optimizer.state.get(main, {})}
+        if key in state:  # before its first step Adam's averages are the zeros that are there
+            whole[_range(leaf, param)] = state[key].detach().float()
     torch.distributed.reduce(whole, group_dst=to, group=leaf.data_parallel_group)
     return whole.cpu().view(param.shape)
 
@@ -362,7 +366,7 @@ def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> 
     # A shard whose matrices other ranks compute has no state here.
     masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
     inner: dict[str, Any] = {"state": state, "param_groups": own_groups}
-    if isinstance(leaf.optimizer, torch.optim.Adam):  # counts in the parameters' state
+    if isinstance(leaf.optimizer, torch.optim.Adam) and "step" in saved[0]:  # counts in the state
         inner["state"] = {**state, "common_step": saved[0]["step"]}
     if hasattr(leaf, "fp32_from_float16_groups"):
         leaf.load_state_dict({"optimizer": inner, "fp32_from_fp16_params": masters})
@@ -401,7 +405,7 @@ def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> N
     own = [{**group, "params": each} for group, each in zip(adams, numbers, strict=True)]
     mains = [main for group in adam.param_groups for main in group["params"]]
     counted = isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
-    steps = {index: group["step"] for group in own for index in group["params"]}
+    steps = {index: group.get("step", 0) for group in own for index in group["params"]}
     moments = {
         index: {**loaded[main], **({"step": torch.tensor(float(steps[index]))} if counted else {})}
         for index, main in enumerate(mains)

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -385,6 +386,34 @@ def check_a_checkpoint_without_optimizer_state_is_refused() -> None:
                 assert load(model, optimizer, scheduler)[0] == 1
 
 
+def move(model: list, optimizer: object, again: list, resumed: object) -> None:
+    """Save an optimizer's state, and load it into another's."""
+    with tempfile.TemporaryDirectory() as folder:
+        records = optimizer.sharded_state_dict(model[0].sharded_state_dict())
+        dist_checkpointing.save({"optimizer": records}, folder)
+        wanted = resumed.sharded_state_dict(again[0].sharded_state_dict(), True)
+        resumed.load_state_dict(dist_checkpointing.load({"optimizer": wanted}, folder)["optimizer"])
+
+
+def check_a_state_before_the_first_step_moves_twice() -> None:
+    """Adam counts no step in it. A converter may load and save it without one.
+
+    Without the distributed optimizer Megatron's Adam has no state before its first step.
+    """
+    with arguments(use_distributed_optimizer=True):
+        made = [setup() for _ in range(3)]
+    for (model, optimizer, _), (again, resumed, _) in pairwise(made):
+        for p, weight in zip(again[0].parameters(), model[0].parameters(), strict=True):
+            p.data.copy_(weight)
+        resumed.reload_model_params()
+        move(model, optimizer, again, resumed)
+    for model, optimizer, _ in (made[0], made[-1]):
+        set_grads(model, 1)
+        assert optimizer.step()[0]
+    straight, moved = (parameters(made[i][0]) for i in (0, -1))
+    assert all(torch.equal(p, straight[name]) for name, p in moved.items())
+
+
 def check_without_a_matrix_of_pion_s() -> None:
     """All that is trained is Adam's: all parameters, the embedding, or adapters beside the base."""
     for frozen, exclude in (
@@ -397,12 +426,7 @@ def check_without_a_matrix_of_pion_s() -> None:
         again, resumed, _ = setup(**given)
         set_grads(model, 0)
         assert optimizer.step()[0]
-        with tempfile.TemporaryDirectory() as folder:
-            records = optimizer.sharded_state_dict(model[0].sharded_state_dict())
-            dist_checkpointing.save({"optimizer": records}, folder)
-            wanted = resumed.sharded_state_dict(again[0].sharded_state_dict(), True)
-            found = dist_checkpointing.load({"optimizer": wanted}, folder)["optimizer"]
-        resumed.load_state_dict(found)
+        move(model, optimizer, again, resumed)
         for p, weight in zip(again[0].parameters(), model[0].parameters(), strict=True):
             p.data.copy_(weight)
         for each, made in ((model, optimizer), (again, resumed)):
