@@ -226,16 +226,8 @@ TRAINING = (
         "refuses checkpoints without optimizer state",
         parameters=("load_dir", "args", "rank0"),
     ),
-    Seam(
-        "megatron.training.global_vars",
-        "get_tensorboard_writer",
-        "reports on spectra and steps",
-    ),
-    Seam(
-        "megatron.training.global_vars",
-        "get_wandb_writer",
-        "reports on spectra and steps",
-    ),
+    Seam("megatron.training.global_vars", "get_tensorboard_writer", "reports on spectra and steps"),
+    Seam("megatron.training.global_vars", "get_wandb_writer", "reports on spectra and steps"),
 )
 
 

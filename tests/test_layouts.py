@@ -216,7 +216,11 @@ SAME_BITS = [
         options=(*NO_CLIP, *optimizer),
         against=Run(f"{name}dp2, no clipping", 2, options=(*NO_CLIP, *optimizer)),
     )
-    for name, optimizer in (("", ()), ("adam ", ("--optimizer", "adam")))
+    for name, optimizer in (
+        ("", ()),
+        ("adam ", ("--optimizer", "adam")),
+        ("bf16 gradients, ", ("--bf16", "--grad-reduce-in-bf16")),
+    )
 ]
 OF_POLAR = [TP2, TP2_TEAMS2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
 PLACES = [TP2.one_process, TP2, PP2_RUN, DIST_OPT_RUN, TP2_DIST_OPT]
