@@ -230,9 +230,10 @@ FLAGS = (
 )
 
 # Megatron's own arguments that its OptimizerConfig does not carry: its new field, the argument and
-# a default. The one for --pion-init, the other for checkpoints.
+# a default. For --pion-init, process groups and checkpoints.
 CARRIED = (
     ("pion_seed", "seed", 1234),
+    ("pion_timeout", "distributed_timeout_minutes", None),
     ("pion_override_scheduler", "override_opt_param_scheduler", False),
 )
 

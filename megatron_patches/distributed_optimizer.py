@@ -174,7 +174,8 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     )
     tensors, dp = dict(_stored(leaf)), leaf.data_parallel_group
     tp = leaf.expert_tp_group if expert else leaf.tp_group
-    grid = _grid(tp, dp)
+    minutes = leaf.config.pion_timeout
+    grid = _grid(tp, dp, minutes)
     stored = {}
     for p in (p for i in mine for p in groups[i]["params"]):
         decision = decided(p)[1]
@@ -190,7 +191,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
             parts = tuple((at + a, at + b) for a, b in parts for at in starts)
         stored[p] = Storage(data, group, parts if len(parts) > 1 else ())
     storing = dict.fromkeys(group for group in (grid, dp) if group is not None and group.size() > 1)
-    made = teams.make(list(storing), kwargs["config"], tp)
+    made = teams.make(list(storing), kwargs["config"], tp, minutes)
     kwargs = {**kwargs, "stored": stored, "teams": made}
     pion = CheckpointedPion([groups[i] for i in mine], **kwargs)
     for i, own in zip(mine, pion.param_groups, strict=True):
@@ -233,12 +234,13 @@ def stored_ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
     return everyones
 
 
-def _grid(tp: Any, dp: Any) -> Any:
+def _grid(tp: Any, dp: Any, minutes: int | None) -> Any:
     """The process group of all ranks that store a weight; a collective of all ranks of the run.
 
     Args:
         tp: the ranks that have the other shards.
         dp: the ranks that divide a shard.
+        minutes: until a collective that waits fails.
 
     Returns:
         The group, whose rank r has shard r % tp.size(); None for this rank alone.
@@ -258,4 +260,4 @@ def _grid(tp: Any, dp: Any) -> Any:
             f"--optimizer pion with --use-distributed-optimizer: ranks {mine} store a weight "
             "together; tensor-parallel ranks must be neighbours"
         )
-    return teams.made_by_all({mine})[mine]
+    return teams.made_by_all({mine}, minutes)[mine]

@@ -121,7 +121,7 @@ def _pion_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -
     if not config.use_distributed_optimizer:  # which has groups of its own
         for tp in (pg_collection.tp, getattr(pg_collection, "expt_tp", None)):
             if tp is not None and tp.size() > 1:
-                teams_of |= teams.make([tp], options, tp)
+                teams_of |= teams.make([tp], options, tp, config.pion_timeout)
     # Where a script leaves the rate to its scheduler there is none to begin with.
     lr = {} if config.lr is None else {"lr": config.lr * config.pion_lr_mult}
     return {

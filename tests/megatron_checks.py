@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from pretrain_bytes import add_arguments, model_provider
 import megatron_patches
 from megatron_patches.arguments import pion_config
 from megatron_patches.seams import megatron_version
+from megatron_patches.teams import made_by_all
 from pion_dist import RECIPES, Pion, PionConfig
 from pion_dist.dtensor import version
 
@@ -412,6 +414,14 @@ def check_a_state_before_the_first_step_moves_twice() -> None:
         assert optimizer.step()[0]
     straight, moved = (parameters(made[i][0]) for i in (0, -1))
     assert all(torch.equal(p, straight[name]) for name, p in moved.items())
+
+
+def check_process_groups_have_megatron_s_timeout() -> None:
+    config, _ = get_megatron_optimizer_config(ARGS)
+    assert config.pion_timeout == ARGS.distributed_timeout_minutes == 10
+    (group,) = made_by_all({(0,)}, 7).values()
+    options = group._get_backend(torch.device("cpu")).options
+    assert options._timeout == timedelta(minutes=7)
 
 
 def check_without_a_matrix_of_pion_s() -> None:
