@@ -40,10 +40,10 @@ TE_WHEELS := $(VENV)/te-wheels-$(shell grep -E '^(torch|transformer_engine.*)=='
 PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-te test-megatron lint types docs constraints clean
+.PHONY: help demo test test-slurm test-te test-megatron test-latest lint types docs constraints clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO_STAMP) ## train a small GPT with Pion and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
 	@$(RUN) examples/demo.py --out "$(OUT)" $(if $(TEXT),--text $(TEXT)) $(DEMO_ARGS)
@@ -79,6 +79,15 @@ test-megatron: $(DEV_STAMP) ## run some of the tests against another Megatron (S
 	@cd "$(SRC)" && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR):$(abspath $(SRC))" \
 		$(abspath $(VENV))/bin/torchrun --standalone --nproc-per-node 1 -m pytest -p megatron_unit_tests \
 		-p no:cacheprovider -q $(addprefix tests/unit_tests/,$(UNIT_TESTS))
+
+# What the next `make constraints` may bring; pyproject.toml's bounds hold.
+LATEST := $(VENV)/latest
+test-latest: | $(RUN) ## run the fast tests with the newest releases of everything, installed anew (several GB)
+	@mkdir -p $(VENV)/tmp && rm -rf $(LATEST) && $(RUN) -m venv $(LATEST)
+	@PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= $(call PIP,$(LATEST)/bin/python) -e '.[dev]'
+	@$(LATEST)/bin/python -m pip list | grep -iE '^(torch|triton|numpy|transformers|megatron-core) '
+	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -o cache_dir="$(CACHE)/pytest" \
+		--basetemp=$(VENV)/tmp/pytest-latest --numprocesses auto --dist loadfile -m "not slow"
 
 lint: $(DEV_STAMP) ## check the style: ruff's rules and format
 	@$(RUN) -m ruff check .
