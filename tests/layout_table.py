@@ -50,6 +50,8 @@ MODELS = {
     "mtp": [*LLAMA, "--mtp-num-layers", "1"],
     "zeros": [*LLAMA, "--start-zeros"],  # many_runs.start_zeros
 }
+# A router whose gradient has full rank, which a softmax's has not: test_layouts.ROUTER.
+MODELS["moe sigmoid"] = [*MODELS["moe"], "--moe-router-score-function", "sigmoid"]
 
 
 @dataclass(frozen=True)

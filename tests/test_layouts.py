@@ -82,6 +82,16 @@ MOE_DIST_OPT = [
         ("ep2 dp2", 4, EP2),
     )
 ]
+MOE_SIGMOID = [
+    Run("moe sigmoid ep2 dist-opt", 2, (*EP2, *DIST_OPT), "moe sigmoid"),
+    Run("moe sigmoid ep2 tp2", 4, tp(2, SP, *EP2, *WHOLE_EXPERTS), "moe sigmoid"),
+    Run(
+        "moe sigmoid tp2 etp1 dp2 dist-opt",
+        4,
+        tp(2, SP, *WHOLE_EXPERTS, *DIST_OPT),
+        "moe sigmoid",
+    ),
+]
 MOE_TEAMS2 = Run("moe ep2 dp2 dist-opt teams of 2", 4, (*EP2, *DIST_OPT, *TEAMS2), "moe")
 SPLIT_GROUP = Run("one query group, tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT), "one group")
 M_TP2 = Run("tp2, msign", 2, tp(2), options=MSIGN)
@@ -187,6 +197,7 @@ FLOAT32 = [
     MOE_TP2,
     MOE_PP2,
     *MOE_DIST_OPT,
+    *MOE_SIGMOID,
     Run("mha, plain mlp, tp2 sp", 2, tp(2, SP), "plain"),
     Run("mha, plain mlp, pp2", 2, PP2, "plain"),
     Run("mla dp2", 2, (), "mla", options=(FLAT,)),
