@@ -15,7 +15,10 @@ from megatron_runs import LIMIT_S, environment
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "fully_shard_checks.py"
-OF_A_MESH = ("polar", "published", "msign", "one object", "collectives", "changed weights")
+OF_A_MESH = (
+    *("polar", "published", "msign", "one object", "replaced"),
+    *("collectives", "changed weights"),
+)
 OF_DATA = ("checkpoints", "whole state", "mixed precision")
 
 

@@ -15,7 +15,7 @@ import torch
 from layout_table import MODELS, Result, Run
 from megatron_runs import COMMON, MODEL, NO_DROPOUT, PION, ROOT, SCRIPT, launch, refused, run
 
-from pion_dist.initialization import KINDS, spectral
+from pion_dist.initialization import KINDS, orthogonal, spectral
 
 SCALE = 0.5
 SHAPES = [(1, 1), (1, 9), (9, 1), (64, 64), (48, 200), (200, 48), (300, 310)]
@@ -76,8 +76,6 @@ def test_spectral_scales_the_gaussian(m: int, n: int) -> None:
 
 
 def test_orthogonal_is_haar_distributed() -> None:
-    from megatron_patches.initialization import orthogonal
-
     corners = torch.stack([orthogonal(gaussian(4, 4, seed), 1.0)[0, 0] for seed in range(400)])
     # An element's mean square is 1/4: the mean of 400 is 0.025 off, 5 of them. (Householder's Q
     # has this element negative always: -0.4.)
