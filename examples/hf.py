@@ -109,18 +109,24 @@ class Scheduled:
 
 
 def save(folder: Path, scheduled: Scheduled, step: int) -> None:
-    """Write a checkpoint, which is there as a whole or not at all; all ranks do so together."""
-    part = folder.with_suffix(".part")
-    dcp.save(
-        _states(scheduled, step), checkpoint_id=part
-    )  # ends on all ranks when all have written
+    """Write a checkpoint in place of the last one; all ranks do so together.
+
+    One is whole at any moment: under the folder's name, or the last one beside it.
+    """
+    part, last = folder.with_suffix(".part"), folder.with_suffix(".last")
+    dcp.save(_states(scheduled, step), checkpoint_id=part)  # returns when all ranks have written
     if ranks()[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(last, ignore_errors=True)
+            os.replace(folder, last)
         os.replace(part, folder)
+        shutil.rmtree(last, ignore_errors=True)
 
 
 def resume(folder: Path, scheduled: Scheduled) -> int:
     """Load a checkpoint of any number of ranks if there is one; the number of steps taken."""
+    if not folder.exists():  # stopped while the last one was replaced
+        folder = folder.with_suffix(".last")
     if not folder.exists():
         return 0
     states = _states(scheduled, 0)
