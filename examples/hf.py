@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def join() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def leave() -> None:
+    """Leave the ranks and, on CPUs, end the process: call it last."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    if not torch.cuda.is_available():
+        # FSDP2 keeps gloo's threads alive. While Python ends, one that still has to let go of a
+        # tensor would abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def ranks() -> tuple[int, int]:

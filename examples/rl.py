@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hf import (
     Scheduled,
     join,
+    leave,
     load_model,
     mean_of_ranks,
     prompt_text,
@@ -196,8 +197,7 @@ def main() -> None:
     if args.group < 2:
         parser.error(f"--group {args.group}: must be at least 2, to compare answers")
     train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from hf import (
     Scheduled,
     join,
+    leave,
     load_model,
     prompt_text,
     ranks,
@@ -163,8 +164,7 @@ def main() -> None:
     elif not (args.model and args.data):
         parser.error("give --model and --data, or --smoke")
     train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

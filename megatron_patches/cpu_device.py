@@ -23,6 +23,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -297,7 +298,7 @@ def _redirect_collectives() -> None:
         kwargs |= {"device_id": None, "pg_options": None}
         _set_rendezvous_defaults(kwargs.get("world_size", -1))
         real_init(_gloo_for_nccl(backend or "nccl"), *args, **kwargs)
-        atexit.register(_destroy_groups)
+        atexit.register(_end_groups)
 
     @functools.wraps(real_new_group)
     def new_group(
@@ -341,10 +342,21 @@ def _redirect_collectives() -> None:
         _replace(module, all_gather=all_gather, all_to_all_single=all_to_all_single)
 
 
-def _destroy_groups() -> None:
-    # At the end of a process gloo's threads may else abort it: Megatron leaves its groups open.
+def _end_groups() -> None:
+    # Megatron keeps its groups, and so gloo's threads, to the end. While Python ends, one that still
+    # has to let go of a tensor would abort the process: wait until all sleep.
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.001)
+    while any(_is_gloo_and_runs(thread) for thread in Path("/proc/self/task").glob("*/stat")):
+        time.sleep(0.001)
+
+
+def _is_gloo_and_runs(thread: Path) -> bool:
+    with contextlib.suppress(OSError):  # it has ended
+        name, _, rest = thread.read_text().rpartition(") ")
+        return "gloo" in name and rest.startswith("R")
+    return False
 
 
 def _set_rendezvous_defaults(world_size: int) -> None:
