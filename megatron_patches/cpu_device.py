@@ -343,8 +343,8 @@ def _redirect_collectives() -> None:
 
 
 def _end_groups() -> None:
-    # Megatron keeps its groups, and so gloo's threads, to the end. While Python ends, one that still
-    # has to let go of a tensor would abort the process: wait until all sleep.
+    # Megatron keeps its groups to the end, and they gloo's threads. While Python ends, one that
+    # still has to let go of a tensor would abort the process: wait until all sleep.
     if dist.is_initialized():
         dist.destroy_process_group()
     time.sleep(0.001)

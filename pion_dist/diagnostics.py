@@ -108,7 +108,7 @@ class Diagnostics:
             drift = spectrum.drift(start, now)
             shift = spectrum.shift(start, now) if exact else torch.full_like(drift, torch.nan)
             values = torch.cat((torch.stack((drift, shift), -1), rows), -1).tolist()
-            each = zip(pion.names(i), values, strict=True)
+            each = zip(x.names(), values, strict=True)
             report += [Row(name, exact, x.m * x.n, *numbers) for name, numbers in each]
         return report
 

@@ -1,8 +1,8 @@
-"""A step of the plan's matrices on the ranks that compute them."""
+"""A step: the matrices that this rank computes, in place or brought by the exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import cost, exchange, spectrum, state, storage
 from .config import SIDE_OF
-from .exchange import GroupPeers
+from .dtensor import is_dtensor
 from .factors import Factors, Rows
-from .plan import MatrixPlan, StepPlan, due
+from .local_plan import LocalPlan
+from .plan import StepPlan, due
 from .update import polar
 from .update.layout import Blocks, Divided, Layout
 from .update.step import step as update
@@ -27,28 +28,121 @@ class Step:
     """One step, of whole matrices or of this rank's share of each.
 
     Attributes:
-        plan: what there is to do; matrices have their numbers in it.
+        local: what there is to do, and where; matrices have their numbers in its plan.
         groups: parameter groups, with ``lr`` and ``step``.
-        params: the parameter that each number is of.
-        moments: returns a number's moments by name, to be modified in place.
-        peers: returns the team of a number; None where it is one rank.
+        state: moments by parameter and key. (modified in place)
         factors: polar's, or rather what is known of them.
         started: parameters whose spectra at start are measured.
         grads_finite: boolean scalar; where it is False nothing moves.
         readings: what the step does, by number and number in its batch, is put here, if wanted.
     """
 
-    plan: StepPlan
+    local: LocalPlan
     groups: Sequence[Mapping[str, Any]]
-    params: Sequence[Tensor]
-    moments: Callable[[int], Mapping[str, Tensor]]
-    peers: Callable[[int], GroupPeers | None]
+    state: Mapping[Tensor, Mapping[str, Tensor]]
     factors: Factors
     started: AbstractSet[Tensor]
     grads_finite: Tensor
     readings: Readings | None
 
-    def batch(self, given: exchange.Given) -> exchange.Computed:
+    @property
+    def plan(self) -> StepPlan:
+        """Of ``local``."""
+        return self.local.plan
+
+    def take(self) -> None:
+        """Step what has gradients, where it is stored and then where it travels to.
+
+        Raises:
+            RuntimeError: a weight that ranks store together has no gradient on this one, or was
+                changed without their knowing.
+        """
+        if self.plan.config.direction == "polar":
+            self._refuse_changes()
+        for batch in self.local.in_place:
+            if some := self._with_gradients(batch):
+                self._step_in_place(some)
+        for index, routes in enumerate(self.local.routes):
+            if routes:
+                self._step_exchanged(index)
+
+    def _refuse_changes(self) -> None:
+        """Refuse weights that travel to their factors only where all ranks know of a change."""
+        if self.factors.doubt:
+            return
+        for routes in self.local.routes:
+            for i in (i for route in routes for i in route.pieces):
+                slot = self.local.slots[p := self.local.places[i][0]]
+                kept_by_others = slot.storage is not None and not is_dtensor(p)
+                if not kept_by_others and self.factors.unsure(p):
+                    raise RuntimeError(
+                        f"{slot.name} was changed since Pion's last step: call forget_factors() "
+                        "after it, on all ranks that share the weight"
+                    )
+
+    def _with_gradients(self, batch: Sequence[int]) -> list[int]:
+        """Those of some matrices that have gradients; of those that ranks share it is all."""
+        for i in batch:
+            if self.plan.matrices[i].group is not None:
+                self._grad(i)
+        return [i for i in batch if self.local.places[i][0].grad is not None]
+
+    def _grad(self, i: int) -> Tensor:
+        """The gradient of a weight that needs one on every rank."""
+        p, _ = self.local.places[i]
+        if p.grad is None:
+            name = self.local.slots[p].name
+            raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
+        return p.grad
+
+    def _step_in_place(self, batch: Sequence[int]) -> None:
+        """Step matrices of one shape that this rank has, or a shard of each."""
+        given: exchange.Given = {}
+        for i in batch:
+            p, part = self.local.places[i]
+            given[i] = [self.local.slots[p].shard(x, part) for x in (p, self._grad(i))]
+        for i, (weight, _) in self._batch(given).items():
+            p, part = self.local.places[i]
+            self.local.slots[p].put(weight, p, part)
+
+    def _step_exchanged(self, index: int) -> None:
+        """Step the matrices of which every rank of a group stores a part."""
+        weights = self.plan.sends_weights or self.factors.doubt
+        like = self.local.exchanged(index)
+
+        def stored(i: int) -> list[Tensor]:
+            (p, part), grad = self.local.places[i], self._grad(i)
+            slot = self.local.slots[p]
+            some = (p, grad) if weights else (grad,)
+            return [slot.stored(x, part).to(like.dtype) for x in some]
+
+        def compute(given: exchange.Given) -> exchange.Computed:
+            stepped: exchange.Computed = {}
+            for batch in self.plan.batches(list(given), like.device.type):
+                stepped |= self._batch({i: given[i] for i in batch})
+            return stepped
+
+        def finalize(i: int, weight: Tensor, moved: Tensor | None) -> None:
+            p, part = self.local.places[i]
+            self.local.slots[p].write(weight, p, part, moved)
+
+        exchange.run(
+            self.local.routes[index],
+            2 if weights else 1,
+            stored,
+            compute,
+            finalize,
+            like=like,
+            group=self.local.groups[index],
+        )
+
+    def _moments(self, i: int) -> dict[str, Tensor]:
+        """The moments of the plan's matrices ``i`` on this rank, by name."""
+        p, part = self.local.places[i]
+        names = self.local.moments_of(self.plan.matrices[i])
+        return {name: self.state[p][state.key(name, part)] for name in names}
+
+    def _batch(self, given: exchange.Given) -> exchange.Computed:
         """Step matrices of one shape, or this rank's shares of them.
 
         Args:
@@ -61,7 +155,7 @@ class Step:
         if len(given) == 1:
             ((i, tensors),) = given.items()
             return {i: self._parts(i, tensors)}
-        held = [self.moments(i) for i in given]
+        held = [self._moments(i) for i in given]
         counts = [self.plan.matrices[i].batch for i in given]
         *weights, grad = (torch.cat(x) for x in zip(*given.values(), strict=True))
         joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
@@ -76,8 +170,8 @@ class Step:
         return dict(zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True))
 
     def _parts(self, i: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``batch`` of the plan's matrices ``i``, a batch after the other."""
-        x, moments = self.plan.matrices[i], self.moments(i)
+        """``_batch`` of the plan's matrices ``i``, some after the other."""
+        x, moments = self.plan.matrices[i], self._moments(i)
         *weights, grad = tensors
         stride = x.batch if len(x.team) > 1 else self.plan.batch_size(x, grad.device.type)
         stepped = []
@@ -120,10 +214,10 @@ class Step:
         group = self.groups[x.param_group]
         grads_finite = self.grads_finite.to(g.device, non_blocking=True)
         resets = self.plan.config.spectrum_reset_interval > 0
-        if resets and not {self.params[i] for i, _ in members} <= self.started:
+        if resets and not {self.local.places[i][0] for i, _ in members} <= self.started:
             assert w is not None, "polar has no resets"
             start = moments[state.START]
-            values = spectrum.singular_values(complete(x, w, self.peers(members[0][0])))
+            values = spectrum.singular_values(self.local.whole(members[0][0], w))
             start.copy_(torch.where(start.any(-1, keepdim=True), start, values))
         used, coded = moments, self.plan.config.state_dtype == "int8"
         if coded:
@@ -178,8 +272,8 @@ class Step:
         number = members[0][0]
         x = self.plan.matrices[number]
         assert x.along is not None, "polar divides the longer dimension"
-        rows = Rows(self.peers(number), x.along)
-        params = [self.params[i] for i, _ in members]
+        rows = Rows(self.local.team(number), x.along)
+        params = [self.local.places[i][0] for i, _ in members]
         if w is not None and (self.factors.doubt or any(map(self.factors.unsure, params))):
             self.factors.match(
                 [self._name(*member) for member in members],
@@ -216,10 +310,9 @@ class Step:
         if not turns:
             return
         mine = w[turns]
-        peers = self.peers(members[0][0])
-        restored = spectrum.restored(complete(x, mine, peers), start[turns])
-        if peers is not None:
-            restored = restored.chunk(peers.size, x.share_dim)[peers.rank]
+        restored = spectrum.restored(self.local.whole(members[0][0], mine), start[turns])
+        if (team := self.local.team(members[0][0])) is not None:
+            restored = restored.chunk(team.size, x.share_dim)[team.rank]
         w[turns] = torch.where(grads_finite, restored, mine)
 
     def _name(self, i: int, index: int) -> str:
@@ -231,12 +324,7 @@ class Step:
         x = self.plan.matrices[i]
         if x.along is None:
             return None
-        peers = self.peers(i)
+        team = self.local.team(i)
         if self.plan.config.blocks > 1:
-            return Blocks(SIDE_OF[x.along], self.plan.config.blocks // len(x.team), peers)
-        return None if peers is None else Divided(SIDE_OF[x.along], peers)
-
-
-def complete(x: MatrixPlan, shares: Tensor, peers: GroupPeers | None) -> Tensor:
-    """Whole matrices of what a member of their team has of them; a collective of the team."""
-    return shares if peers is None else peers.all_gather(shares, x.share_dim)
+            return Blocks(SIDE_OF[x.along], self.plan.config.blocks // len(x.team), team)
+        return None if team is None else Divided(SIDE_OF[x.along], team)

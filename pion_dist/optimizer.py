@@ -12,18 +12,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import dtensor, exchange, state, storage
+from . import dtensor, exchange, moments, state, storage
 from .checkpoint import Record
 from .config import PionConfig
-from .exchange import GroupPeers, ProcessGroup, Route, in_a_node
-from .execute import Readings, Step, complete
+from .exchange import ProcessGroup
+from .execute import Readings, Step
 from .factors import Factors
 from .guard import Guard
-from .matrices import MatrixView, as_rows
-from .plan import MatrixPlan, StepPlan
+from .local_plan import LocalPlan
+from .matrices import MatrixView
+from .plan import StepPlan
 from .slots import Slot, Storage, check_dtype, slot_of
-from .storage import compute_dtype
-from .teams import GroupSizes, build_plan
 
 logger = logging.getLogger("pion_dist")
 
@@ -114,7 +113,7 @@ class Pion(torch.optim.Optimizer):
         self._members: dict[int, list[Tensor]] = {}
         self._guard = Guard()
         self._factors = Factors()
-        self.plan = StepPlan(self.config, (), (), ())
+        self._local = LocalPlan((), {}, self.config, {})
         self._started: set[Tensor] = set()  # parameters whose spectra at start are measured
         # What the next step's factors do, by (number in the plan, number in its batch), is put
         # here; for ``diagnostics``.
@@ -161,24 +160,12 @@ class Pion(torch.optim.Optimizer):
 
     def _warn_of_zeros(self, params: Iterable[Tensor]) -> None:
         """Name the weights with a matrix of zeros; a collective of the ranks that share them."""
-        asked = set(params)
-        nonzero = {
-            i: self._slots[p].view.nonzero(as_rows(dtensor.local(p.detach())), part)
-            for i, (p, part) in enumerate(self._places)
-            if p in asked and not p.is_meta and self._slots[p].storage is None
-        }
-        for index, group in enumerate(self.groups):
-            if cut := [i for i in nonzero if self.plan.matrices[i].group == index]:
-                flags = torch.cat([nonzero[i] for i in cut]).int()
-                flags = GroupPeers(group).all_reduce_max(flags).bool()
-                sizes = [len(nonzero[i]) for i in cut]
-                nonzero |= dict(zip(cut, torch.split(flags, sizes), strict=True))
-        names = [self.plan.matrices[i].weight for i, flags in nonzero.items() if not flags.all()]
+        names = self._local.with_zeros(params)
         if names:
             logger.warning(
                 "%s: a matrix of zeros, which Pion never moves. Unless weights are still to be "
                 "loaded, give it to torch.optim.AdamW, as split_parameters does",
-                ", ".join(dict.fromkeys(names)),
+                ", ".join(names),
             )
 
     def _follow(self) -> None:
@@ -194,7 +181,7 @@ class Pion(torch.optim.Optimizer):
         self._guard = Guard()  # its counts lie where the gradients were
         self._factors.forget()  # weights may have been rounded
         for p in self._slots:
-            for key, (moment, ranks) in self._held_moments(p).items():
+            for key, (moment, ranks) in self._local.moments(p).items():
                 value = storage.matrices(self.state[p][key], moment, ranks, key)
                 self.state[p][key] = storage.zeros(moment, ranks, p)
                 storage.store(value, self.state[p][key], moment, ranks, key)
@@ -278,115 +265,47 @@ class Pion(torch.optim.Optimizer):
         for p in params:
             self.state[p] = {
                 key: self.state[p][key] if key in self.state[p] else storage.zeros(moment, ranks, p)
-                for key, (moment, ranks) in self._held_moments(p).items()
+                for key, (moment, ranks) in self._local.moments(p).items()
             }
 
     def _plan(self) -> None:
-        """Build ``plan``, and where each of its matrices is."""
+        """Make the plan, and this rank's part of it."""
         self._kinds = self._kinds_now()
-        self.groups: list[ProcessGroup] = []
-        self._places: list[tuple[Tensor, str]] = []
-        matrices = []
-        for number in range(len(self.param_groups)):
-            for p in self._params_of(number):
-                slot = self._slots[p]
-                if slot.group is not None and slot.group not in self.groups:
-                    self.groups.append(slot.group)
-                for part in slot.view.shapes:
-                    self._places.append((p, part))
-                    matrices.append(
-                        slot.plan(
-                            part,
-                            p,
-                            groups=self.groups,
-                            param_group=number,
-                            config=self.config,
-                        )
-                    )
-        sizes = [
-            GroupSizes(g.size(), tuple(sorted({1, *self._teams_in(g)})), in_a_node(g))
-            for g in self.groups
-        ]
-        self.plan = build_plan(matrices, sizes, self.config)
+        self._local = LocalPlan(self.members(), self._slots, self.config, self._teams)
         self._factors.matrices = sum(x.batch for x in self.plan.matrices)
-        self._numbers = {place: i for i, place in enumerate(self._places)}
-        on: dict[torch.device, list[int]] = {}
-        for i in self.plan.computed(self.plan.in_place(), self.ranks):
-            on.setdefault(self._places[i][0].device, []).append(i)
-        self._in_place = [
-            batch for device, mine in on.items() for batch in self.plan.batches(mine, device.type)
-        ]
-        every = range(len(self.plan.matrices))
-        self._routes = [self._routes_of(index, every) for index in range(len(self.groups))]
 
-    def _teams_in(self, group: ProcessGroup) -> dict[int, ProcessGroup]:
-        """The teams of a group, of more than one rank, that this rank can be in, by size."""
-        return {each.size(): each for each in self._teams.get(group, (group,))}
+    @property
+    def plan(self) -> StepPlan:
+        """What each step computes and exchanges, of all matrices, and on which ranks."""
+        return self._local.plan
 
-    def _peers(self, i: int) -> GroupPeers | None:
-        """The team of the plan's matrices ``i``; None where it is one rank."""
-        x = self.plan.matrices[i]
-        if len(x.team) == 1:
-            return None
-        assert x.group is not None, "a rank that stores all of a matrix computes it alone"
-        return GroupPeers(self._teams_in(self.groups[x.group])[len(x.team)])
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Ranks that together store weights, by the plan's numbers."""
+        return self._local.groups
 
-    def _routes_of(self, index: int, wanted: Collection[int]) -> list[Route]:
-        """What travels of some matrices in each wave of a group."""
-        group, matrices = self.groups[index], self.plan.matrices
-        waves = ([i for i in wave if i in wanted] for wave in self.plan.waves(index))
-        return [
-            Route(
-                {i: matrices[i] for i in wave},
-                {i: self.plan.flags(matrices[i]) for i in wave},
-                rank=group.rank(),
-                size=group.size(),
-            )
-            for wave in waves
-            if wave
-        ]
-
-    def _params_of(self, number: int) -> list[Tensor]:
-        """The tensors that are stepped of a group, of whose weights other ranks may store all."""
-        params: list[Tensor] = self.param_groups[number]["params"]
-        return self._members.get(number, params)
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """This rank's in each of ``groups``."""
+        return self._local.ranks
 
     def members(self) -> list[list[Tensor]]:
         """The tensors that are stepped of every group, of whose weights other ranks may store all.
 
         They have the places in ``state_dict``.
         """
-        return [self._params_of(number) for number in range(len(self.param_groups))]
+        return [
+            self._members.get(number, group["params"])
+            for number, group in enumerate(self.param_groups)
+        ]
 
     def _params(self) -> list[Tensor]:
-        return [p for number in range(len(self.param_groups)) for p in self._params_of(number)]
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """This rank's in each group of the plan."""
-        return tuple(group.rank() for group in self.groups)
+        return [p for params in self.members() for p in params]
 
     def _compare(self) -> None:
         """Compare the plan and the steps taken with the other ranks'."""
         steps = [f"step {group['step']} in group {i}" for i, group in enumerate(self.param_groups)]
-        for index, group in enumerate(self.groups):
-            digest = " ".join([self.plan.digest(index), *steps])
-            lines = [*self.plan.lines(index), *steps]
-            exchange.compare(digest, lines, group=group, what="Pion's plans")
-
-    def _held_moments(self, p: Tensor) -> dict[str, tuple[state.Moment, int]]:
-        """A parameter's moments that this rank holds, and the ranks that share them, by key."""
-        slot = self._slots[p]
-        return {
-            state.key(name, part): (moment, len(x.team))
-            for part in slot.view.shapes
-            if self.plan.computed([i := self._numbers[p, part]], self.ranks)
-            for x in (self.plan.matrices[i],)
-            for name, moment in self._moments(x).items()
-        }
-
-    def _moments(self, x: MatrixPlan) -> dict[str, state.Moment]:
-        return state.moments(x.batch, x.m, x.n, self.config, x.along, len(x.team))
+        self._local.compare(steps)
 
     def adopt(self, masters: Mapping[Tensor, Tensor]) -> None:
         """Step masters in place of parameters, and ``settle``: for wrappers that keep them.
@@ -420,14 +339,7 @@ class Pion(torch.optim.Optimizer):
         """Every matrix that this rank stores, or its shard, with a name that is the same in every
         layout: weight, part and place in its batch.
         """
-        for i, (p, part) in enumerate(self._places):
-            slot = self._slots[p]
-            if not slot.ranges:
-                yield from zip(self.names(i), slot.matrices(p.detach(), part), strict=True)
-
-    def names(self, i: int) -> list[str]:
-        """Of the plan's matrices ``i`` on this rank, each the same in every layout."""
-        return self.plan.matrices[i].names()
+        return self._local.matrices()
 
     def measured[T](
         self, wanted: Collection[int], measure: Callable[[int, Tensor], T]
@@ -438,40 +350,11 @@ class Pion(torch.optim.Optimizer):
             wanted: numbers in the plan; the same on all ranks of a group.
             measure: takes a number and matrices [B, m, n].
         """
-        results: dict[int, T] = {}
-
-        def take(i: int, shares: Tensor) -> None:
-            peers = self._peers(i)
-            matrices = complete(self.plan.matrices[i], shares, peers)
-            if peers is None or peers.rank == i % peers.size:
-                results[i] = measure(i, matrices)
-
-        for i in sorted(set(wanted) & set(self.plan.in_place())):
-            p, part = self._places[i]
-            take(i, self._slots[p].matrices(p.detach(), part))
-
-        def stored(i: int) -> list[Tensor]:
-            p, part = self._places[i]
-            return [self._slots[p].stored(p.detach(), part)]
-
-        def compute(given: exchange.Given) -> exchange.Computed:
-            for i, (weight,) in given.items():
-                take(i, weight)
-            return {}
-
-        for index, group in enumerate(self.groups):
-            if routes := self._routes_of(index, wanted):
-                exchange.run(routes, 1, stored, compute, None, like=self._like(index), group=group)
-        return results
-
-    def _like(self, index: int) -> Tensor:
-        """An empty tensor of the dtype and on the device of what a group exchanges."""
-        p = self._places[self.plan.of_group(index)[0]][0]
-        return torch.empty(0, dtype=compute_dtype(p), device=p.device)
+        return self._local.measured(wanted, measure)
 
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
-        p, part = self._places[i]
+        p, part = self._local.places[i]
         sigma = self.state[p].get(state.key(state.SIGMA, part))
         if sigma is not None:
             return sigma.double() if sigma.any() else None
@@ -512,7 +395,7 @@ class Pion(torch.optim.Optimizer):
         due = self._due()
         for group in self.param_groups:
             group["step"] += 1
-        if not due and not any(self._routes):
+        if not due and not any(self._local.routes):
             return loss
         self._step(due)
         return loss
@@ -523,24 +406,16 @@ class Pion(torch.optim.Optimizer):
         polar = self.config.direction == "polar"
         if polar:
             self._factors.begin(due)
-            self._refuse_changes()
         step = Step(
-            plan=self.plan,
+            local=self._local,
             groups=self.param_groups,
-            params=[p for p, _ in self._places],
-            moments=self._held,
-            peers=self._peers,
+            state=self.state,
             factors=self._factors,
             started=self._started,
             grads_finite=grads_finite,
             readings=self.readings,
         )
-        for batch in self._in_place:
-            if some := self._with_gradients(batch):
-                self._step_in_place(some, step)
-        for index, routes in enumerate(self._routes):
-            if routes:
-                self._step_exchanged(index, step)
+        step.take()
         if self.config.spectrum_reset_interval:
             self._started.update(due)
         if polar:
@@ -553,24 +428,6 @@ class Pion(torch.optim.Optimizer):
         grads = [dtensor.local(p.grad) for p in due if p.grad is not None]
         return self._guard.check(names, grads)
 
-    def _refuse_changes(self) -> None:
-        """Refuse weights that travel to their factors only where all ranks know of a change.
-
-        Raises:
-            RuntimeError: names the weight.
-        """
-        if self._factors.doubt:
-            return
-        for routes in self._routes:
-            for i in (i for route in routes for i in route.pieces):
-                slot = self._slots[p := self._places[i][0]]
-                kept_by_others = slot.storage is not None and not dtensor.is_dtensor(p)
-                if not kept_by_others and self._factors.unsure(p):
-                    raise RuntimeError(
-                        f"{slot.name} was changed since Pion's last step: call forget_factors() "
-                        "after it, on all ranks that share the weight"
-                    )
-
     def _due(self) -> list[Tensor]:
         """The parameters that have a gradient."""
         due = [p for p in self._params() if p.grad is not None]
@@ -579,73 +436,9 @@ class Pion(torch.optim.Optimizer):
                 raise ValueError(f"{self._slots[p].name} has a sparse gradient")
         return due
 
-    def _with_gradients(self, batch: Sequence[int]) -> list[int]:
-        """Those of some matrices that have gradients; of those that ranks share it is all."""
-        for i in batch:
-            p = self._places[i][0]
-            if p.grad is None and self.plan.matrices[i].group is not None:
-                self._refuse_lack(p)
-        return [i for i in batch if self._places[i][0].grad is not None]
-
-    def _refuse_lack(self, p: Tensor) -> None:
-        raise RuntimeError(f"{self._slots[p].name} is sharded and has no gradient on this rank")
-
-    def _step_in_place(self, batch: Sequence[int], step: Step) -> None:
-        """Step matrices of one shape that this rank has, or a shard of each."""
-        given: exchange.Given = {}
-        for i in batch:
-            p, part = self._places[i]
-            assert p.grad is not None
-            given[i] = [self._slots[p].shard(x, part) for x in (p, p.grad)]
-        for i, (weight, _) in step.batch(given).items():
-            p, part = self._places[i]
-            self._slots[p].put(weight, p, part)
-
-    def _held(self, i: int) -> dict[str, Tensor]:
-        """The moments of the plan's matrices ``i`` on this rank, by name."""
-        (p, part), names = self._places[i], self._moments(self.plan.matrices[i])
-        return {name: self.state[p][state.key(name, part)] for name in names}
-
-    def _step_exchanged(self, index: int, step: Step) -> None:
-        """Step the matrices of which every rank of a group stores a part."""
-        weights = self.plan.sends_weights or self._factors.doubt
-        like = self._like(index)
-
-        def stored(i: int) -> list[Tensor]:
-            p, part = self._places[i]
-            if p.grad is None:
-                self._refuse_lack(p)
-            slot = self._slots[p]
-            some = (p, p.grad) if weights else (p.grad,)
-            return [slot.stored(x, part).to(like.dtype) for x in some if x is not None]
-
-        def compute(given: exchange.Given) -> exchange.Computed:
-            stepped: exchange.Computed = {}
-            for batch in self.plan.batches(list(given), like.device.type):
-                stepped |= step.batch({i: given[i] for i in batch})
-            return stepped
-
-        def finalize(i: int, weight: Tensor, moved: Tensor | None) -> None:
-            p, part = self._places[i]
-            self._slots[p].write(weight, p, part, moved)
-
-        exchange.run(
-            self._routes[index],
-            2 if weights else 1,
-            stored,
-            compute,
-            finalize,
-            like=like,
-            group=self.groups[index],
-        )
-
     def records(self) -> Iterator[tuple[int, str, Record]]:
         """Place of each moment of ``state_dict`` among all ranks', by its parameter and key."""
-        for index, p in enumerate(self._params()):
-            for key, (moment, ranks) in self._held_moments(p).items():
-                x = self.plan.matrices[self._numbers[p, state.part_of(key)]]
-                member = x.team.index(self.ranks[x.group]) if x.group is not None else 0
-                yield index, key, self._slots[p].record(moment, member=member, ranks=ranks)
+        return self._local.records()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; also waits for the device and reports steps that were not taken.
@@ -656,43 +449,19 @@ class Pion(torch.optim.Optimizer):
         """
         self._follow()
         self._guard.report()
-        found = self._state_dict() if self._members else super().state_dict()
+        shown = self._state_dict() if self._members else super().state_dict()
         for index, p in enumerate(self._params()):
-            own = found["state"][index] = dict(found["state"].get(index, {}))
-            spreads = self._spreads(p)
-            for key, (moment, ranks) in self._held_moments(p).items():
-                if moment.held(ranks, compute_dtype(p).itemsize) != moment.local(ranks):
-                    held = own[key] if spreads else own[key].cpu()
-                    own[key] = storage.matrices(held, moment, ranks, key)
-            for key, spread in spreads.items():
-                dtype = storage.dtype_of(spread.moment, p)
-                dtype = torch.float32 if dtype == torch.int8 else dtype
-                own[key] = spread.scatter(
-                    own.get(key), torch.empty(0, dtype=dtype, device=p.device)
-                )
-        return found
-
-    def _spreads(self, p: Tensor) -> dict[str, dtensor.Spread]:
-        """How each moment of a DTensor that ranks divide travels to them, by key."""
-        slot = self._slots[p]
-        if slot.group is None or not dtensor.is_dtensor(p):
-            return {}
-        return {
-            state.key(name, part): dtensor.Spread(p, moment, x.team)
-            for part in slot.view.shapes
-            for x in (self.plan.matrices[self._numbers[p, part]],)
-            for name, moment in self._moments(x).items()
-        }
+            shown["state"][index] = moments.show(self._local, p, self.state[p])
+        return shown
 
     def _state_dict(self) -> dict[str, Any]:
         """As torch's, of all weights that this rank computes or stores something of."""
         numbers = itertools.count()
         groups = [
-            {**group, "params": [next(numbers) for _ in self._params_of(number)]}
-            for number, group in enumerate(self.param_groups)
+            {**group, "params": [next(numbers) for _ in params]}
+            for group, params in zip(self.param_groups, self.members(), strict=True)
         ]
-        own = {index: dict(self.state[p]) for index, p in enumerate(self._params())}
-        return {"state": own, "param_groups": groups}
+        return {"state": {}, "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -711,29 +480,19 @@ class Pion(torch.optim.Optimizer):
         self._factors.forget()
         lacking = []
         # torch would cast moments to their parameter's dtype, and know nothing of packed ones.
-        shown = [len(group["params"]) for group in self.param_groups]
         saved = state_dict["param_groups"]
         groups = [
-            {**group, "params": group["params"][:count]}
-            for group, count in zip(saved, shown, strict=True)
+            {**old, "params": old["params"][: len(group["params"])]}
+            for old, group in zip(saved, self.param_groups, strict=True)
         ]
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for group in self.param_groups:
             group["pion"] = state.identity(self.config)
-        for number, old in enumerate(saved):
-            for p, index in zip(self._params_of(number), old["params"], strict=True):
-                self.state[p] = {}  # also where this rank holds no moment of it
-                values: Mapping[str, Any] = state_dict["state"].get(index, {})
-                if spreads := self._spreads(p):
-                    some = {key: each for key, each in spreads.items() if key in values}
-                    values = {key: each.gather(values[key]) for key, each in some.items()}
-                for key, (moment, ranks) in self._held_moments(p).items():
-                    self.state[p][key] = held = storage.zeros(moment, ranks, p)
-                    value = values.get(key)
-                    if value is None:
-                        lacking.append(self._slots[p].name)
-                    else:
-                        storage.store(value, held, moment, ranks, key)
+        for old, params in zip(saved, self.members(), strict=True):
+            for p, index in zip(params, old["params"], strict=True):
+                shown = state_dict["state"].get(index, {})
+                self.state[p], missing = moments.take(self._local, p, shown)
+                lacking += [self._slots[p].name] * len(missing)
                 starts = [x for key, x in self.state[p].items() if state.is_start(key)]
                 if all(x.any(-1).all() for x in starts):
                     self._started.add(p)
@@ -747,38 +506,11 @@ class Pion(torch.optim.Optimizer):
         self._compare()
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        sizes = [len(g["params"]) for g in groups]
-        numbers = range(len(self.param_groups))
-        if sizes != (mine := [len(self._params_of(number)) for number in numbers]):
-            raise ValueError(f"the state has groups of {sizes} parameters, this optimizer {mine}")
-        for number, (group, old) in enumerate(zip(self.param_groups, groups, strict=True)):
-            if "pion" not in old:
-                raise ValueError("the state is not Pion's: it is of another optimizer")
-            for option, value in group["pion"].items():
-                # An empty list is left out by torch.distributed.checkpoint.
-                theirs = old["pion"].get(option, [])
-                if theirs != value:
-                    raise ValueError(
-                        f"the state was made with {option}={theirs!r}, this run has "
-                        f"{option}={value!r}"
-                    )
-            for p, index in zip(self._params_of(number), old["params"], strict=True):
-                self._refuse_other_moments(p, state_dict["state"].get(index, {}))
-
-    def _refuse_other_moments(self, p: Tensor, found: Mapping[str, Any]) -> None:
-        name, spreads = self._slots[p].name, self._spreads(p)
-        shapes = {key: each.shape for key, each in spreads.items()} or {
-            key: moment.local(ranks) for key, (moment, ranks) in self._held_moments(p).items()
-        }
-        for key, shape in shapes.items():
-            if key not in found and state.is_start(key):
-                continue
-            if key not in found or tuple(found[key].shape) != shape:
-                has = tuple(found[key].shape) if key in found else "nothing"
-                raise ValueError(f"{name}: {key} must be {shape}, the state has {has}")
-            if spreads and (why := spreads[key].unfit(found[key])):
-                raise ValueError(f"{name}: {key} {why}")
+        groups, mine = state_dict["param_groups"], self.members()
+        moments.refuse_other_groups(self.param_groups, groups, list(map(len, mine)))
+        for group, params in zip(groups, mine, strict=True):
+            for p, index in zip(params, group["params"], strict=True):
+                moments.refuse_others(self._local, p, state_dict["state"].get(index, {}))
 
 
 def _refuse_options(group: Mapping[str, Any], place: str) -> None:

@@ -273,7 +273,7 @@ def spectra(pion: Pion) -> dict[str, Tensor]:
     values = pion.measured(
         range(len(pion.plan.matrices)), lambda i, x: torch.linalg.svdvals(x.double()).cpu()
     )
-    return {pion.names(i)[0]: each for i, each in values.items()}
+    return {pion.plan.matrices[i].names()[0]: each for i, each in values.items()}
 
 
 def check_mixed_precision(mesh: DeviceMesh, data: Any) -> None:

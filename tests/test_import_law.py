@@ -21,6 +21,8 @@ FLOORS = (
     (
         "factors",
         "slots",
+        "local_plan",
+        "moments",
         "execute",
         "optimizer",
         "parameters",

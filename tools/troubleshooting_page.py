@@ -26,9 +26,9 @@ TOPICS = {
     "Versions of Megatron and Transformer Engine": "megatron_patches/(seams|transformer_engine)",
     "Weights and their matrices": "megatron_patches/(parameters|initialization)|"
     "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor)",
-    "Checkpoints": "megatron_patches/(optimizer_state|stacks)",
+    "Checkpoints": "megatron_patches/(optimizer_state|stacks)|pion_dist/moments",
     "The optimizer and its steps": "megatron_patches/distributed_optimizer|"
-    "pion_dist/(optimizer|combined|factors|guard|exchange)",
+    "pion_dist/(optimizer|execute|combined|factors|guard|exchange)",
     "Tools": "pion_dist/(doctor|scale)",
 }
 AS_IT_SAYS = "as the message says"
