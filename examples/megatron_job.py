@@ -48,12 +48,12 @@ def environment(processes: int = 1) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "PYTHONUNBUFFERED": "1",
     }
-    found = defaults | {name: value for name, value in os.environ.items() if name not in own}
+    launch = defaults | {name: value for name, value in os.environ.items() if name not in own}
     if processes > 1:
-        return found
+        return launch
     one_process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # Port 0 is any free one: one that is chosen here may be taken before Megatron is there.
-    return found | one_process | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return launch | one_process | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def launcher(processes: int = 1, *, cpu: bool) -> list[str]:

@@ -70,12 +70,12 @@ def answers(
 
 def rewards(tokenizer: Any, tokens: torch.Tensor, mask: torch.Tensor, right: list[str]) -> Any:
     """1 for each row whose answer is the right one."""
-    found = [
+    texts = [
         tokenizer.decode(row[where], skip_special_tokens=True).strip()
         for row, where in zip(tokens, mask, strict=True)
     ]
-    each = len(found) // len(right)
-    same = [text == right[i // each].strip() for i, text in enumerate(found)]
+    each = len(texts) // len(right)
+    same = [text == right[i // each].strip() for i, text in enumerate(texts)]
     return torch.tensor(same, dtype=torch.float32, device=tokens.device)
 
 

@@ -72,10 +72,10 @@ def batch_of(examples: list[Example], pad: int, device: torch.device) -> dict[st
 @functools.lru_cache(maxsize=2)
 def order(epoch: int, count: int) -> list[int]:
     """The examples shuffled, anew for each epoch and the same when a run goes on."""
-    found: list[int] = torch.randperm(
+    shuffled: list[int] = torch.randperm(
         count, generator=torch.Generator().manual_seed(epoch)
     ).tolist()
-    return found
+    return shuffled
 
 
 def chosen(step: int, batch: int, count: int) -> list[int]:

@@ -20,11 +20,11 @@ def main() -> None:
         print(f"megatron-core {seams.megatron_version()}")
         if not seams.has_training():
             print("no megatron.training: megatron-core alone, for scripts with their own arguments")
-        found = seams.checked()
-        for seam, what in found:
+        checks = seams.checked()
+        for seam, what in checks:
             fits = f"fits: {seam.module}.{seam.name}"
             print(fits if what is None else f"MISSING: {what} ({seam.why})")
-        if any(what is not None for _, what in found):
+        if any(what is not None for _, what in checks):
             sys.exit("this Megatron lacks what is MISSING above; megatron-core 0.19.2 has it")
         if cpu:
             cpu_device.patch_megatron()

@@ -29,9 +29,9 @@ def apply() -> None:
             return original(*args, **kwargs)
         iteration = given["iteration"] + 1  # as it is logged
         watch.before(iteration)
-        found = original(*args, **kwargs)
+        result = original(*args, **kwargs)
         watch.after(iteration)
-        return found
+        return result
 
     training.train_step = train_step
 
@@ -96,13 +96,13 @@ def _elsewhere(pions: Iterable[Pion]) -> set[str]:
             mine[x.weight] = ranks[0]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    found: dict[str, set[int]] = {}
+    firsts: dict[str, set[int]] = {}
     for each in everyone:
         for name, first in each.items():
-            found.setdefault(name, set()).add(first)
+            firsts.setdefault(name, set()).add(first)
     chosen = {
-        name: sorted(found[name])[number % len(found[name])]
-        for number, name in enumerate(sorted(found))
+        name: sorted(firsts[name])[number % len(firsts[name])]
+        for number, name in enumerate(sorted(firsts))
     }
     return {name for name, first in mine.items() if chosen[name] != first}
 

@@ -47,14 +47,14 @@ def draw(
         ValueError: a weight's matrices cannot be told from its pieces in a checkpoint.
     """
     rotated = [(info, p) for info, p, decision in decisions if isinstance(decision, Rotated)]
-    found = entries(model_chunks, [p for _, p in rotated])
+    records = entries(model_chunks, [p for _, p in rotated])
     views = [
         _whole_view(
             info, _pieces(entry, torch.empty(p.shape, dtype=p.dtype, device="meta")), config, kind
         )
-        for (info, p), entry in zip(rotated, found, strict=True)
+        for (info, p), entry in zip(rotated, records, strict=True)
     ]
-    for (info, p), entry, view in zip(rotated, found, views, strict=True):
+    for (info, p), entry, view in zip(rotated, records, views, strict=True):
         fp8 = transformer_engine.is_fp8(p)
         own = torch.empty(p.shape, dtype=p.dtype, device=p.device) if fp8 else p
         parts = _pieces(entry, own)

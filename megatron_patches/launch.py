@@ -92,22 +92,22 @@ def set_ranks() -> Launch:
     """
     match source(os.environ):
         case None:
-            found = Launch("nobody", 0, 1, 0, 1, "127.0.0.1", 0)
+            launch = Launch("nobody", 0, 1, 0, 1, "127.0.0.1", 0)
         case "environment":
-            found = of_environment(os.environ)
+            launch = of_environment(os.environ)
         case "SLURM":
-            found = of_slurm(os.environ)
-            found = replace(found, address=resolved(found.address))
+            launch = of_slurm(os.environ)
+            launch = replace(launch, address=resolved(launch.address))
         case "MPI":
-            found = of_mpi(os.environ)
-    os.environ.update(found.variables)
-    if found.rank == 0:
+            launch = of_mpi(os.environ)
+    os.environ.update(launch.variables)
+    if launch.rank == 0:
         ranks, where = "1 rank", ""
-        if found.size > 1:
-            ranks = f"{found.size} ranks"
-            where = f", meeting at {found.address}, port {found.port}"
-        print(f"launch: {ranks} by {found.source}'s variables{where}", flush=True)
-    return found
+        if launch.size > 1:
+            ranks = f"{launch.size} ranks"
+            where = f", meeting at {launch.address}, port {launch.port}"
+        print(f"launch: {ranks} by {launch.source}'s variables{where}", flush=True)
+    return launch
 
 
 def source(env: Environment) -> Source | None:
@@ -221,9 +221,9 @@ def resolved(node: str) -> str:
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         shown = str(error)
-    if (found := re.search(r"\bNodeAddr=(\S+)", shown)) is None:
+    if (match := re.search(r"\bNodeAddr=(\S+)", shown)) is None:
         raise LaunchError(f"the first node, {node}, does not resolve: set MASTER_ADDR to it")
-    return found[1]
+    return match[1]
 
 
 _store: Any = None  # rank 0's under MPI, which has to stay for as long as the process does

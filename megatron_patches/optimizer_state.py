@@ -153,9 +153,9 @@ def _sharded_state_dict(
     for index, leaf in enumerate(leaves(optimizer)):
         distributed = isinstance(leaf, DistributedOptimizer)
         state_of = _flat_state if distributed else _whole_state
-        found, recorded = state_of(leaf, model_sharded_state_dict, is_loading)
+        by_number, recorded = state_of(leaf, model_sharded_state_dict, is_loading)
         # What has no state here would stay in the common part, which is one rank's.
-        states[index] = {number: entries for number, entries in found.items() if entries}
+        states[index] = {number: entries for number, entries in by_number.items() if entries}
         for group, saved in zip(leaf.param_groups, recorded, strict=True):
             here[groups.name(group)] = (bool(group["params"]), saved)
     everyone = of_all_ranks((here, stacks.stacks(states.values())))
@@ -191,12 +191,12 @@ def _whole_state(
     leaf: Any, model_sharded_state_dict: Any, is_loading: bool
 ) -> tuple[dict[int, Any], list[dict[str, Any]]]:
     """Records and groups of an optimizer that has whole parameters."""
-    found = leaf.sharded_state_dict(model_sharded_state_dict, is_loading)
-    inner = found.get("optimizer", found)  # FP32Optimizer has nothing around it
+    shown = leaf.sharded_state_dict(model_sharded_state_dict, is_loading)
+    inner = shown.get("optimizer", shown)  # FP32Optimizer has nothing around it
     state, recorded = inner["state"], inner["param_groups"]
     step = state.pop("common_step", None)
     ids = [group.pop("params").unwrap() for group in recorded]
-    for own, masters in zip(ids, found.get("fp32_from_fp16_params", ()), strict=False):
+    for own, masters in zip(ids, shown.get("fp32_from_fp16_params", ()), strict=False):
         for index, master in zip(own, masters, strict=True):
             state.setdefault(index, {})[_MASTER] = master
     if step is not None:
@@ -296,8 +296,8 @@ def _main(leaf: Any, param: torch.Tensor) -> torch.Tensor:
 
 
 def _range(leaf: Any, param: torch.Tensor) -> slice:
-    found = leaf._get_model_param_range_map(param)["param"]
-    return slice(found.start, found.end)
+    in_buffer = leaf._get_model_param_range_map(param)["param"]
+    return slice(in_buffer.start, in_buffer.end)
 
 
 def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -285,12 +285,12 @@ def entries(
         index: chunk.sharded_state_dict()  # type: ignore[operator]
         for index, chunk in enumerate(model_chunks)
     }
-    found = get_param_id_to_sharded_param_map(sharded, params)
-    if len(found) != len(params):
+    by_index = get_param_id_to_sharded_param_map(sharded, params)
+    if len(by_index) != len(params):
         raise RuntimeError(
-            f"{len(params) - len(found)} parameters are not in the model's sharded_state_dict()"
+            f"{len(params) - len(by_index)} parameters are not in the model's sharded_state_dict()"
         )
-    return [found[index] for index in range(len(params))]
+    return [by_index[index] for index in range(len(params))]
 
 
 def pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

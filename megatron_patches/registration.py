@@ -381,7 +381,7 @@ def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:
 
 
 def _ranks_by(totals: Iterator[str]) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
+    by_line: dict[str, list[str]] = {}
     for rank, line in enumerate(totals):
-        found.setdefault(line, []).append(str(rank))
-    return {line: ", ".join(ranks) for line, ranks in found.items()}
+        by_line.setdefault(line, []).append(str(rank))
+    return {line: ", ".join(ranks) for line, ranks in by_line.items()}

@@ -39,15 +39,15 @@ class Seam:
     def check(self) -> str | None:
         """What is missing, or None."""
         try:
-            found = getattr(importlib.import_module(self.module), self.name)
+            target = getattr(importlib.import_module(self.module), self.name)
         except ImportError as error:
             return f"module {self.module} does not import ({error})"
         except AttributeError:
             return f"{self.module} has no {self.name}"
-        have = set(inspect.signature(found).parameters) if self.parameters else set()
+        have = set(inspect.signature(target).parameters) if self.parameters else set()
         if missing := [p for p in self.parameters if p not in have]:
             return f"{self.module}.{self.name} takes no {', '.join(missing)}"
-        if missing := [a for a in self.attributes if not hasattr(found, a)]:
+        if missing := [a for a in self.attributes if not hasattr(target, a)]:
             return f"{self.module}.{self.name} has no {', '.join(missing)}"
         return None
 

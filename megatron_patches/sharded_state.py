@@ -79,10 +79,10 @@ class CheckpointedPion(Pion):
 
     def state_dict(self) -> dict[str, Any]:
         """As Pion's, each moment's place noted for ``record``."""
-        found = super().state_dict()
+        shown = super().state_dict()
         for index, key, place in self.records():
-            _PLACES[found["state"][index][key]] = place
-        return found
+            _PLACES[shown["state"][index][key]] = place
+        return shown
 
     def _warn_of_zeros(self, params: Iterable[torch.Tensor]) -> None:
         """Say nothing: ``parameters.decide`` has, of weights whose initial values are known."""

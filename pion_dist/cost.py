@@ -53,13 +53,13 @@ def room(m: int, n: int, config: PionConfig) -> int:
         n: columns of the matrix.
         config: the run's options.
     """
-    found = 4 * m * n
+    elements = 4 * m * n
     if config.direction == "polar":
-        return found + 4 * min(m, n) ** 2
+        return elements + 4 * min(m, n) ** 2
     for side, form in forms(m, n, config).items():
         if form == "dense":
-            found += (n if side == "in" else m) ** 2
-    return found
+            elements += (n if side == "in" else m) ** 2
+    return elements
 
 
 def order(m: int, n: int, active: tuple[Side, ...]) -> tuple[Side, ...]:
@@ -315,7 +315,7 @@ def _polar_traffic(batch: int, m: int, n: int, *, low: bool, ranks: int, itemsiz
 
 
 def _divided(
-    found: Traffic,
+    moved: Traffic,
     config: PionConfig,
     batch: int,
     d: int,
@@ -329,20 +329,20 @@ def _divided(
     """Count what an active side moves after its generator's rows are on a team's ranks."""
     rows = batch * d * d // ranks
     if config.direction == "msign":
-        found.add("all_reduce", batch, 2)  # its norm, and its fourth power's
-        found.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1, low=low)
+        moved.add("all_reduce", batch, 2)  # its norm, and its fourth power's
+        moved.add("all_gather", rows, 2 * len(NEWTON_SCHULZ) + 1, low=low)
     if not cut:
-        found.add("all_gather", rows)
+        moved.add("all_gather", rows)
         return
     # W is at hand: for the first-order term, and the first side's product.
     products = sum(_products(config, first=first))
     with_w = [config.scaling == "rms", first]
     if config.retraction in ("cayley", "exp"):
-        found.add("all_gather", rows)
+        moved.add("all_gather", rows)
         products -= sum(with_w)
     else:
         products -= any(with_w)
-    found.add("all_gather", batch * d * other // ranks, products)
+    moved.add("all_gather", batch * d * other // ranks, products)
 
 
 def _products(config: PionConfig, *, first: bool) -> tuple[int, int]:

@@ -138,7 +138,7 @@ _KINDS: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
 
 def scalars(rows: Sequence[Row]) -> dict[str, float]:
     """Compute the scalars for TensorBoard and the like, by tag."""
-    found = {}
+    by_tag = {}
     for kind, exact, value in _KINDS:
         parts: dict[str, float] = {}
         for row in rows:
@@ -146,23 +146,23 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
                 part = row.name.rpartition("[")[0]
                 parts[part] = max(value(row), parts.get(part, 0.0))
         if parts:
-            found[f"pion/{kind}"] = max(parts.values())
-        found |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
+            by_tag[f"pion/{kind}"] = max(parts.values())
+        by_tag |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
     stepped = [row for row in rows if not math.isnan(row.angle)]
     if stepped:
         size = sum(row.size for row in stepped)
         squares = sum(row.size * row.update_rms**2 for row in stepped)
-        found |= {
+        by_tag |= {
             "pion/orthogonality": max(row.orthogonality for row in stepped),
             "pion/angle": max(row.angle for row in stepped),
             "pion/update-rms": math.sqrt(squares / size),
         }
         # Generators have the one, polar the other.
         if alphas := [row.alpha for row in stepped if not math.isnan(row.alpha)]:
-            found |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
+            by_tag |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
         if shares := [row.kept for row in stepped if not math.isnan(row.kept)]:
-            found["pion/kept-min"] = min(shares)
-    return found
+            by_tag["pion/kept-min"] = min(shares)
+    return by_tag
 
 
 def line(rows: Sequence[Row], iteration: int) -> str:

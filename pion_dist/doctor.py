@@ -273,13 +273,13 @@ def error_of(stderr: str) -> list[str]:
 def report(findings: list[Finding]) -> list[str]:
     """The findings as a text, and what follows from them."""
     text = []
-    for found in findings:
-        first, *more = found.lines or [""]
-        text.append(f"{found.state:7} {found.check.what:20} {first}")
+    for each in findings:
+        first, *more = each.lines or [""]
+        text.append(f"{each.state:7} {each.check.what:20} {first}")
         text += [" " * 29 + line for line in more]
-    lacks = [found for found in findings if found.prevents]
+    lacks = [each for each in findings if each.prevents]
     text += ["", "`--optimizer pion` cannot run here:" if lacks else "`--optimizer pion` can run."]
-    return text + [f"  {found.check.what} is {found.state}: {found.check.fix}" for found in lacks]
+    return text + [f"  {each.check.what} is {each.state}: {each.check.fix}" for each in lacks]
 
 
 def main() -> None:
@@ -298,7 +298,7 @@ def main() -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         findings = list(pool.map(examine, CHECKS))
     print("\n".join(report(findings)))
-    sys.exit(any(found.prevents for found in findings))
+    sys.exit(any(each.prevents for each in findings))
 
 
 if __name__ == "__main__":

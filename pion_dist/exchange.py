@@ -194,8 +194,8 @@ class _Wave:
                     _of_run(weight, box).copy_(part)
                     start += box.numel
             weights[i] = weight, moved if len(moved) else None
-        for i, (weight, found) in weights.items():
-            finalize(i, weight, found)
+        for i, (weight, flagged) in weights.items():
+            finalize(i, weight, flagged)
 
     def _empty(self, i: int) -> Tensor:
         return self.received.new_empty(self.route.stored(i))

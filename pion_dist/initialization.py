@@ -26,8 +26,8 @@ def orthogonal(gaussian_mn: Tensor, scale: float) -> Tensor:
     tall = gaussian_mn.double() if m >= n else gaussian_mn.double().mT
     q, r = torch.linalg.qr(tall)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)  # without them, q's are Householder's
-    found: Tensor = q * (scale * max(1.0, sqrt(m / n)) * signs)
-    return found if m >= n else found.mT
+    weight: Tensor = q * (scale * max(1.0, sqrt(m / n)) * signs)
+    return weight if m >= n else weight.mT
 
 
 def spectral(gaussian_mn: Tensor, scale: float) -> Tensor:

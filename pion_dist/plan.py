@@ -277,7 +277,7 @@ class StepPlan:
 
         One wave travels while another is computed.
         """
-        found: list[list[int]] = [[] for _ in range(WAVES)]
+        dealt: list[list[int]] = [[] for _ in range(WAVES)]
         teams: dict[tuple[int, ...], list[int]] = {}
         for i in self.of_group(group):
             if not self.matrices[i].in_place:
@@ -285,8 +285,8 @@ class StepPlan:
         for team in sorted(teams):
             sizes = [float(self.matrices[i].numel) for i in teams[team]]
             for i, (wave,) in zip(teams[team], deal(sizes, [1] * len(sizes), WAVES), strict=True):
-                found[wave].append(i)
-        return [sorted(wave) for wave in found if wave]
+                dealt[wave].append(i)
+        return [sorted(wave) for wave in dealt if wave]
 
     def in_place(self) -> list[int]:
         """Indices of the matrices that are computed where they are stored."""
@@ -320,12 +320,12 @@ class StepPlan:
         alike: dict[tuple[object, ...], list[list[int]]] = {}
         for i in indices:
             x = self.matrices[i]
-            found = alike.setdefault(
+            kind = alike.setdefault(
                 (x.m, x.n, x.along, x.group, x.team, x.param_group, x.itemsize), [[]]
             )
-            if found[-1] and sum(self.matrices[j].batch for j in found[-1]) + x.batch > most(x):
-                found.append([])
-            found[-1].append(i)
+            if kind[-1] and sum(self.matrices[j].batch for j in kind[-1]) + x.batch > most(x):
+                kind.append([])
+            kind[-1].append(i)
         return [batch for batches in alike.values() for batch in batches]
 
     def flop(self, ranks: Sequence[int]) -> float:
@@ -398,8 +398,8 @@ class StepPlan:
         for group, (size, rank) in enumerate(zip(self.sizes, ranks, strict=True)):
             add("all_reduce", 1, 4)  # whether all gradients are finite, an int32
             for wave in self.waves(group):
-                found = [self.matrices[i] for i in wave]
-                add("all_to_all", 2, sum(self._sent(x, rank, size) for x in found))
+                travel = [self.matrices[i] for i in wave]
+                add("all_to_all", 2, sum(self._sent(x, rank, size) for x in travel))
         together = [i for i, x in enumerate(self.matrices) if len(x.team) > 1]
         # Waves are computed one after the other.
         waves = [wave for group in range(len(self.sizes)) for wave in self.waves(group)]
@@ -424,7 +424,7 @@ class StepPlan:
         """Add the collectives of a team that divides matrices."""
         x = self.matrices[batch[0]]
         assert x.along is not None, "a divided matrix has an axis"
-        found = cost.traffic(
+        moved = cost.traffic(
             sum(self.matrices[i].batch for i in batch),
             x.m,
             x.n,
@@ -434,15 +434,15 @@ class StepPlan:
             step=step,
             itemsize=x.itemsize,
         )
-        for op, number in found.calls.items():
-            add(op, number, found.bytes[op])
+        for op, number in moved.calls.items():
+            add(op, number, moved.bytes[op])
         if count := self._reset_in(batch, step):
             add("all_gather", 1, x.itemsize * count * x.m * x.n // len(x.team))
 
     def _reset_in(self, batch: Sequence[int], step: int) -> int:
         """Matrices of a batch whose spectrum is reset in a step."""
-        interval, found = self.config.spectrum_reset_interval, [self.matrices[i] for i in batch]
-        names = [name for x in found for name in x.names()]
+        interval, members = self.config.spectrum_reset_interval, [self.matrices[i] for i in batch]
+        names = [name for x in members for name in x.names()]
         return sum(due(name, step, interval) for name in names) if interval else 0
 
     def lines(self, group: int) -> list[str]:
@@ -469,12 +469,12 @@ class StepPlan:
         sizes: Counter[int] = Counter()
         for x in self.matrices:
             sizes[len(x.team)] += x.batch * self._computes(x, ranks)
-        found = [
+        counts = [
             f"{count} in teams of {size}" if size > 1 else f"{count} alone"
             for size, count in sorted(sizes.items())
             if count
         ]
-        return f"{' and '.join(found) or 'none'} on this rank"
+        return f"{' and '.join(counts) or 'none'} on this rank"
 
     def _moves(self, ranks: Sequence[int]) -> str:
         odd, even = (
@@ -544,11 +544,11 @@ def deal(costs: Sequence[float], sizes: Sequence[int], ranks: int) -> list[tuple
 
 def loads_of(costs: Sequence[float], teams: Sequence[tuple[int, ...]], ranks: int) -> list[float]:
     """What every rank has of items that were dealt."""
-    found = [0.0] * ranks
+    loads = [0.0] * ranks
     for each, team in zip(costs, teams, strict=True):
         for rank in team:
-            found[rank] += each
-    return found
+            loads[rank] += each
+    return loads
 
 
 def differences(mine: Sequence[str], others: Sequence[Sequence[str]]) -> str:

@@ -136,10 +136,10 @@ def moments(
     if config.direction == "polar":
         return _factors(batch, m, n, config, along)
     names = ("m", "v") if config.direction == "adaptive" else ("m",)
-    found: dict[str, Moment] = {}
+    described: dict[str, Moment] = {}
     if config.momentum != "lie":
         dim = DIM[along] if along is not None else None
-        found = {name: Moment((batch, m, n), dim, dtype=config.state_dtype) for name in names}
+        described = {name: Moment((batch, m, n), dim, dtype=config.state_dtype) for name in names}
     blocks = config.blocks_of(along)
     for side in config.sides:
         count = blocks.get(side, 1)
@@ -150,10 +150,10 @@ def moments(
             dim = of_blocks if blocks else 1
             packed = config.state_layout == "packed" and (ranks == 1 or bool(blocks))
             moment = Moment((*start, d, d), dim, packed, config.state_dtype)
-            found |= {f"{name}_{side}": moment for name in names}
+            described |= {f"{name}_{side}": moment for name in names}
     if config.spectrum_reset_interval:
-        found[START] = Moment((batch, min(m, n)), None, dtype="fp64")
-    return found
+        described[START] = Moment((batch, min(m, n)), None, dtype="fp64")
+    return described
 
 
 def _factors(

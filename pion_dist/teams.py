@@ -41,14 +41,14 @@ def build_plan(
         groups: their process groups.
         config: the run's options.
     """
-    found = list(matrices)
+    dealt = list(matrices)
     for group, sizes in enumerate(groups):
         indices = [i for i, x in enumerate(matrices) if x.group == group]
         chosen = _teams([matrices[i] for i in indices], sizes, config)
         for i, team in zip(indices, chosen, strict=True):
-            found[i] = dataclasses.replace(found[i], team=team)
+            dealt[i] = dataclasses.replace(dealt[i], team=team)
     ranks, near = tuple(x.ranks for x in groups), tuple(x.near for x in groups)
-    return StepPlan(config, ranks, near, tuple(found))
+    return StepPlan(config, ranks, near, tuple(dealt))
 
 
 def _teams(
@@ -84,10 +84,10 @@ def _teams(
         if mean > best[0]:
             return False
         dealt = deal(each, counts, group.ranks)
-        found = max(loads_of(each, dealt, group.ranks)), mean
-        if found >= best:
+        score = max(loads_of(each, dealt, group.ranks)), mean
+        if score >= best:
             return False
-        best, teams, chosen = found, dealt, sizes
+        best, teams, chosen = score, dealt, sizes
         return True
 
     for most in sorted({size for kind in kinds for size, _ in kind}):
@@ -142,7 +142,7 @@ def _sizes(x: MatrixPlan, group: GroupSizes, config: PionConfig) -> list[int]:
     """The sizes of teams that can compute matrices."""
     if config.blocks > 1:
         return [x.cut]
-    found = [size for size in group.teams if divides(x.m, x.n, config, size)]
+    sizes = [size for size in group.teams if divides(x.m, x.n, config, size)]
     if config.team_size == "auto":
-        return found
-    return [max(size for size in found if size <= config.team_size)]
+        return sizes
+    return [max(size for size in sizes if size <= config.team_size)]

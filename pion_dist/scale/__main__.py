@@ -67,9 +67,9 @@ def _meaning(of: type, field: Field[Any]) -> str:
     """What a field's class says of it, in its docstring."""
     lines = (of.__doc__ or "").splitlines()
     start = f"        {field.name}: "
-    found = next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
+    meaning = next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
     default = "" if field.default is MISSING else f" (default {field.default:g})"
-    return (found.rstrip(".") + default).replace("%", "%%")
+    return (meaning.rstrip(".") + default).replace("%", "%%")
 
 
 def _print(args: argparse.Namespace) -> None:
@@ -83,46 +83,46 @@ def _print(args: argparse.Namespace) -> None:
             f"--blocks {args.blocks} is of other directions than polar: leave it out, or choose "
             "another --direction or --recipe"
         )
-    drawn: dict[str, list[tuple[Layout, report.Found]]] = {}
+    drawn: dict[str, list[tuple[Layout, report.Predictions]]] = {}
     for name in args.model:
         model = _overridden(named(MODELS, "model", name), args)
         for gpus in args.gpus:
             layout = _layout(args, model, gpus)
             blocks = layout.tp if args.blocks is None else args.blocks
-            found = {
+            predictions = {
                 label: (method, predict(model, layout, cluster, method))
                 for label, method in report.methods(layout, config, blocks).items()
             }
-            drawn.setdefault(name, []).append((layout, found))
+            drawn.setdefault(name, []).append((layout, predictions))
         print(f"\n## {name} on {cluster.name}\n")
         if len(args.gpus) > 1:
             print(report.growth(drawn[name], cluster))
         else:
-            _one(model, layout, cluster, found)
+            _one(model, layout, cluster, predictions)
     if args.plot is not None:
         report.plot(drawn, cluster, args.plot)
         print(f"\nwritten: {args.plot}")
 
 
-def _one(model: Model, layout: Layout, cluster: Cluster, found: report.Found) -> None:
+def _one(model: Model, layout: Layout, cluster: Cluster, predictions: report.Predictions) -> None:
     """Everything of one layout."""
-    first = found["AdamW"][1]
+    first = predictions["AdamW"][1]
     print(
         f"{layout.gpus:,} GPUs as TP {layout.tp}, PP {layout.pp}, CP {layout.cp}, EP {layout.ep}, "
         f"DP {layout.dp}; {layout.batch} samples of {layout.seq}; forward and backward "
         f"{report.milliseconds(first.model)}\n"
     )
-    print(report.overview(found, cluster))
+    print(report.overview(predictions, cluster))
     print("\nBytes that the busiest rank hands to collectives in a step:\n")
-    print(report.communication(found))
+    print(report.communication(predictions))
     print()
-    for line in report.advice(found, layout, cluster):
+    for line in report.advice(predictions, layout, cluster):
         print(f"- {line}")
-    chosen = report.best(found, cluster, among="exact")
+    chosen = report.best(predictions, cluster, among="exact")
     if chosen is not None:
         name, method, _ = chosen
         print("\nThe best exact mode at each precision:\n")
-        print(report.precisions(model, layout, cluster, found))
+        print(report.precisions(model, layout, cluster, predictions))
         print(f"\n{name}, what the assumptions decide:\n")
         print(report.sensitivity(model, layout, cluster, method))
 

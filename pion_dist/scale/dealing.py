@@ -60,10 +60,10 @@ class Pool:
 def pools(model: Model, layout: Layout, config: PionConfig) -> list[Pool]:
     """The pools of a stage between the first and the last."""
     dense, expert = weights(model, layout, config)
-    found = [Pool("dp", tuple(dense), layout.sharing, layout.tp, layout.tp)]
+    both = [Pool("dp", tuple(dense), layout.sharing, layout.tp, layout.tp)]
     if expert:
-        found.append(Pool("edp", tuple(expert), layout.expert_dp, 1, layout.ep))
-    return found
+        both.append(Pool("edp", tuple(expert), layout.expert_dp, 1, layout.ep))
+    return both
 
 
 def weights(model: Model, layout: Layout, config: PionConfig) -> tuple[list[Weight], list[Weight]]:
@@ -121,12 +121,12 @@ def _mlp(start: str, ffn: int, hidden: int, tp: int) -> list[ParamInfo]:
 
 
 def _weights(infos: Iterable[ParamInfo], config: PionConfig) -> list[Weight]:
-    found = []
+    listed = []
     for info in infos:
         decision = classify(info, config)
         assert isinstance(decision, Rotated), "norms, embedding and output layer are not listed"
-        found.append(Weight(info.name, info.shape[0] * info.shape[1], decision))
-    return found
+        listed.append(Weight(info.name, info.shape[0] * info.shape[1], decision))
+    return listed
 
 
 @dataclass(frozen=True)
@@ -170,18 +170,18 @@ def buffer(numels: Sequence[int], ranks: int, bucket_size: int | None = None) ->
         bucket_size: elements; by default DDP's.
     """
     size = bucket_numel(ranks) if bucket_size is None else bucket_size
-    found = [(0, 0, 0)] * len(numels)
+    places = [(0, 0, 0)] * len(numels)
     buckets: list[tuple[int, int]] = []
     first = end = 0
     for i in reversed(range(len(numels))):
         start = up(end, ALIGNMENT)
         end = start + numels[i]
-        found[i] = start, end, len(buckets)
+        places[i] = start, end, len(buckets)
         if i == 0 or end - first >= size:
             end = up(end, math.lcm(ranks, BUCKET_ALIGNMENT))
             buckets.append((first, end))
             first = end
-    return Buffer(tuple(found), tuple(buckets), ranks)
+    return Buffer(tuple(places), tuple(buckets), ranks)
 
 
 def up(value: int, multiple: int) -> int:
@@ -251,7 +251,7 @@ def matrices_of(pool: Pool, config: PionConfig) -> tuple[list[MatrixPlan], dict[
     """A pool's matrices, whose teams are to be chosen, and the sizes of groups by name."""
     stored = buffer([w.numel for w in pool.items], pool.ranks)
     sizes: dict[str, int] = {}
-    found = []
+    matrices = []
     for number, w in enumerate(pool.items):
         view = w.rotated.view
         cut = w.rotated.ranks if view.axis is not None else 1
@@ -259,7 +259,7 @@ def matrices_of(pool: Pool, config: PionConfig) -> tuple[list[MatrixPlan], dict[
         if size > 1:
             sizes[name] = size
         parts = stored.ranges(number) if pool.ranks > 1 else ()
-        found += [
+        matrices += [
             MatrixPlan(
                 weight=w.name,
                 part=part,
@@ -274,7 +274,7 @@ def matrices_of(pool: Pool, config: PionConfig) -> tuple[list[MatrixPlan], dict[
             )
             for part, (batch, m, n) in view.whole_shapes(cut).items()
         ]
-    return found, sizes
+    return matrices, sizes
 
 
 def with_waves(pool: Pool, plan: StepPlan, names: tuple[str, ...]) -> Planned:

@@ -87,7 +87,7 @@ def stepped(pool: Pool, owned: Sequence[Sequence[int]], cluster: Cluster, mode: 
     # Ranks whose weights have the same matrices are alike.
     alike = [replace(w, name="") for w in pool.items]
     each = [_rank(tuple(alike[i] for i in own), pool.tp, cluster, mode) for own in owned]
-    ranks = [found for found in each for _ in range(pool.tp)]
+    ranks = [work for work in each for _ in range(pool.tp)]
     numels = [numel for _, _, numel, _ in ranks]
     gathered = max(size for *_, size in ranks)
     return Stepped(

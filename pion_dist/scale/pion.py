@@ -56,8 +56,8 @@ def stepped(pool: Pool, planned: Planned, cluster: Cluster) -> Stepped:
     moved: dict[str, float] = {}
     for works, _ in steps:
         each = [handed(planned, *both) for both in zip(places, works, strict=True)]
-        for op in {op for found in each for op in found}:
-            moved[op] = moved.get(op, 0.0) + max(found[op] for found in each) / len(steps)
+        for op in {op for sizes in each for op in sizes}:
+            moved[op] = moved.get(op, 0.0) + max(sizes[op] for sizes in each) / len(steps)
     return Stepped(
         compute=[
             sum(works[rank].compute for works, _ in steps) / len(steps) + around[rank // pool.tp]
@@ -81,12 +81,12 @@ def handed(planned: Planned, place: Sequence[int], work: Work) -> Counter[str]:
         place: its numbers in the plan's groups.
         work: its own.
     """
-    found = Counter({f"team {op}": size for op, size in work.moved.items()})
+    sizes = Counter({f"team {op}": size for op, size in work.moved.items()})
     for name, waves, rank in zip(planned.names, planned.waves, place, strict=True):
-        found[f"{name} all_reduce"] += 4  # whether all gradients are finite
+        sizes[f"{name} all_reduce"] += 4  # whether all gradients are finite
         if waves:
-            found[f"{name} all_to_all"] += sum(x.sent[rank] + x.returned[rank] for x in waves)
-    return found
+            sizes[f"{name} all_to_all"] += sum(x.sent[rank] + x.returned[rank] for x in waves)
+    return sizes
 
 
 def step_of(pool: Pool, planned: Planned, cluster: Cluster, step: int) -> tuple[list[Work], float]:
@@ -95,7 +95,7 @@ def step_of(pool: Pool, planned: Planned, cluster: Cluster, step: int) -> tuple[
     places = [ranks_of(pool, planned.names, rank) for rank in range(pool.ranks * pool.tp)]
     # Every rank that stores such matrices computes them, or its shards.
     in_place = _work(plan, plan.in_place(), cluster, step, 1)
-    found, seconds = [in_place] * len(places), in_place.total
+    by_rank, seconds = [in_place] * len(places), in_place.total
     for group, (name, waves) in enumerate(zip(planned.names, planned.waves, strict=True)):
         size = plan.sizes[group]
         between = apart(pool, name)
@@ -103,8 +103,8 @@ def step_of(pool: Pool, planned: Planned, cluster: Cluster, step: int) -> tuple[
         works = [_of_wave(plan, wave, size, cluster, step, between) for wave in waves]
         seconds += links.seconds("all_reduce", 4, 1) + pipelined(waves, works, links)
         for work in works:
-            found = [x + work[place[group]] for x, place in zip(found, places, strict=True)]
-    return found, seconds
+            by_rank = [x + work[place[group]] for x, place in zip(by_rank, places, strict=True)]
+    return by_rank, seconds
 
 
 def pipelined(waves: Sequence[Wave], works: Sequence[Sequence[Work]], links: Group) -> float:
@@ -135,33 +135,33 @@ def _of_wave(
     for i in wave.indices:
         for rank in plan.matrices[i].team:
             mine.setdefault(rank, []).append(i)
-    found = []
+    by_rank = []
     for rank in range(size):
         packed = PACKED * (wave.sent[rank] + wave.returned[rank]) + RECEIVED * wave.got[rank]
         copies = Work(streamed(packed + UNPACKED * wave.taken[rank], cluster))
         work = _work(plan, mine[rank], cluster, step, between) if rank in mine else Work()
-        found.append(copies + work)
-    return found
+        by_rank.append(copies + work)
+    return by_rank
 
 
 def _work(
     plan: StepPlan, indices: Sequence[int], cluster: Cluster, step: int, between: int
 ) -> Work:
     """What a rank of their team does with some matrices; ``between``: see ``dealing.apart``."""
-    found = Work()
+    total = Work()
     for batch in plan.batches(indices, "cuda"):
         x = plan.matrices[batch[0]]
         ranks, count = len(x.team), sum(plan.matrices[i].batch for i in batch)
         if len(batch) > 1:  # gradient and moments joined; weight and moments taken apart
-            found += Work(streamed(2 * 5 * x.itemsize * count * x.m * x.n / ranks, cluster))
+            total += Work(streamed(2 * 5 * x.itemsize * count * x.m * x.n / ranks, cluster))
         most = count if ranks > 1 else plan.batch_size(x, "cuda")
         for first in range(0, count, most):
             some = min(most, count - first)
             turn = step if plan.config.side == "alternate" else 1  # other steps are alike
-            found += matrices_work(
+            total += matrices_work(
                 some, x.m, x.n, plan.config, x.along, ranks, turn, cluster, between
             )
-    return found
+    return total
 
 
 @functools.cache
@@ -205,11 +205,11 @@ def matrices_work(
 def _states(planned: Planned) -> dict[int | None, list[int]]:
     """Bytes of moments by group and rank; of None those of matrices that a rank has by itself."""
     plan = planned.plan
-    found: dict[int | None, list[int]] = {g: [0] * size for g, size in enumerate(plan.sizes)}
-    found[None] = [0]
+    held: dict[int | None, list[int]] = {g: [0] * size for g, size in enumerate(plan.sizes)}
+    held[None] = [0]
     for x in plan.matrices:
         alone = replace(plan, matrices=(x,))
         size = alone.state_bytes([x.team[0]] * len(plan.sizes))
         for rank in x.team:
-            found[x.group][rank] += size
-    return found
+            held[x.group][rank] += size
+    return held

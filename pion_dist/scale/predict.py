@@ -108,21 +108,21 @@ def predict(model: Model, layout: Layout, cluster: Cluster, method: Method) -> P
     """
     layout.check(model)
     _check_blocks(model, layout, method.config)
-    found = [_share(pool, cluster, method) for pool in pools(model, layout, method.config)]
+    shares = [_share(pool, cluster, method) for pool in pools(model, layout, method.config)]
     flop = model.train_flop(layout.tokens, layout.seq)
     seconds = flop / (cluster.mfu * cluster.bf16 * layout.gpus)
     micro = seconds / layout.micro_batches
-    buckets = sum(x.buckets for x in found)
+    buckets = sum(x.buckets for x in shares)
     # Gradients travel in the last micro-batch's backward pass, weights in the first's forward; the
     # bucket that is filled last, or needed first, has nothing to hide behind.
     exposed = sum(
         max(travel / buckets, travel - window)
         for travel, window in (
-            (sum(x.reduce for x in found), micro * 2 / 3),
-            (sum(x.gather for x in found), micro / 3),
+            (sum(x.reduce for x in shares), micro * 2 / 3),
+            (sum(x.gather for x in shares), micro / 3),
         )
     )
-    return _combined(found, layout, seconds, exposed)
+    return _combined(shares, layout, seconds, exposed)
 
 
 def _check_blocks(model: Model, layout: Layout, config: PionConfig) -> None:
@@ -214,11 +214,11 @@ def _combined(
     ranks = range(layout.gpus // layout.pp)
 
     def total(name: str) -> list[float]:
-        found = [0.0] * len(ranks)
+        values = [0.0] * len(ranks)
         for share in shares:
             each = getattr(share.stepped, name)
-            found = [x + each[share.place(rank)] for rank, x in zip(ranks, found, strict=True)]
-        return found
+            values = [x + each[share.place(rank)] for rank, x in zip(ranks, values, strict=True)]
+        return values
 
     compute, states, masters = total("compute"), total("state"), total("masters")
     moved: dict[str, float] = {}

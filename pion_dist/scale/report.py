@@ -11,7 +11,7 @@ from .describe import Cluster, Layout, Model
 from .muon import Path as MuonPath
 from .predict import Method, Prediction, largest_matrix, predict
 
-Found = Mapping[str, tuple[Method, Prediction]]
+Predictions = Mapping[str, tuple[Method, Prediction]]
 """What was predicted of each method, by its name."""
 
 ASSUMED = ("matmul", "solver", "stream", "link", "mfu")
@@ -25,19 +25,21 @@ COLORS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
 def methods(layout: Layout, config: PionConfig, blocks: int) -> dict[str, Method]:
     """The methods that a layout lets choose from, by name; the same result in ``exact`` ones."""
-    found = {"AdamW": Method(optimizer="adamw")}
+    by_name = {"AdamW": Method(optimizer="adamw")}
     paths: tuple[MuonPath, ...] = ("buffers", "lists")
     for path in paths:
-        found[f"Muon duplicated, {path}"] = Method(optimizer="muon", path=path)
+        by_name[f"Muon duplicated, {path}"] = Method(optimizer="muon", path=path)
         if layout.tp > 1:
-            found[f"Muon blockwise, {path}"] = Method(optimizer="muon", path=path, muon="blockwise")
+            by_name[f"Muon blockwise, {path}"] = Method(
+                optimizer="muon", path=path, muon="blockwise"
+            )
     for size in TEAMS:
         name = "Pion, auto" if size == "auto" else f"Pion, teams of {size}"
-        found[name] = Method(config=replace(config, team_size=size, blocks=1))
+        by_name[name] = Method(config=replace(config, team_size=size, blocks=1))
     if blocks > 1 and config.direction != "polar":  # has no blocks
         here = replace(config, team_size="auto", blocks=blocks)
-        found[f"Pion in {blocks} blocks"] = Method(config=here)
-    return found
+        by_name[f"Pion in {blocks} blocks"] = Method(config=here)
+    return by_name
 
 
 def exact(method: Method) -> bool:
@@ -45,17 +47,19 @@ def exact(method: Method) -> bool:
     return method.optimizer == "pion" and method.config.blocks == 1
 
 
-def best(found: Found, cluster: Cluster, *, among: str) -> tuple[str, Method, Prediction] | None:
+def best(
+    predictions: Predictions, cluster: Cluster, *, among: str
+) -> tuple[str, Method, Prediction] | None:
     """The method with the smallest share of those that fit the GPUs' memory.
 
     Args:
-        found: to choose from.
+        predictions: to choose from.
         cluster: has the memory.
         among: ``exact``: Pion's exact modes; else what the names begin with.
     """
     fitting = [
         (name, method, p)
-        for name, (method, p) in found.items()
+        for name, (method, p) in predictions.items()
         if p.memory <= cluster.capacity
         and (exact(method) if among == "exact" else name.startswith(among))
     ]
@@ -82,10 +86,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def overview(found: Found, cluster: Cluster) -> str:
+def overview(predictions: Predictions, cluster: Cluster) -> str:
     """A row for each method."""
     head = ("optimizer", "step", "exchange", "DP exposed", "share", "state max", "state mean")
-    adamw = found["AdamW"][1].memory
+    adamw = predictions["AdamW"][1].memory
     return table(
         (*head, "memory", "of AdamW's", "busiest / mean"),
         (
@@ -101,19 +105,19 @@ def overview(found: Found, cluster: Cluster) -> str:
                 f"{p.memory / adamw:.2f}",
                 f"{p.imbalance:.2f}",
             )
-            for name, (_, p) in found.items()
+            for name, (_, p) in predictions.items()
         ),
     )
 
 
-def communication(found: Found) -> str:
+def communication(predictions: Predictions) -> str:
     """Bytes that the busiest rank hands to each group's collectives in a step."""
-    ops = list(dict.fromkeys(op for _, p in found.values() for op in p.moved))
+    ops = list(dict.fromkeys(op for _, p in predictions.values() for op in p.moved))
     return table(
         ("optimizer", *ops),
         (
             (name, *(f"{p.moved[op]:,.0f}" if op in p.moved else "" for op in ops))
-            for name, (_, p) in found.items()
+            for name, (_, p) in predictions.items()
         ),
     )
 
@@ -121,13 +125,13 @@ def communication(found: Found) -> str:
 PRECISIONS: tuple[MatmulPrecision, ...] = ("highest", "high", "bf16")
 
 
-def precisions(model: Model, layout: Layout, cluster: Cluster, found: Found) -> str:
+def precisions(model: Model, layout: Layout, cluster: Cluster, predictions: Predictions) -> str:
     """The best exact mode at every matmul precision, and what bounds it."""
     rows, teams = [], (1, 2, 4, 8)
     for precision in PRECISIONS:
         here = {
             name: (other, predict(model, layout, cluster, other))
-            for name, (method, _) in found.items()
+            for name, (method, _) in predictions.items()
             if exact(method)
             for other in [replace(method, config=_at(precision, method.config))]
         }
@@ -173,21 +177,21 @@ def sensitivity(model: Model, layout: Layout, cluster: Cluster, method: Method) 
     return table(("halved", "from", "share"), rows)
 
 
-def advice(found: Found, layout: Layout, cluster: Cluster) -> list[str]:
+def advice(predictions: Predictions, layout: Layout, cluster: Cluster) -> list[str]:
     """The best flags, and what bounds them."""
-    chosen = best(found, cluster, among="exact")
+    chosen = best(predictions, cluster, among="exact")
     if chosen is None:
         return [
             "No exact mode fits the GPUs' memory in this layout, activations left out: change "
             "--tp, --pp or --gpus."
         ]
     _, method, p = chosen
-    adamw = found["AdamW"][1]
+    adamw = predictions["AdamW"][1]
     lines = [
         f"Best exact flags: {flags(method)} ({p.share:.1%} of an iteration, AdamW "
         f"{adamw.share:.1%})."
     ]
-    blocks = best(found, cluster, among="Pion in")
+    blocks = best(predictions, cluster, among="Pion in")
     if blocks is not None:
         lines.append(
             f"Another algorithm: {flags(blocks[1])} ({blocks[2].share:.1%} of an iteration)."
@@ -215,17 +219,17 @@ def limits(p: Prediction, adamw: Prediction) -> list[str]:
     return lines
 
 
-def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
+def growth(rows: Sequence[tuple[Layout, Predictions]], cluster: Cluster) -> str:
     """A row for each number of GPUs."""
     # Not every direction has blocks.
-    names = [name for _, found in rows for name in found]
+    names = [name for _, predictions in rows for name in predictions]
     kinds = {k: v for k, v in KINDS.items() if k == "exact" or any(n.startswith(k) for n in names)}
     head = ("GPUs", "DP", "samples", "forward, backward", *kinds.values())
     more = ("by", "its step alone", "dealt evenly", "busiest / mean", "memory, of AdamW's")
     cells = []
-    for layout, found in rows:
-        chosen = {kind: best(found, cluster, among=kind) for kind in kinds}
-        adamw, pion = found["AdamW"][1], chosen["exact"]
+    for layout, predictions in rows:
+        chosen = {kind: best(predictions, cluster, among=kind) for kind in kinds}
+        adamw, pion = predictions["AdamW"][1], chosen["exact"]
         cells.append(
             (
                 f"{layout.gpus:,}",
@@ -235,7 +239,7 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
                 *("does not fit" if c is None else f"{c[2].share:.1%}" for c in chosen.values()),
                 "" if pion is None else pion[0].removeprefix("Pion, "),
                 "" if pion is None else f"{pion[2].step / (pion[2].model + pion[2].step):.1%}",
-                f"{even(found):.1%}",
+                f"{even(predictions):.1%}",
                 "" if pion is None else f"{pion[2].imbalance:.1f}",
                 "" if pion is None else f"{pion[2].memory / adamw.memory:.2f}",
             )
@@ -243,9 +247,9 @@ def growth(rows: Sequence[tuple[Layout, Found]], cluster: Cluster) -> str:
     return table((*head, *more), cells)
 
 
-def even(found: Found) -> float:
+def even(predictions: Predictions) -> float:
     """Pion's share if its whole matrices' computation were dealt evenly and nothing else cost."""
-    p = found["Pion, teams of 1"][1]
+    p = predictions["Pion, teams of 1"][1]
     return p.mean / (p.model + p.mean)
 
 
@@ -260,7 +264,7 @@ KINDS = {
 
 
 def plot(
-    models: Mapping[str, Sequence[tuple[Layout, Found]]], cluster: Cluster, path: Path
+    models: Mapping[str, Sequence[tuple[Layout, Predictions]]], cluster: Cluster, path: Path
 ) -> None:
     """Draw the optimizer's share over GPUs, a panel for each model.
 
@@ -289,8 +293,8 @@ def plot(
         axes.set_visible(False)
     for axes, (name, rows) in zip(panels.flat, models.items(), strict=False):
         for color, (kind, label) in zip(COLORS, KINDS.items(), strict=False):
-            found = [(layout.gpus, best(each, cluster, among=kind)) for layout, each in rows]
-            points = [(gpus, 100 * b[2].share) for gpus, b in found if b is not None]
+            bests = [(layout.gpus, best(each, cluster, among=kind)) for layout, each in rows]
+            points = [(gpus, 100 * b[2].share) for gpus, b in bests if b is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, ms=4)
         points = [(layout.gpus, 100 * even(each)) for layout, each in rows]
