@@ -79,19 +79,25 @@ def shard(p: Any) -> tuple[int, int]:
 
 
 def masters(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
-    """The float32 masters of this rank's weights of Pion's, whichever rank has them, by name."""
-    found = {}
-    for leaf, _ in leaves(optimizer):
-        if isinstance(leaf.optimizer, Pion):
-            for weights, own in zip(
-                leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True
-            ):
-                for p, master in zip(weights, own, strict=True):
-                    found[decided(p)[0].name, shard(p)] = master.detach().clone()
+    """The float32 masters of this rank's weights of Pion's, of which ranks have ranges, by name."""
+    own: dict[tuple[str, tuple[int, int]], dict[int, torch.Tensor]] = {}
+    for leaf in leaves(optimizer):
+        for weights, parts in zip(
+            leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups, strict=True
+        ):
+            for p, master in zip(weights, parts, strict=True):
+                start = leaf._get_model_param_range_map(p)["param"].start
+                own.setdefault((decided(p)[0].name, shard(p)), {})[start] = master.detach().clone()
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    found = {place: master for each in everyone for place, master in each.items()}
-    return {name: found[name, shard(p)] for name, p in rotated(model).items()}
+    dist.all_gather_object(everyone, own)
+    ranges: dict[tuple[str, tuple[int, int]], dict[int, torch.Tensor]] = {}
+    for each in everyone:
+        for place, parts in each.items():
+            ranges.setdefault(place, {}).update(parts)
+    return {
+        name: torch.cat([part for _, part in sorted(ranges[name, shard(p)].items())]).view(p.shape)
+        for name, p in rotated(model).items()
+    }
 
 
 def trained(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:

@@ -79,6 +79,7 @@ def install() -> None:
         ("FusedAdam", cpu_device.FusedAdam),
         ("FusedSGD", torch.optim.SGD),
         ("multi_tensor_scale", multi_tensor_scale),
+        ("multi_tensor_scale_tensor", multi_tensor_scale),
         ("multi_tensor_l2norm", multi_tensor_l2norm),
     ):
         setattr(optimizers, name, value)
@@ -200,7 +201,7 @@ def fp8_transpose(data: Tensor, _dtype: Any, *, out: Tensor | None = None) -> Te
     return transposed if out is None else out.copy_(transposed)
 
 
-def multi_tensor_scale(_chunk: int, _noop: Tensor, lists: Any, factor: float) -> None:
+def multi_tensor_scale(_chunk: int, _noop: Tensor, lists: Any, factor: float | Tensor) -> None:
     for src, dst in zip(*lists, strict=True):
         dst.copy_(src * factor)
 
