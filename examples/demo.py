@@ -2,7 +2,8 @@
 
     python examples/demo.py --out demo_out [--text book.txt notes/]
 
-Prints losses and how far each optimizer moved the singular values, and draws OUT/demo.png.
+Prints losses and how far each optimizer moved the singular values, and draws OUT/demo.png: losses,
+spectra at start and end, and what Pion's steps did.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -21,9 +23,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import LogLocator, NullFormatter
 from megatron_job import LLAMA_FLAGS, PLAIN_FLAGS, JobError, launcher, lines_of
 from prepare_corpus import TOKENIZER_FLAGS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -70,8 +74,9 @@ def peer_flags(optimizer: str, lr: float, rest: float) -> list[str]:
     return ["--optimizer", optimizer, *lrs]
 
 
+REPORT_INTERVAL = 10  # iterations between reports of Pion's steps
 # Pion's and Muon's are the same, and the first that were tried.
-PION_FLAGS = pion_flags(2e-2, 4e-2)
+PION_FLAGS = [*pion_flags(2e-2, 4e-2), "--pion-spectrum-interval", str(REPORT_INTERVAL)]
 # AdamW's (lr, rest) are the best of a few, by validation loss after 200 iterations from fan_in
 # weights, one seed: 1.803, and 1.845 at (1.5e-3, 4e-2), 1.838 at (2.5e-3, 8e-2), 1.901 at (5e-3,
 # 4e-2), 1.876 at (5e-3, 8e-2), 2.147 at (1e-2, 4e-2), 2.192 at (1e-2, 8e-2).
@@ -88,13 +93,16 @@ STEP = re.compile(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)")
 VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: (\S+)")
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
-LAYER = "decoder.layers.3."  # the last
+KIND_COLORS = (BLUE, VERMILION, GREEN, "#CC79A7")
+LAYERS = [f"decoder.layers.{number}." for number in range(4)]
 SHOWN = {  # panel title: matrix, one of each kind
-    "key": LAYER + "self_attention.linear_qkv.weight:k",
-    "attention output": LAYER + "self_attention.linear_proj.weight:whole",
-    "gate": LAYER + "mlp.linear_fc1.weight:gate",
-    "down projection": LAYER + "mlp.linear_fc2.weight:whole",
+    "key": "self_attention.linear_qkv.weight:k",
+    "attention output": "self_attention.linear_proj.weight:whole",
+    "gate": "mlp.linear_fc1.weight:gate",
+    "down projection": "mlp.linear_fc2.weight:whole",
 }
+# What Pion reported of its steps: by TensorBoard's tag, numbers by iteration.
+Reports = dict[str, dict[int, float]]
 # Singular values by matrix name, at the start and at the end of a run.
 Spectra = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -117,6 +125,10 @@ class Run:
     @property
     def initial(self) -> Path:
         return self.folder / "initial.pt"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "tensorboard"
 
     def final_train_loss(self) -> float:
         tail = [loss for step, loss in self.train if step > self.train[-1][0] - LAST]
@@ -159,6 +171,7 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
     """Train in a Megatron of its own and fill in the run's losses."""
     if (run.checkpoint / "latest_checkpointed_iteration.txt").exists():
         shutil.rmtree(run.checkpoint)
+    shutil.rmtree(run.events, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
     command = [
@@ -167,7 +180,7 @@ def train(run: Run, corpus: Path, iterations: int, seed: int) -> None:
         *("--distributed-backend", "nccl" if gpu else "gloo", "--seed", str(seed)),
         *("--train-iters", str(iterations), "--data-path", str(corpus)),
         *("--data-cache-path", str(corpus.parent / "cache"), "--save", str(run.checkpoint)),
-        *("--save-initial", str(run.initial)),
+        *("--save-initial", str(run.initial), "--tensorboard-dir", str(run.events)),
     ]
     progress, start, since = Progress(), time.monotonic(), None
     progress.show(f"{run.name}: starting Megatron on {'the GPU' if gpu else 'the CPU'} ...")
@@ -248,6 +261,16 @@ def start_and_end(run: Run) -> Spectra:
     return spectra(torch.load(run.initial, map_location="cpu")), spectra(end)
 
 
+def reports(run: Run) -> Reports:
+    """What Pion has reported of its steps."""
+    events = EventAccumulator(str(run.events)).Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("pion")
+    }
+
+
 def draw_losses(axes: Axes, runs: list[Run]) -> None:
     for run in runs:
         steps, losses = zip(*run.train, strict=True)
@@ -263,15 +286,36 @@ def draw_losses(axes: Axes, runs: list[Run]) -> None:
     axes.legend(ncols=len(runs), frameon=False)
 
 
-def draw(runs: list[Run], measured: list[Spectra], path: Path) -> None:
-    """Left the losses, right spectra at start and end."""
+def draw_steps(figure: SubFigure, steps: Reports) -> None:
+    """By depth the share of Muon's step that is kept and the angles, over time orthonormality."""
+    kept, angle, orthonormality = figure.subplots(1, 3)
+    for axes, kind in ((kept, "kept"), (angle, "angle")):
+        for color, (title, name) in zip(KIND_COLORS, SHOWN.items(), strict=True):
+            means = [mean(steps[f"pion-{kind}/{layer}{name}"].values()) for layer in LAYERS]
+            axes.plot(range(1, len(LAYERS) + 1), means, "o-", color=color, label=title)
+        axes.set(xlabel="layer", xticks=range(1, len(LAYERS) + 1), ylim=0)
+    kept.set_title("Share of Muon's step that is kept", fontsize=11)
+    angle.set_title("Largest angle of a step", fontsize=11)
+    angle.set_ylabel("radians")
+    kept.legend(frameon=False)
+    orthonormality.plot(*zip(*steps["pion/orthogonality"].items(), strict=True), color=BLUE)
+    orthonormality.set(xlabel="iteration", ylim=0)
+    orthonormality.set_title("Frames' distance from orthonormal, the largest", fontsize=11)
+    figure.suptitle("Pion's steps", fontsize=13)
+
+
+def draw(runs: list[Run], measured: list[Spectra], steps: Reports, path: Path) -> None:
+    """Left the losses, right spectra at start and end, below what Pion's steps do."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15], wspace=0.03)
+    figure = plt.figure(figsize=(14, 9.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[6, 3.5], hspace=0.03)
+    left, right = top.subfigures(1, 2, width_ratios=[1, 1.15], wspace=0.03)
+    draw_steps(bottom, steps)
     draw_losses(left.subplots(), runs)
     panels = right.subplots(2, 2)
     start = "start, all" if len(runs) > 1 else "start"  # the same weights: --seed and --pion-init
     for axes, (title, name) in zip(panels.flat, SHOWN.items(), strict=True):
+        name = LAYERS[-1] + name
         axes.semilogy(measured[0][0][name][0], color=GREY, lw=7, label=start)
         for run, (_, end) in zip(reversed(runs), reversed(measured), strict=True):
             style = "--" if run is runs[0] else "-"
@@ -312,7 +356,7 @@ def demo(args: argparse.Namespace) -> None:
     for run in runs:
         train(run, corpus, args.iterations, args.seed)
     measured = [start_and_end(run) for run in runs]
-    draw(runs, measured, out / "demo.png")
+    draw(runs, measured, reports(runs[0]), out / "demo.png")
     report(runs, measured)
     print(f"checkpoint: {runs[0].checkpoint}\nfigure:     {out / 'demo.png'}")
 

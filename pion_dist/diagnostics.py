@@ -51,6 +51,11 @@ class Row:
     kept: float
     update_rms: float
 
+    @property
+    def stepped(self) -> bool:
+        """Whether a step was recorded."""
+        return not math.isnan(self.angle)
+
 
 class Diagnostics:
     """A measurement of an optimizer's matrices, at any time and in the steps to record.
@@ -128,60 +133,50 @@ class Diagnostics:
         return spectrum.norms_of(matrices)
 
 
-# Tag of a kind, whether it is of exact matrices, and a row's number.
-_KINDS: tuple[tuple[str, bool, Callable[[Row], float]], ...] = (
-    ("drift", True, lambda row: row.drift),
-    ("shift", True, lambda row: row.shift),
-    ("norm-drift", False, lambda row: row.drift),
+# Tag of a kind of number; whether a row has one, what it is, and which of two is worse.
+_KINDS: tuple[
+    tuple[str, Callable[[Row], bool], Callable[[Row], float], Callable[..., float]], ...
+] = (
+    ("drift", lambda row: row.exact, lambda row: row.drift, max),
+    ("shift", lambda row: row.exact, lambda row: row.shift, max),
+    ("norm-drift", lambda row: not row.exact, lambda row: row.drift, max),
+    ("orthogonality", lambda row: row.stepped, lambda row: row.orthogonality, max),
+    ("angle", lambda row: row.stepped, lambda row: row.angle, max),
+    ("kept", lambda row: not math.isnan(row.kept), lambda row: row.kept, min),
 )
 
 
 def scalars(rows: Sequence[Row]) -> dict[str, float]:
-    """Compute the scalars for TensorBoard and the like, by tag."""
+    """Compute the scalars for TensorBoard and the like, by tag: of all matrices, and by part."""
     by_tag = {}
-    for kind, exact, value in _KINDS:
+    for kind, has, value, worse in _KINDS:
         parts: dict[str, float] = {}
-        for row in rows:
-            if row.exact == exact:
-                part = row.name.rpartition("[")[0]
-                parts[part] = max(value(row), parts.get(part, 0.0))
+        for row in filter(has, rows):
+            part = row.name.rpartition("[")[0]
+            parts[part] = worse(value(row), parts.get(part, value(row)))
         if parts:
-            by_tag[f"pion/{kind}"] = max(parts.values())
-        by_tag |= {f"pion-{kind}/{part}": value for part, value in parts.items()}
-    stepped = [row for row in rows if not math.isnan(row.angle)]
-    if stepped:
+            by_tag[f"pion/{kind}"] = worse(parts.values())
+        by_tag |= {f"pion-{kind}/{part}": number for part, number in parts.items()}
+    if stepped := [row for row in rows if row.stepped]:
         size = sum(row.size for row in stepped)
         squares = sum(row.size * row.update_rms**2 for row in stepped)
-        by_tag |= {
-            "pion/orthogonality": max(row.orthogonality for row in stepped),
-            "pion/angle": max(row.angle for row in stepped),
-            "pion/update-rms": math.sqrt(squares / size),
-        }
-        # Generators have the one, polar the other.
+        by_tag["pion/update-rms"] = math.sqrt(squares / size)
         if alphas := [row.alpha for row in stepped if not math.isnan(row.alpha)]:
             by_tag |= {"pion/alpha-min": min(alphas), "pion/alpha-max": max(alphas)}
-        if shares := [row.kept for row in stepped if not math.isnan(row.kept)]:
-            by_tag["pion/kept-min"] = min(shares)
     return by_tag
 
 
 def line(rows: Sequence[Row], iteration: int) -> str:
-    """Write a line for the log."""
+    """Write a line for the log, which names the worst matrix of each kind of number."""
     values = scalars(rows)
     words = [f" pion at iteration {iteration}"]
-    for kind, exact, value in _KINDS:
-        if some := [row for row in rows if row.exact == exact]:
-            worst = max(some, key=value)
+    for kind, has, value, worse in _KINDS:
+        if some := list(filter(has, rows)):
+            worst = worse(some, key=value)
             words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
-    if "pion/angle" in values:
-        words += [
-            f"orthogonality: {values['pion/orthogonality']:.3E}",
-            f"angle: {values['pion/angle']:.3E}",
-        ]
-        if "pion/alpha-min" in values:
-            words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")
-        if "pion/kept-min" in values:
-            words.append(f"kept: {values['pion/kept-min']:.3E}")
+    if "pion/alpha-min" in values:
+        words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")
+    if "pion/update-rms" in values:
         words.append(f"update rms: {values['pion/update-rms']:.3E}")
     else:
         words.append("no step was taken")

@@ -283,19 +283,21 @@ def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
     rows = rows_of(alphas=(0.5, 0.5, 2.0), kept=(math.nan,) * 3)
     assert line(rows, 7) == (
         " pion at iteration 7 | drift: 2.000E-06 (a:q[1]) | shift: 2.000E-07 (a:q[0]) | "
-        "norm-drift: 4.000E-08 (b:whole[0]) | orthogonality: 1.000E-07 | angle: 2.000E-02 | "
+        "norm-drift: 4.000E-08 (b:whole[0]) | orthogonality: 1.000E-07 (b:whole[0]) | "
+        "angle: 2.000E-02 (b:whole[0]) | "
         # sqrt((20 · 9e-6 + 60 · 1e-6) / 80)
         "alpha: 5.000E-01 to 2.000E+00 | update rms: 1.732E-03 |"
     )
     found = scalars(rows)
     assert (found["pion-drift/a:q"], found["pion-norm-drift/b:whole"]) == (2e-6, 4e-8)
-    assert "pion/kept-min" not in found
+    assert "pion/kept" not in found
     still = [replace(row, angle=math.nan) for row in rows]
     assert line(still, 8).endswith("(b:whole[0]) | no step was taken |")
 
 
 def test_the_log_s_line_has_what_polar_keeps_in_alpha_s_place() -> None:
     rows = rows_of(alphas=(math.nan,) * 3, kept=(0.99, 0.97, 0.98))
-    assert line(rows, 7).endswith("angle: 2.000E-02 | kept: 9.700E-01 | update rms: 1.732E-03 |")
+    assert line(rows, 7).endswith(" | kept: 9.700E-01 (a:q[1]) | update rms: 1.732E-03 |")
     found = scalars(rows)
-    assert found["pion/kept-min"] == 0.97 and "pion/alpha-min" not in found
+    assert found["pion/kept"] == 0.97 and "pion/alpha-min" not in found
+    assert (found["pion-kept/a:q"], found["pion-kept/b:whole"]) == (0.97, 0.98)
