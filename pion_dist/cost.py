@@ -90,7 +90,7 @@ def step_flop(
         device: type of the device, whose panels the matrix sign has.
     """
     if config.direction == "polar":
-        return polar_flop(m, n, ranks=ranks, device=device)
+        return polar_flop(m, n, config, ranks=ranks, device=device)
     blocks = config.blocks_of(axis)
     divided = ranks > 1 and not blocks
     chosen = forms(m, n, config)
@@ -131,19 +131,27 @@ def uses_gram(m: int, n: int) -> bool:
     return 2 * max(m, n) > 3 * min(m, n)
 
 
-def polar_flop(m: int, n: int, *, ranks: int = 1, device: str = "cuda") -> float:
+def polishes_to_third_order(m: int, n: int, config: PionConfig) -> bool:
+    """Whether a polar step polishes the larger frame further; see ``update.polar``."""
+    return uses_gram(m, n) and config.matmul_precision != "highest"
+
+
+def polar_flop(
+    m: int, n: int, config: PionConfig, *, ranks: int = 1, device: str = "cuda"
+) -> float:
     """FLOP of a polar step of one m x n matrix; see ``update.polar``.
 
     Args:
         m: rows.
         n: columns.
+        config: the run's options.
         ranks: that divide the rows of the larger dimension; the count is one's.
         device: type of the device, whose panels symmetric products have.
     """
     rows, r = max(m, n) / ranks, min(m, n)
     mirrored = sum(2.0 * (high - low) * high for low, high in panels(r, device))
     full = 2.0 * r * r
-    iterated, symmetric, other = _square_products(m, n)
+    iterated, symmetric, other = _square_products(m, n, config)
     alike, half, whole, own = mirrored, mirrored, full, float(r)
     if divides_squares(r, ranks):  # of what is symmetric, all of its rows but in iterations
         alike, half, whole, own = full * _share(ranks), full / ranks, full / ranks, r / ranks
@@ -163,14 +171,15 @@ def _share(ranks: int) -> float:
     return (2 * ranks + 1) / (4 * ranks**2)
 
 
-def _square_products(m: int, n: int) -> tuple[int, int, int]:
+def _square_products(m: int, n: int, config: PionConfig) -> tuple[int, int, int]:
     """Products of r x r matrices in a polar step: iterated ones, other symmetric ones, the rest."""
     steps = len(NEWTON_SCHULZ)
     # X², Y² and Y³; of a square also X³, of others BᵀB, and the third power of X and Z, B T.
     symmetric, other = 4, 2 * (m != n)
     if uses_gram(m, n):
-        # (M V)ᵀ M V to H: all but the first step have four products. B and H T.
-        return 4 * steps - 1, symmetric, other + 2
+        # (M V)ᵀ M V to H: all but the first step have four products. N² of the polish. B and H T.
+        iterated = 4 * steps - 1 + polishes_to_third_order(m, n, config)
+        return iterated, symmetric, other + 2
     return steps, symmetric, other  # the polynomials of D
 
 
@@ -214,7 +223,7 @@ def traffic(
     """
     low = config.matmul_precision == "bf16" and itemsize == 4
     if config.direction == "polar":
-        return _polar_traffic(batch, m, n, low=low, ranks=ranks, itemsize=itemsize)
+        return _polar_traffic(batch, m, n, config, low=low, ranks=ranks, itemsize=itemsize)
     moved = Traffic(itemsize)
     active = order(m, n, config.active_sides(step))
     for side in config.sides if config.momentum == "lie" else active:
@@ -291,7 +300,9 @@ def seconds(
     return total
 
 
-def _polar_traffic(batch: int, m: int, n: int, *, low: bool, ranks: int, itemsize: int) -> Traffic:
+def _polar_traffic(
+    batch: int, m: int, n: int, config: PionConfig, *, low: bool, ranks: int, itemsize: int
+) -> Traffic:
     """The collectives of a polar step whose rows ranks divide."""
     moved = Traffic(itemsize)
     square = batch * min(m, n) ** 2
@@ -305,7 +316,7 @@ def _polar_traffic(batch: int, m: int, n: int, *, low: bool, ranks: int, itemsiz
     halves = 2 + (1 if gram else steps)  # UᵀU, VᵀV, (M V)ᵀ M V or XᵀX
     moved.add("reduce_scatter", ranks * half, halves)
     moved.add("reduce_scatter", square, 1 if gram or m == n else 2)  # Uᵀ D V; (D V)ᵀ D V
-    moved.add("all_gather", half, halves + _square_products(m, n)[0], low=low)
+    moved.add("all_gather", half, halves + _square_products(m, n, config)[0], low=low)
     moved.add("all_to_all", rows, 1 if m == n else 2)  # Bᵀ, and that of the third power
     # X, Y and their functions; of U's rows off U also B, X² − 2 N and T; H T.
     moved.add("all_gather", rows, 4 + 3 * (m != n) + gram, low=low)

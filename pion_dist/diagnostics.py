@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class Diagnostics:
 
 # Tag of a kind of number; whether a row has one, what it is, and which of two is worse.
 _KINDS: tuple[
-    tuple[str, Callable[[Row], bool], Callable[[Row], float], Callable[..., float]], ...
+    tuple[str, Callable[[Row], bool], Callable[[Row], float], Callable[..., Any]], ...
 ] = (
     ("drift", lambda row: row.exact, lambda row: row.drift, max),
     ("shift", lambda row: row.exact, lambda row: row.shift, max),
@@ -172,7 +173,7 @@ def line(rows: Sequence[Row], iteration: int) -> str:
     words = [f" pion at iteration {iteration}"]
     for kind, has, value, worse in _KINDS:
         if some := list(filter(has, rows)):
-            worst = worse(some, key=value)
+            worst: Row = worse(some, key=value)
             words.append(f"{kind}: {value(worst):.3E} ({worst.name})")
     if "pion/alpha-min" in values:
         words.append(f"alpha: {values['pion/alpha-min']:.3E} to {values['pion/alpha-max']:.3E}")

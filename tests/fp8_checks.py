@@ -34,7 +34,7 @@ from megatron_patches import SeamError, transformer_engine
 from megatron_patches.optimizer_state import leaves
 from megatron_patches.parameters import decided
 from megatron_patches.transformer_engine import is_fp8
-from pion_dist import Pion, PionConfig
+from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Rotated, classify
 
 RECIPES = ("delayed", "tensorwise", "blockwise")  # of FP8 weights
