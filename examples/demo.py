@@ -297,9 +297,10 @@ def draw_steps(figure: SubFigure, steps: Reports) -> None:
     kept.set_title("Share of Muon's step that is kept", fontsize=11)
     angle.set_title("Largest angle of a step", fontsize=11)
     angle.set_ylabel("radians")
+    kept.set_ylim(0, 1)
     kept.legend(frameon=False)
-    orthonormality.plot(*zip(*steps["pion/orthogonality"].items(), strict=True), color=BLUE)
-    orthonormality.set(xlabel="iteration", ylim=0)
+    orthonormality.semilogy(*zip(*steps["pion/orthogonality"].items(), strict=True), color=BLUE)
+    orthonormality.set(xlabel="iteration", ylim=(1e-7, 1e-3))
     orthonormality.set_title("Frames' distance from orthonormal, the largest", fontsize=11)
     figure.suptitle("Pion's steps", fontsize=13)
 
