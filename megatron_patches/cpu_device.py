@@ -71,11 +71,7 @@ def _replace(owner: Any, **attributes: Any) -> None:
 
 def _always(value: Any) -> Callable[..., Any]:
     """A new function each time: torch._dynamo refuses one object under several torch names."""
-
-    def constant(*_args: Any, **_kwargs: Any) -> Any:
-        return value
-
-    return constant
+    return lambda *_args, **_kwargs: value
 
 
 def _set_environment() -> None:
@@ -343,8 +339,8 @@ def _redirect_collectives() -> None:
 
 
 def _end_groups() -> None:
-    # Megatron keeps its groups to the end, and they gloo's threads. While Python ends, one that
-    # still has to let go of a tensor would abort the process: wait until all sleep.
+    # Megatron keeps its groups to the end, and they gloo's threads. One that still has to let go of
+    # a tensor while Python ends would abort the process: wait until all sleep.
     if dist.is_initialized():
         dist.destroy_process_group()
     time.sleep(0.001)
