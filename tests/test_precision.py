@@ -34,12 +34,13 @@ def test_into_is_the_product_whatever_was_there(name: str, dtype: torch.dtype) -
     u = torch.finfo(dtype).eps / 2
     stored = u if a.dtype == dtype else torch.finfo(a.dtype).eps / 2
     for add, beta, alpha in ((None, 0.0, 1.0), (c, 2.5, -0.75)):
-        out = torch.full_like(a, torch.nan)
-        found = matmul.into(out, a, b, add=add, beta=beta, alpha=alpha)
         exact = alpha * (a.double() @ b.double()) + beta * c.double()
         terms = abs(alpha) * (a.double().abs() @ b.double().abs()) + beta * c.double().abs()
-        assert found is out and out.dtype == a.dtype
-        assert ((out.double() - exact).abs() <= 9 * u * terms + 1.01 * stored * exact.abs()).all()
+        for out in (torch.full_like(a, torch.nan), torch.full_like(a, torch.nan).mT):
+            result = matmul.into(out, a, b, add=add, beta=beta, alpha=alpha)
+            assert result is out and out.dtype == a.dtype
+            error = (out.double() - exact).abs()
+            assert (error <= 9 * u * terms + 1.01 * stored * exact.abs()).all()
 
 
 def test_split_products_lose_what_their_pieces_lose() -> None:
