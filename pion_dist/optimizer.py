@@ -474,8 +474,8 @@ class Pion(torch.optim.Optimizer):
             ValueError: the state is of other options, parameters or shapes.
             RuntimeError: ranks that share weights have loaded different steps.
         """
-        self._refuse_other_state(state_dict)
         self._follow()
+        self._refuse_other_state(state_dict)
         self._started.clear()
         self._factors.forget()
         lacking = []

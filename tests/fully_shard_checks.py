@@ -8,6 +8,7 @@ checkpoints that others left in the folder, and leaves its own with the losses o
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -228,16 +229,30 @@ def check_one_object(mesh: DeviceMesh, data: Any) -> None:
 
 def check_replaced(mesh: DeviceMesh, data: Any) -> None:
     """An optimizer that was made before its model was sharded, as Accelerate makes it."""
-    model, alone = made(), made()
-    optimizer = PionWithAdamW(model, 1e-2, views=views(model))
-    names = {p: name for name, p in model.named_parameters()}
-    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    params = dict(sharded(model, mesh).named_parameters())
-    for group, its in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = [params[name] for name in its]
+
+    def replaced() -> tuple[nn.Module, PionWithAdamW]:
+        model = made()
+        optimizer = PionWithAdamW(model, 1e-2, views=views(model))
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        params = dict(sharded(model, mesh).named_parameters())
+        for group, its in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = [params[name] for name in its]
+        return model, optimizer
+
+    alone = made()
+    model, optimizer = replaced()
     train(model, [optimizer], range(3), data)
     train(alone, [PionWithAdamW(alone, 1e-2, views=views(alone))], range(3))
     compare(model, alone)
+    resumed, again = replaced()
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for new, old in zip(resumed.parameters(), model.parameters(), strict=True):
+            new.copy_(old)
+    expected = train(model, [optimizer], range(3, 5), data)
+    losses = train(resumed, [again], range(3, 5), data)
+    assert losses == expected, (losses, expected)
     group = optimizer.param_groups[0]
     group["params"] = [nn.Parameter(whole(p.detach())) for p in group["params"]]
     refused(optimizer.step, "put a sharded model's there before the first step")
