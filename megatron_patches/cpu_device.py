@@ -343,9 +343,10 @@ def _end_groups() -> None:
     # a tensor while Python ends would abort the process: wait until all sleep.
     if dist.is_initialized():
         dist.destroy_process_group()
-    time.sleep(0.001)
-    while any(_is_gloo_and_runs(thread) for thread in Path("/proc/self/task").glob("*/stat")):
+    for _ in range(10_000):  # not for ever: a thread may hang
         time.sleep(0.001)
+        if not any(map(_is_gloo_and_runs, Path("/proc/self/task").glob("*/stat"))):
+            return
 
 
 def _is_gloo_and_runs(thread: Path) -> bool:

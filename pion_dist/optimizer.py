@@ -344,12 +344,7 @@ class Pion(torch.optim.Optimizer):
     def measured[T](
         self, wanted: Collection[int], measure: Callable[[int, Tensor], T]
     ) -> dict[int, T]:
-        """Measure whole matrices, each batch on one of the ranks that store it; a collective.
-
-        Args:
-            wanted: numbers in the plan; the same on all ranks of a group.
-            measure: takes a number and matrices [B, m, n].
-        """
+        """Measure whole matrices: ``LocalPlan.measured``."""
         return self._local.measured(wanted, measure)
 
     def start(self, i: int) -> Tensor | None:

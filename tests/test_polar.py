@@ -160,12 +160,15 @@ def test_the_scale_of_the_gradient_does_not_matter(power: int, dtype: torch.dtyp
 
 
 @pytest.mark.slow
-def test_frames_stay_orthonormal_where_averages_are_nearly_of_low_rank() -> None:
-    """In bf16, at angles above 0.1: without the third order of the polish it is 1e-4."""
+@pytest.mark.parametrize(("precision", "bound"), [("highest", 2e-6), ("bf16", 3e-5)])
+def test_frames_stay_orthonormal_where_averages_are_nearly_of_low_rank(
+    precision: str, bound: float
+) -> None:
+    """In bf16 without the third order of the polish it is 7e-5 at once, and grows."""
     generator = torch.Generator().manual_seed(0)
     m, n = 704, 256
     p = torch.nn.Parameter(torch.randn(m, n, generator=generator) / n**0.5)
-    optimizer = Pion([p], lr=0.02, config=PionConfig(matmul_precision="bf16"))
+    optimizer = Pion([p], lr=0.02, config=PionConfig(matmul_precision=precision))
     left, right = (torch.linalg.qr(torch.randn(k, n, generator=generator))[0] for k in (m, n))
     values = torch.arange(1.0, n + 1.0) ** -2
     watch = Diagnostics(optimizer)
@@ -174,7 +177,7 @@ def test_frames_stay_orthonormal_where_averages_are_nearly_of_low_rank() -> None
         watch.record()
         optimizer.step()
         (row,) = watch.report()
-        assert row.angle > 0.05 and row.orthogonality < 3e-5
+        assert row.angle > 0.05 and row.orthogonality < bound
 
 
 @pytest.mark.slow
