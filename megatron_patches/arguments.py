@@ -160,6 +160,14 @@ FLAGS = (
         {"choices": _CHOICES["state_dtype"], "type": str},
     ),
     Flag(
+        "offload-state",
+        _DEFAULT.offload_state,
+        "Keep Pion's moments in pinned host memory, and bring each batch of matrices' to the GPU "
+        "while the batch before is computed. The digits are the same; --pion-print-plan says the "
+        "bytes.",
+        {"action": "store_true"},
+    ),
+    Flag(
         "team-size",
         _DEFAULT.team_size,
         "At most so many of the ranks that together store a matrix compute it together, each its "
@@ -416,7 +424,8 @@ def check(args: argparse.Namespace) -> None:
     }
     for flag, given in refused.items():
         if given:
-            raise ValueError(f"--optimizer pion does not support {flag}: leave it out")
+            instead = "use --pion-offload-state" if "offload" in flag else "leave it out"
+            raise ValueError(f"--optimizer pion does not support {flag}: {instead}")
     _check_lr_mult(args)
     if args.pion_blocks > 1 and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(

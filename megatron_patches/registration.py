@@ -365,7 +365,7 @@ def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:
 
     from .parameters import of_all_ranks
 
-    totals = [f"Pion: {pion.plan.totals(pion.ranks)}" for pion in _pions(optimizer)]
+    totals = [f"Pion: {pion.totals()}" for pion in _pions(optimizer)]
     others = sum(isinstance(decision, Scalar) for _, _, decision in decisions)
     rows = table([(info.name, info.shape, decision) for info, _, decision in decisions])
     mine = (rows, "; ".join([*totals, f"Adam: {others} parameters"]))

@@ -76,6 +76,9 @@ class PionConfig:
             for float64 weights); ``bf16``: rounded to nearest when stored, for betas up to 0.99: of
             an average over more steps the changes would be lost; ``int8``: likewise, with a scale
             for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
+        offload_state: keep all moments in host memory, pinned where a GPU computes, and bring each
+            batch of matrices' to the device while the batch before is computed
+            (``offload.py``). The digits are the same.
         team_size: at most so many of the ranks that together store a matrix compute it together,
             each its rows of the longer dimension; a power of two. ``auto``: as many as make the
             busiest rank's step shortest, which a count of FLOP and bytes says. The result is the
@@ -107,6 +110,7 @@ class PionConfig:
     matmul_precision: MatmulPrecision = "highest"
     state_layout: StateLayout = "packed"
     state_dtype: StateDtype = "fp32"
+    offload_state: bool = False
     team_size: TeamSize = "auto"
     blocks: int = 1
     spectrum_reset_interval: int = 0
@@ -118,7 +122,7 @@ class PionConfig:
                 raise ValueError(
                     f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}"
                 )
-        for name in ("nesterov", "split_gate"):
+        for name in ("nesterov", "split_gate", "offload_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         self._check_numbers()

@@ -265,8 +265,8 @@ class Spread:
         got = [_overlap(wanted, other) for other in have]
         parts = [
             x[_within(box, mine)].reshape(-1) for box in sent if box and mine and x is not None
-        ]
-        out = torch.cat(parts) if parts else like.new_empty(0)
+        ]  # of moments in host memory too
+        out = torch.cat(parts).to(like.device) if parts else like.new_empty(0)
         counts, into_counts = [[_numel(box) for box in boxes] for boxes in (sent, got)]
         into = like.new_empty(sum(into_counts))
         dist.all_to_all_single(into, out, into_counts, counts, group=self.group)

@@ -15,12 +15,14 @@ from .config import SIDE_OF
 from .dtensor import is_dtensor
 from .factors import Factors, Rows
 from .local_plan import LocalPlan
-from .plan import StepPlan, due
+from .offload import Batch, Offloaded, joined
+from .plan import Part, StepPlan, due
 from .update import polar
 from .update.layout import Blocks, Divided, Layout
 from .update.step import step as update
 
 Readings = list[tuple[Sequence[tuple[int, int]], Tensor]]
+OnDevices = Mapping[torch.device, Offloaded]
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,30 @@ class Step:
         """
         if self.plan.config.direction == "polar":
             self._refuse_changes()
-        for batch in self.local.in_place:
-            if some := self._with_gradients(batch):
-                self._step_in_place(some)
+        in_place = [some for x in self.local.in_place if (some := self._with_gradients(x))]
+        offloaded = self._offloaded(in_place)
+        for batch in in_place:
+            self._step_in_place(batch, offloaded)
         for index, routes in enumerate(self.local.routes):
             if routes:
-                self._step_exchanged(index)
+                self._step_exchanged(index, offloaded)
+
+    def _offloaded(self, in_place: Sequence[Sequence[int]]) -> OnDevices:
+        """What has to come from host memory, by device, in the order of ``take``."""
+        if not self.plan.config.offload_state:
+            return {}
+        held: dict[torch.device, list[Batch]] = {}
+        exchanged = [
+            batch
+            for index, routes in enumerate(self.local.routes)
+            for route in routes
+            for batch in self.plan.batches(route.mine, self.local.exchanged(index).device.type)
+        ]
+        for batch in (*in_place, *exchanged):
+            device = self.local.places[batch[0]][0].device
+            for part in self.plan.parts(batch, device.type):
+                held.setdefault(device, []).append(self._moments(part))
+        return {device: Offloaded(batches, device) for device, batches in held.items()}
 
     def _refuse_changes(self) -> None:
         """Refuse weights that travel to their factors only where all ranks know of a change."""
@@ -95,17 +115,17 @@ class Step:
             raise RuntimeError(f"{name} is sharded and has no gradient on this rank")
         return p.grad
 
-    def _step_in_place(self, batch: Sequence[int]) -> None:
+    def _step_in_place(self, batch: Sequence[int], offloaded: OnDevices) -> None:
         """Step matrices of one shape that this rank has, or a shard of each."""
         given: exchange.Given = {}
         for i in batch:
             p, part = self.local.places[i]
             given[i] = [self.local.slots[p].shard(x, part) for x in (p, self._grad(i))]
-        for i, (weight, _) in self._batch(given).items():
+        for i, (weight, _) in self._batch(given, offloaded).items():
             p, part = self.local.places[i]
             self.local.slots[p].put(weight, p, part)
 
-    def _step_exchanged(self, index: int) -> None:
+    def _step_exchanged(self, index: int, offloaded: OnDevices) -> None:
         """Step the matrices of which every rank of a group stores a part."""
         weights = self.plan.sends_weights or self.factors.doubt
         like = self.local.exchanged(index)
@@ -119,7 +139,7 @@ class Step:
         def compute(given: exchange.Given) -> exchange.Computed:
             stepped: exchange.Computed = {}
             for batch in self.plan.batches(list(given), like.device.type):
-                stepped |= self._batch({i: given[i] for i in batch})
+                stepped |= self._batch({i: given[i] for i in batch}, offloaded)
             return stepped
 
         def finalize(i: int, weight: Tensor, moved: Tensor | None) -> None:
@@ -136,61 +156,45 @@ class Step:
             group=self.local.groups[index],
         )
 
-    def _moments(self, i: int) -> dict[str, Tensor]:
-        """The moments of the plan's matrices ``i`` on this rank, by name."""
-        p, part = self.local.places[i]
-        names = self.local.moments_of(self.plan.matrices[i])
-        return {name: self.state[p][state.key(name, part)] for name in names}
+    def _moments(self, part: Part) -> Batch:
+        """The moments of what is computed at once, of each weight, by name; views."""
+        batch = []
+        for i, some in part.items():
+            p, name_of_part = self.local.places[i]
+            held, rows = self.state[p], slice(some.start, some.stop)
+            names = self.local.moments_of(self.plan.matrices[i])
+            batch.append({name: held[state.key(name, name_of_part)][rows] for name in names})
+        return batch
 
-    def _batch(self, given: exchange.Given) -> exchange.Computed:
+    def _batch(self, given: exchange.Given, offloaded: OnDevices) -> exchange.Computed:
         """Step matrices of one shape, or this rank's shares of them.
 
         Args:
             given: by number in the plan, their weights (modified in place) and gradients; polar's
                 gradients alone where its factors tell the weights.
+            offloaded: moments that come from host memory.
 
         Returns:
             By number, weights and, of polar's, which matrices have moved.
         """
-        if len(given) == 1:
-            ((i, tensors),) = given.items()
-            return {i: self._parts(i, tensors)}
-        held = [self._moments(i) for i in given]
-        counts = [self.plan.matrices[i].batch for i in given]
-        *weights, grad = (torch.cat(x) for x in zip(*given.values(), strict=True))
-        joined = {name: torch.cat([moments[name] for moments in held]) for name in held[0]}
-        numbered = zip(given, counts, strict=True)
-        members = [(i, index) for i, count in numbered for index in range(count)]
-        weight = weights[0] if weights else None
-        stepped, moved = self._update(members, weight, grad, joined)
-        for name, moment in joined.items():
-            for moments, each in zip(held, torch.split(moment, counts), strict=True):
-                moments[name].copy_(each)
-        flags = [None] * len(counts) if moved is None else torch.split(moved, counts)
-        return dict(zip(given, zip(torch.split(stepped, counts), flags, strict=True), strict=True))
-
-    def _parts(self, i: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``_batch`` of the plan's matrices ``i``, some after the other."""
-        x, moments = self.plan.matrices[i], self._moments(i)
-        *weights, grad = tensors
-        stride = x.batch if len(x.team) > 1 else self.plan.batch_size(x, grad.device.type)
-        stepped = []
-        for first in range(0, x.batch, stride):
-            some = slice(first, first + stride)
-            stepped.append(
-                self._update(
-                    [(i, index) for index in range(x.batch)[some]],
-                    weights[0][some] if weights else None,
-                    grad[some],
-                    {name: moment[some] for name, moment in moments.items()},
+        device = next(iter(given.values()))[-1].device
+        stepped: dict[int, list[tuple[Tensor, Tensor | None]]] = {i: [] for i in given}
+        for part in self.plan.parts(list(given), device.type):
+            tensors = [[x[some.start : some.stop] for x in given[i]] for i, some in part.items()]
+            *weights, grad = (_joined(x) for x in zip(*tensors, strict=True))
+            members = [(i, index) for i, some in part.items() for index in some]
+            brought = offloaded[device].next() if offloaded else joined(self._moments(part))
+            with brought as moments:
+                weight, moved = self._update(
+                    members, weights[0] if weights else None, grad, moments
                 )
-            )
-        if weights:  # modified in place
-            moved = [each for _, each in stepped if each is not None]
-            return weights[0], torch.cat(moved) if moved else None
-        return torch.cat([w for w, _ in stepped]), torch.cat(
-            [m for _, m in stepped if m is not None]
-        )
+            counts = [len(some) for some in part.values()]
+            flags: Sequence[Tensor | None] = [None] * len(counts)
+            if moved is not None:
+                flags = torch.split(moved, counts)
+            for i, each, flag in zip(part, torch.split(weight, counts), flags, strict=True):
+                stepped[i].append((each, flag))
+        return {i: _whole(parts, given[i]) for i, parts in stepped.items()}
 
     def _update(
         self,
@@ -328,3 +332,19 @@ class Step:
         if self.plan.config.blocks > 1:
             return Blocks(SIDE_OF[x.along], self.plan.config.blocks // len(x.team), team)
         return None if team is None else Divided(SIDE_OF[x.along], team)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _whole(
+    parts: Sequence[tuple[Tensor, Tensor | None]], given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A weight's matrices and flags, of parts that were computed one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    moved = [flags for _, flags in parts if flags is not None]
+    # Weights that were given were modified in place.
+    weight = given[0] if len(given) > 1 else torch.cat([each for each, _ in parts])
+    return weight, torch.cat(moved) if moved else None

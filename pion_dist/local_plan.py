@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import Tensor
 
-from . import dtensor, exchange, state
+from . import dtensor, exchange, state, storage
 from .checkpoint import Record
 from .config import PionConfig
 from .exchange import GroupPeers, ProcessGroup, Route, in_a_node
@@ -142,6 +142,10 @@ class LocalPlan:
             if self.plan.computed([self._numbers[p, part]], self.ranks)
             for name, moment in self.moments_of(x).items()
         }
+
+    def zeros(self, moment: state.Moment, ranks: int, p: Tensor) -> Tensor:
+        """Allocate a moment where the options say; see ``storage.zeros``."""
+        return storage.zeros(moment, ranks, p, on_host=self.plan.config.offload_state)
 
     def moments_of(self, x: MatrixPlan) -> dict[str, state.Moment]:
         """The moments of matrices, by name."""

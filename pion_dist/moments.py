@@ -50,7 +50,7 @@ def take(
         shown = {key: spread.gather(shown[key]) for key, spread in some.items()}
     held, lacking = {}, []
     for key, (moment, ranks) in local.moments(p).items():
-        held[key] = storage.zeros(moment, ranks, p)
+        held[key] = local.zeros(moment, ranks, p)
         value = shown.get(key)
         if value is None:
             lacking.append(key)

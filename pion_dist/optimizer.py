@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import dtensor, exchange, moments, state, storage
+from . import dtensor, exchange, moments, offload, state, storage
 from .checkpoint import Record
 from .config import PionConfig
 from .exchange import ProcessGroup
@@ -177,13 +177,13 @@ class Pion(torch.optim.Optimizer):
             return
         for p, slot in self._slots.items():
             check_dtype(p, slot.name)
-        self._guard.report()
+        self._wait()
         self._guard = Guard()  # its counts lie where the gradients were
         self._factors.forget()  # weights may have been rounded
         for p in self._slots:
             for key, (moment, ranks) in self._local.moments(p).items():
                 value = storage.matrices(self.state[p][key], moment, ranks, key)
-                self.state[p][key] = storage.zeros(moment, ranks, p)
+                self.state[p][key] = self._local.zeros(moment, ranks, p)
                 storage.store(value, self.state[p][key], moment, ranks, key)
         self.settle()
 
@@ -211,6 +211,13 @@ class Pion(torch.optim.Optimizer):
         }
         self.settle()
 
+    def _wait(self) -> None:
+        """Wait for the devices, and report steps that were not taken."""
+        self._guard.report()
+        if self.config.offload_state:
+            for device in {p.device for p in self._slots}:
+                offload.wait(device)
+
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
         return [(p.device, p.dtype) for p in self._slots]
 
@@ -225,7 +232,7 @@ class Pion(torch.optim.Optimizer):
                 "Pion with shards= or DTensors cannot be copied or pickled, since process groups "
                 "cannot: take state_dict(), and load it into a Pion that is made on all ranks"
             )
-        self._guard.report()
+        self._wait()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,7 +271,9 @@ class Pion(torch.optim.Optimizer):
         self._compare()
         for p in params:
             self.state[p] = {
-                key: self.state[p][key] if key in self.state[p] else storage.zeros(moment, ranks, p)
+                key: self.state[p][key]
+                if key in self.state[p]
+                else self._local.zeros(moment, ranks, p)
                 for key, (moment, ranks) in self._local.moments(p).items()
             }
 
@@ -288,6 +297,11 @@ class Pion(torch.optim.Optimizer):
     def ranks(self) -> tuple[int, ...]:
         """This rank's in each of ``groups``."""
         return self._local.ranks
+
+    def totals(self) -> str:
+        """What this rank has and does in a step, in a line: ``StepPlan.totals``."""
+        device = next(iter(self._slots)).device.type if self._slots else "cpu"
+        return self.plan.totals(self.ranks, device)
 
     def members(self) -> list[list[Tensor]]:
         """The tensors that are stepped of every group, of whose weights other ranks may store all.
@@ -350,11 +364,13 @@ class Pion(torch.optim.Optimizer):
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
         p, part = self._local.places[i]
+        if self.config.offload_state:
+            offload.wait(p.device)
         sigma = self.state[p].get(state.key(state.SIGMA, part))
         if sigma is not None:
-            return sigma.double() if sigma.any() else None
+            return sigma.to(p.device, torch.float64) if sigma.any() else None
         recorded = self.state[p].get(state.key(state.START, part))
-        return recorded if p in self._started else None
+        return recorded.to(p.device) if recorded is not None and p in self._started else None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -443,7 +459,7 @@ class Pion(torch.optim.Optimizer):
         devices may not have room for all.
         """
         self._follow()
-        self._guard.report()
+        self._wait()
         shown = self._state_dict() if self._members else super().state_dict()
         for index, p in enumerate(self._params()):
             shown["state"][index] = moments.show(self._local, p, self.state[p])
@@ -471,6 +487,7 @@ class Pion(torch.optim.Optimizer):
         """
         self._follow()
         self._refuse_other_state(state_dict)
+        self._wait()
         self._started.clear()
         self._factors.forget()
         lacking = []

@@ -42,6 +42,8 @@ BATCH_BYTES_OF_OTHERS = 256 << 20
 WAVES = 2
 
 Dims = tuple[int, int, int]
+Part = dict[int, range]
+"""Matrices that are computed at once: numbers in the plan, and which of each one's batch."""
 
 
 @dataclass(frozen=True)
@@ -297,36 +299,56 @@ class StepPlan:
         return [i for i in indices if self._computes(self.matrices[i], ranks)]
 
     def batches(self, indices: Sequence[int], device: str) -> list[list[int]]:
-        """Some matrices in batches of one shape and team; of one that is too large for a batch by
-        itself ``batch_size`` tells the parts.
-        """
-        return self._batched(indices, lambda x: self.batch_size(x, device))
-
-    def batch_size(self, x: MatrixPlan, device: str) -> int:
-        """Matrices like these that are computed at once.
+        """Some matrices in batches of one shape and team; ``parts`` divides one that is too large.
 
         Args:
-            x: some matrices.
+            indices: of the matrices.
             device: type of the device that computes them.
         """
-        if len(x.team) > 1:
-            return max(1, BATCH_ELEMENTS * len(x.team) // (x.m * x.n))
-        most = BATCH_BYTES.get(device, BATCH_BYTES_OF_OTHERS)
-        return max(1, most // (x.itemsize * cost.room(x.m, x.n, self.config)))
-
-    def _batched(
-        self, indices: Sequence[int], most: Callable[[MatrixPlan], int]
-    ) -> list[list[int]]:
         alike: dict[tuple[object, ...], list[list[int]]] = {}
         for i in indices:
             x = self.matrices[i]
             kind = alike.setdefault(
                 (x.m, x.n, x.along, x.group, x.team, x.param_group, x.itemsize), [[]]
             )
-            if kind[-1] and sum(self.matrices[j].batch for j in kind[-1]) + x.batch > most(x):
+            count = sum(self.matrices[j].batch for j in kind[-1]) + x.batch
+            if kind[-1] and count > self._batch_size(x, device):
                 kind.append([])
             kind[-1].append(i)
         return [batch for batches in alike.values() for batch in batches]
+
+    def parts(self, batch: Sequence[int], device: str) -> list[Part]:
+        """What is computed at once of a batch: all, or so many of one weight's matrices."""
+        x = self.matrices[batch[0]]
+        if len(batch) > 1 or len(x.team) > 1:
+            return [{i: range(self.matrices[i].batch) for i in batch}]
+        size = self._batch_size(x, device)
+        every = range(x.batch)
+        return [{batch[0]: every[first : first + size]} for first in range(0, x.batch, size)]
+
+    def _batch_size(self, x: MatrixPlan, device: str) -> int:
+        """Matrices like these that are computed at once."""
+        if len(x.team) > 1:
+            return max(1, BATCH_ELEMENTS * len(x.team) // (x.m * x.n))
+        most = BATCH_BYTES.get(device, BATCH_BYTES_OF_OTHERS)
+        return max(1, most // (x.itemsize * cost.room(x.m, x.n, self.config)))
+
+    def in_order(self, ranks: Sequence[int], device: str) -> Iterator[Part]:
+        """The parts that a rank computes in a step, one after the other.
+
+        Args:
+            ranks: this rank's in each group.
+            device: type of the device that computes them.
+        """
+        for some in self._sequence():
+            for batch in self.batches(self.computed(some, ranks), device):
+                yield from self.parts(batch, device)
+
+    def _sequence(self) -> Iterator[list[int]]:
+        """What a step computes, in turns: matrices in place, then each wave of each group."""
+        yield self.in_place()
+        for group in range(len(self.sizes)):
+            yield from self.waves(group)
 
     def flop(self, ranks: Sequence[int]) -> float:
         """FLOP of a step on average over steps, products only.
@@ -352,14 +374,31 @@ class StepPlan:
         )
 
     def state_bytes(self, ranks: Sequence[int]) -> int:
-        """Bytes of a rank's moments; see ``flop``."""
-        total = 0
-        for x in self.matrices:
-            if self._computes(x, ranks):
-                team = len(x.team)
-                held = moments(x.batch, x.m, x.n, self.config, x.along, team)
-                total += sum(moment.nbytes(x.itemsize, team) for moment in held.values())
-        return total
+        """Bytes of a rank's moments, wherever they are; see ``flop``."""
+        computed = self.computed(range(len(self.matrices)), ranks)
+        return sum(self._state_bytes(self.matrices[i], self.matrices[i].batch) for i in computed)
+
+    def state_bytes_on(self, ranks: Sequence[int], device: str) -> int:
+        """Bytes of moments on the device at a time: all, or of offloaded ones two buffers.
+
+        Args:
+            ranks: this rank's in each group.
+            device: its type.
+        """
+        if not self.config.offload_state:
+            return self.state_bytes(ranks)
+        parts = list(self.in_order(ranks, device))
+        return min(2, len(parts)) * max(map(self.part_bytes, parts), default=0)
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of the moments of what is computed at once."""
+        return sum(self._state_bytes(self.matrices[i], len(some)) for i, some in part.items())
+
+    def _state_bytes(self, x: MatrixPlan, count: int) -> int:
+        """Bytes of the moments of so many matrices, on a member of their team."""
+        team = len(x.team)
+        held = moments(count, x.m, x.n, self.config, x.along, team)
+        return sum(moment.nbytes(x.itemsize, team) for moment in held.values())
 
     def stored_numel(self, ranks: Sequence[int]) -> int:
         """Elements of the weights that a rank stores; see ``flop``."""
@@ -400,11 +439,9 @@ class StepPlan:
             for wave in self.waves(group):
                 travel = [self.matrices[i] for i in wave]
                 add("all_to_all", 2, sum(self._sent(x, rank, size) for x in travel))
-        together = [i for i, x in enumerate(self.matrices) if len(x.team) > 1]
-        # Waves are computed one after the other.
-        waves = [wave for group in range(len(self.sizes)) for wave in self.waves(group)]
-        for some in (self.in_place(), *waves):
-            mine = self.computed([i for i in some if i in set(together)], ranks)
+        for some in self._sequence():
+            together = [i for i in some if len(self.matrices[i].team) > 1]
+            mine = self.computed(together, ranks)
             for batch in self.batches(mine, ""):
                 self._add_traffic(add, batch, step)
         return {op: Moved(calls[op], sizes[op]) for op in calls}
@@ -453,15 +490,26 @@ class StepPlan:
         """SHA-256 of ``lines``."""
         return hashlib.sha256("\n".join(self.lines(group)).encode()).hexdigest()
 
-    def totals(self, ranks: Sequence[int]) -> str:
-        """One line of what a rank has and does; see ``collectives``."""
+    def totals(self, ranks: Sequence[int], device: str) -> str:
+        """One line of what a rank has and does.
+
+        Args:
+            ranks: this rank's in each group.
+            device: type of the device that computes.
+        """
         state, adam = self.state_bytes(ranks), ADAM_STATE_BYTES * self.stored_numel(ranks)
+        host = (
+            f" in host memory, {self.state_bytes_on(ranks, device):,} at a time on the device, all "
+            "to it and back in a step"
+            if self.config.offload_state
+            else ""
+        )
         return (
             f"{sum(x.batch for x in self.matrices)} matrices in "
             f"{len({x.weight for x in self.matrices})} weights; {self._here(ranks)}, "
             f"{self.flop(ranks):.3e} FLOP a step, predicted {1e3 * self.seconds(ranks):.3g} ms of "
             f"an H100; {state:,} bytes of state, {state / adam if adam else 0.0:.2f} of "
-            f"Adam's for the same weights; moves {self._moves(ranks)}"
+            f"Adam's for the same weights{host}; moves {self._moves(ranks)}"
         )
 
     def _here(self, ranks: Sequence[int]) -> str:

@@ -16,10 +16,19 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def zeros(moment: Moment, ranks: int, p: Tensor) -> Tensor:
-    """Allocate a moment of a parameter's matrices, as one of ``ranks`` ranks stores it."""
-    shape = moment.held(ranks, compute_dtype(p).itemsize)
-    return torch.zeros(shape, dtype=dtype_of(moment, p), device=p.device)
+def zeros(moment: Moment, ranks: int, p: Tensor, *, on_host: bool) -> Tensor:
+    """Allocate a moment of a parameter's matrices, as one of ``ranks`` ranks stores it.
+
+    Args:
+        moment: its description.
+        ranks: number of ranks that share it.
+        p: the parameter.
+        on_host: whether it is in host memory (pinned, for a GPU's copies), not on p's device.
+    """
+    shape, dtype = moment.held(ranks, compute_dtype(p).itemsize), dtype_of(moment, p)
+    if on_host and not p.is_meta:
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=p.is_cuda)
+    return torch.zeros(shape, dtype=dtype, device=p.device)
 
 
 def dtype_of(moment: Moment, p: Tensor) -> torch.dtype:

@@ -381,9 +381,9 @@ def check_checkpoints(name: str, mesh: DeviceMesh | None, data: Any, folder: Pat
 
 
 def check_whole_state(mesh: DeviceMesh, data: Any) -> None:
-    """A whole state dict, as one rank can have it, loads on all."""
+    """A whole state dict, as one rank can have it, loads on all; of moments in host memory too."""
     model = sharded(made(), mesh)
-    (pion, _) = optimizers(model, PionConfig())
+    (pion, _) = optimizers(model, PionConfig(offload_state=True))
     train(model, [pion], range(2), data)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)

@@ -809,6 +809,7 @@ def named(config: PionConfig) -> str:
         options = (*options, retraction)
     words = [readable(option) or str(option) for option in options]
     words += [config.state_dtype] if config.state_dtype != "fp32" else []
+    words += ["offload"] if config.offload_state else []
     words += ["reset"] if config.spectrum_reset_interval else []
     blocks = [f"{config.blocks}blocks"] if config.blocks > 1 else []
     teams = [] if blocks else [f"teams{config.team_size}"]
@@ -827,6 +828,7 @@ FEW: tuple[dict[str, object], ...] = (
 )
 RESET = {"spectrum_reset_interval": 2}
 LIE_MSIGN = MSIGN | {"momentum": "lie"}
+OFFLOAD = {"offload_state": True}
 LOW = {"matmul_precision": "bf16", "state_dtype": "bf16"}
 ORTHOGONAL: tuple[dict[str, object], ...] = (
     {},
@@ -848,10 +850,10 @@ PRODUCTS: tuple[dict[str, object], ...] = (
 
 
 TRIED: tuple[tuple[Callable[..., None], Sequence[dict[str, object]]], ...] = (
-    (check_reference, ({}, {"nesterov": False})),
+    (check_reference, ({}, {"nesterov": False}, OFFLOAD)),
     (check_float32, ORTHOGONAL),
     (check_nan, FEW),
-    (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN)),
+    (check_resume, (*FEW[:4], LOW, LOW | MSIGN, LOW | LIE_MSIGN, RESET | MSIGN, OFFLOAD)),
     (check_collectives, (*FEW, LOW, LOW | MSIGN, RESET | MSIGN)),
     (check_reset, (RESET | MSIGN, RESET | PUBLISHED)),
     (check_diagnostics, FEW),
@@ -892,7 +894,7 @@ def tried_of[T](check: Callable[..., None], options: Sequence[T], ranks: int) ->
 def stored_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]]:
     """Half of the ranks are tensor parallel, and there are as many blocks."""
     for check in (check_stored, check_stored_state):
-        few = tried_of(check, FEW, ranks)
+        few = (*tried_of(check, FEW, ranks), OFFLOAD)
         for mode, options in itertools.product(modes(ranks, ranks // 2, halves=True), few):
             if fits(mode, options):
                 yield check, PionConfig(**options, **mode)

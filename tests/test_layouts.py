@@ -54,6 +54,7 @@ TP2_TEAMS2 = Run("tp2 teams of 2", 2, tp(2, *TEAMS2))
 PP2_RUN = Run("pp2", 2, PP2)
 DIST_OPT_RUN = Run("dp2 dist-opt", 2, DIST_OPT)
 TP2_DIST_OPT = Run("tp2 dp2 dist-opt", 4, tp(2, *DIST_OPT))
+OFFLOADED = Run("dp2 dist-opt, state in host memory", 2, (*DIST_OPT, "--pion-offload-state"))
 # A data-parallel rank's tensor-parallel ranks, both, and ranks of data parallelism alone.
 DIST_OPT_TEAMS = [
     Run("tp2 dp2 dist-opt teams of 2", 4, tp(2, *DIST_OPT, *TEAMS2)),
@@ -180,6 +181,7 @@ FLOAT32 = [
     DIST_OPT_RUN,
     Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP)),
     TP2_DIST_OPT,
+    OFFLOADED,
     Run("dp4 dist-opt", 4, DIST_OPT),
     Run("tp2 dist-opt teams of 2", 2, tp(2, *DIST_OPT, *TEAMS2)),
     *DIST_OPT_TEAMS,

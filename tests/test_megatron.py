@@ -109,7 +109,7 @@ def test_resume_prints_the_same_losses(
         ([*MOMENTUM, "--pion-retraction", "cayley", "--pion-degree", "3"], ["--pion-degree=3"]),
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
-        (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload"]),
+        (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload", "--pion-offload-state"]),
         (["--pion-blocks", "4"], ["--pion-blocks=4", "direction='polar'"]),
         (["--pion-team-size", "3"], ["--pion-team-size=3", "'auto' or a power of two"]),
         (["--pion-team-size", "all"], ["--pion-team-size='all'", "'auto' or a power of two"]),

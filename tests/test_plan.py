@@ -87,17 +87,17 @@ def test_divided_state_is_a_share(options: dict[str, object]) -> None:
 def test_a_rank_is_told_what_it_computes_and_how_long() -> None:
     """Four weights in teams of 2; on other ranks each is one rank's, and one has two of them."""
     together, apart = (plan_of(2, team_size=size) for size in (2, 1))
-    assert "2 alone and 4 in teams of 2 on this rank" in together.totals([0])
+    assert "2 alone and 4 in teams of 2 on this rank" in together.totals([0], "cpu")
     counted = [
         int(word) - 2  # two matrices of a weight that is not shared
         for rank in (0, 1)
-        for word, what in pairwise(apart.totals([rank]).split())
+        for word, what in pairwise(apart.totals([rank], "cpu").split())
         if what == "alone"
     ]
     assert sum(counted) == 4 and all(counted)
     for plan in (together, apart):
         for rank in (0, 1):
-            assert f"predicted {1e3 * plan.seconds([rank]):.3g} ms" in plan.totals([rank])
+            assert f"predicted {1e3 * plan.seconds([rank]):.3g} ms" in plan.totals([rank], "cpu")
 
 
 def test_blocks_shrink_one_side() -> None:

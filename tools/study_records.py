@@ -99,7 +99,7 @@ def _inapplicable(values: Mapping[str, Any]) -> set[str]:
         names.add("rms")
     if values["blocks"] == 1:
         names.add("blocks")
-    names |= {"state_layout", "team_size"}  # how moments are stored, and where
+    names |= {"state_layout", "team_size", "offload_state"}  # how moments are stored, and where
     return names
 
 

@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     pion.add_argument("--blocks", type=int, help="of the other algorithm; by default --tp")
     for option, values in choices().items():
         pion.add_argument(f"--{option.replace('_', '-')}", choices=values)
+    pion.add_argument(
+        "--offload-state", action="store_true", help="moments in host memory, as in PionConfig"
+    )
     _numbers(parser.add_argument_group("in place of the model's"), Model)
     _numbers(parser.add_argument_group("in place of the cluster's"), Cluster)
     return parser
@@ -76,6 +79,7 @@ def _print(args: argparse.Namespace) -> None:
     cluster = _overridden(named(CLUSTERS, "cluster", args.cluster), args)
     config = replace(
         in_bf16(args.recipe),
+        offload_state=args.offload_state,
         **{k: v for k in choices() if (v := getattr(args, k, None)) is not None},
     )
     if args.blocks is not None and config.direction == "polar":
@@ -125,6 +129,12 @@ def _one(model: Model, layout: Layout, cluster: Cluster, predictions: report.Pre
         print(report.precisions(model, layout, cluster, predictions))
         print(f"\n{name}, what the assumptions decide:\n")
         print(report.sensitivity(model, layout, cluster, method))
+        if method.config.offload_state:
+            size = report.gigabytes(predictions[name][1].host_max)
+            print(
+                f"\nThe moments are in host memory, {size} on the rank with most. All travel to "
+                "the GPU and back in a step."
+            )
 
 
 def _overridden[T: (Model, Cluster)](described: T, args: argparse.Namespace) -> T:

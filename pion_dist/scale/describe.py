@@ -265,6 +265,7 @@ class Cluster:
         node: GPUs that ``nvlink`` joins.
         nvlink: bytes/s of a GPU to the others of its node, one way.
         network: bytes/s of a GPU to other nodes, one way.
+        host: bytes/s between a GPU and its host's memory, one way.
         latency: of a step of a collective within a node.
         network_latency: of one between nodes.
         launch: of a kernel.
@@ -284,6 +285,7 @@ class Cluster:
     node: int = 8
     nvlink: float
     network: float
+    host: float = 64e9
     latency: float = 5e-6
     network_latency: float = 15e-6
     launch: float = 5e-6
@@ -296,8 +298,8 @@ class Cluster:
 
 # Peaks without sparsity: NVIDIA's data sheets of H100 (SXM), H200 (SXM) and DGX B200 (an eighth of
 # the system's figures). NVLink's 900 and 1,800 GB/s are both ways. Networks: ConnectX-7, 400 Gbit/s
-# for each GPU. Shares reached are assumptions, no GPU was at hand; mfu is what arXiv 2407.21783,
-# table 4, reports for Llama 405B on 8,192 and 16,384 H100 (0.38 to 0.43).
+# for each GPU. Hosts: PCIe 5.0 x16. Shares reached are assumptions, no GPU was at hand; mfu is what
+# arXiv 2407.21783, table 4, reports for Llama 405B on 8,192 and 16,384 H100 (0.38 to 0.43).
 CLUSTERS = {
     c.name: c
     for c in (

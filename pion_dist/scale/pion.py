@@ -27,23 +27,28 @@ class Work:
     Attributes:
         compute: seconds of kernels.
         exchange: seconds of its team's collectives.
+        waiting: seconds of waits for moments in host memory.
         moved: bytes that it hands to them, by operation.
     """
 
     compute: float = 0.0
     exchange: float = 0.0
+    waiting: float = 0.0
     moved: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other."""
         return Work(
-            self.compute + other.compute, self.exchange + other.exchange, self.moved + other.moved
+            self.compute + other.compute,
+            self.exchange + other.exchange,
+            self.waiting + other.waiting,
+            self.moved + other.moved,
         )
 
     @property
     def total(self) -> float:
         """Seconds."""
-        return self.compute + self.exchange
+        return self.compute + self.exchange + self.waiting
 
 
 def stepped(pool: Pool, planned: Planned, cluster: Cluster) -> Stepped:
@@ -53,6 +58,10 @@ def stepped(pool: Pool, planned: Planned, cluster: Cluster) -> Stepped:
     ranks = range(pool.ranks * pool.tp)
     places = [ranks_of(pool, planned.names, rank) for rank in ranks]
     states = _states(planned)
+    held = [
+        states[None][0] + sum(states[g][rank] for g, rank in enumerate(place)) for place in places
+    ]
+    offloads = planned.plan.config.offload_state
     moved: dict[str, float] = {}
     for works, _ in steps:
         each = [handed(planned, *both) for both in zip(places, works, strict=True)]
@@ -64,10 +73,10 @@ def stepped(pool: Pool, planned: Planned, cluster: Cluster) -> Stepped:
             for rank in ranks
         ],
         done=[sum(seconds for _, seconds in steps) / len(steps) + max(around)] * len(ranks),
-        state=[
-            states[None][0] + sum(states[g][rank] for g, rank in enumerate(place))
-            for place in places
-        ],
+        state=[planned.plan.state_bytes_on(place, "cuda") for place in places]
+        if offloads
+        else held,
+        on_host=held if offloads else (),
         masters=[MASTER * planned.stored[rank // pool.tp] for rank in ranks],
         moved=dict(sorted(moved.items())),
     )
@@ -149,19 +158,27 @@ def _work(
 ) -> Work:
     """What a rank of their team does with some matrices; ``between``: see ``dealing.apart``."""
     total = Work()
+    seconds, copies = [0.0], []
     for batch in plan.batches(indices, "cuda"):
         x = plan.matrices[batch[0]]
         ranks, count = len(x.team), sum(plan.matrices[i].batch for i in batch)
         if len(batch) > 1:  # gradient and moments joined; weight and moments taken apart
             total += Work(streamed(2 * 5 * x.itemsize * count * x.m * x.n / ranks, cluster))
-        most = count if ranks > 1 else plan.batch_size(x, "cuda")
-        for first in range(0, count, most):
-            some = min(most, count - first)
+        for part in plan.parts(batch, "cuda"):
+            some = sum(map(len, part.values()))
             turn = step if plan.config.side == "alternate" else 1  # other steps are alike
-            total += matrices_work(
+            work = matrices_work(
                 some, x.m, x.n, plan.config, x.along, ranks, turn, cluster, between
             )
-    return total
+            total += work
+            seconds.append(work.total)
+            copies.append(plan.part_bytes(part) / (cluster.link * cluster.host))
+    if not plan.config.offload_state:
+        return total
+    # The first moments come while nothing is computed. While others are, those of the batch before
+    # go back and those of the next one come. Nothing waits for the last ones.
+    hidden = zip(seconds, [0.0, 0.0, *copies], [*copies, 0.0], strict=False)
+    return total + Work(waiting=sum(max(0.0, back + to - busy) for busy, back, to in hidden))
 
 
 @functools.cache
@@ -199,7 +216,7 @@ def matrices_work(
     seconds = sum(
         group.seconds(op, traffic.bytes[op], calls) for op, calls in traffic.calls.items()
     )
-    return Work(compute, seconds, traffic.bytes)
+    return Work(compute, seconds, moved=traffic.bytes)
 
 
 def _states(planned: Planned) -> dict[int | None, list[int]]:

@@ -43,8 +43,9 @@ class Prediction:
     """What an optimizer costs in an iteration.
 
     Attributes:
-        state_max: bytes of moments on the rank that has most.
+        state_max: bytes of moments on the device of the rank that has most.
         state_mean: on a rank, on average.
+        host_max: bytes of offloaded moments on the rank that has most.
         held_max: bytes of float32 masters and moments on the rank that has most.
         moved: bytes that a rank hands to collectives in a step, the largest of any rank, by group
             and operation; on average over odd and even steps.
@@ -59,6 +60,7 @@ class Prediction:
 
     state_max: int
     state_mean: float
+    host_max: int
     held_max: int
     moved: dict[str, float]
     step: float
@@ -216,8 +218,10 @@ def _combined(
     def total(name: str) -> list[float]:
         values = [0.0] * len(ranks)
         for share in shares:
-            each = getattr(share.stepped, name)
-            values = [x + each[share.place(rank)] for rank, x in zip(ranks, values, strict=True)]
+            if each := getattr(share.stepped, name):
+                values = [
+                    x + each[share.place(rank)] for rank, x in zip(ranks, values, strict=True)
+                ]
         return values
 
     compute, states, masters = total("compute"), total("state"), total("masters")
@@ -228,6 +232,7 @@ def _combined(
     return Prediction(
         state_max=int(max(states)),
         state_mean=sum(states) / len(states),
+        host_max=int(max(total("on_host"))),
         held_max=int(max(map(sum, zip(states, masters, strict=True)))),
         moved=moved,
         step=max(total("done")),

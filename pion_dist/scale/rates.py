@@ -22,7 +22,8 @@ class Stepped:
     Attributes:
         compute: seconds of kernels.
         done: seconds until the rank has stepped, waits for others included.
-        state: bytes of moments.
+        state: bytes of moments on the device, of offloaded ones those that are there at a time.
+        on_host: bytes of offloaded moments; empty where there are none.
         masters: bytes of float32 masters.
         moved: bytes that the busiest rank hands to collectives, by group and operation.
     """
@@ -31,6 +32,7 @@ class Stepped:
     done: Sequence[float]
     state: Sequence[int]
     masters: Sequence[int]
+    on_host: Sequence[int] = ()
     moved: dict[str, float] = field(default_factory=dict)
 
 
