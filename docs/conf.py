@@ -10,11 +10,20 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 project = "pion_dist"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md"]
 exclude_patterns = [".venv"]  # not searched either
 root_doc = "docs/index"
 nitpicky = True
+# Links to torch and Python would need their inventories. Storage is for wrappers.
+nitpick_ignore_regex = [
+    ("py:class", r"(torch|collections)\..*|Tensor|pion_dist\.slots\.Storage"),
+]
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # the signature has the types
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 90
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # as GitHub has them
 smartquotes = False  # would make dashes of flags

@@ -309,13 +309,13 @@ def recipe_values(name: str) -> dict[str, Any]:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The fields of OptimizerConfig that a recipe sets, for scripts that make the config.
+    """Return the fields of OptimizerConfig that a recipe sets, for scripts that make the config.
 
     ``OptimizerConfig(optimizer="pion", **recipe("paper-60m"))``. Change what is to differ before it
     is made: a field is what it is given, whatever ``pion_recipe`` says.
 
     Args:
-        name: of the recipe.
+        name: the recipe's name.
 
     Raises:
         ValueError: there is no recipe of that name.

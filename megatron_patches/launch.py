@@ -34,17 +34,20 @@ AS_TORCHRUN = f"unset {', '.join(RANKS)} to have them found, or set all that tor
 
 
 class LaunchError(RuntimeError):
-    """The environment does not say which rank this process is; with the variable and the fix."""
+    """The environment does not say which rank this process is.
+
+    The message names the variable and the fix.
+    """
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among the run's.
+    """The rank of this process, and where the ranks meet.
 
     Attributes:
-        source: what said so, for the log.
-        rank, size: of all processes.
-        local_rank, local_size: of those on this node; None where nobody has said how many.
+        source: whose variables said so, for the log.
+        rank, size: this process and the number of all.
+        local_rank, local_size: likewise on this node; the size is None where nobody has said it.
         address, port: where rank 0 waits for the others.
     """
 
@@ -84,7 +87,7 @@ def set_ranks() -> Launch:
     """Find this process's rank and set what Megatron reads of it in ``os.environ``.
 
     torchrun's variables win, then srun's, then mpirun's, whose processes must all call this; else
-    it is the only rank. Rank 0 prints one line. Call it before anything initialises
+    this process is the only rank. Rank 0 prints one line. Call this before anything initialises
     torch.distributed; twice does no harm.
 
     Raises:

@@ -112,7 +112,7 @@ class PionWithAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, of both: parameters are numbered through.
+        """Return the state of both in torch's form, with parameters numbered through.
 
         AdamW's state is there before its first step too, for ``torch.distributed.checkpoint``: that
         loads what it finds here, and makes none where Pion has some.
@@ -133,7 +133,7 @@ class PionWithAdamW(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; it is refused as a whole.
+        """Load what ``state_dict`` returned, or refuse all of it.
 
         Raises:
             ValueError: the state is of other parameters or of other options of Pion's.

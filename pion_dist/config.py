@@ -38,19 +38,18 @@ class PionConfig:
 
     Attributes:
         direction: ``polar``: Muon's step of the gradient's average, by as much of it as turns the
-            singular frames of W = U S Vᵀ, S fixed: ``update/polar.py``. Its steps have AdamW's
+            singular frames of W = U S Vᵀ, S fixed (``update/polar.py``). Its steps have AdamW's
             root mean square, 0.2 lr. The others make a skew generator for each side from moments
-            and turn W by their factors. ``adaptive``: of m / (sqrt(v) + eps); ``momentum``: of m;
-            ``msign``: the matrix sign of the generator.
+            and turn W by their factors. ``adaptive``: from m / (sqrt(v) + eps); ``momentum``: from
+            m; ``msign``: the matrix sign of the generator.
         momentum: what the other directions' first moment averages. ``lie``: the generators;
             ``transported``: the gradient, rotated along with the weight; ``ambient``: the gradient
             as it is, which is what ``polar`` averages too.
         nesterov: use the look-ahead average beta1 m + (1 - beta1) g in place of m.
         betas: decay of the first and of the second moment, each in [0, 1). The second is used by
             ``direction="adaptive"`` only.
-        eps: added to denominators; > 0. This and what follows, to ``degree``, is of the directions
-            other than ``polar``, as are ``state_layout``, ``blocks`` and
-            ``spectrum_reset_interval``.
+        eps: added to denominators; > 0. ``polar`` does not use it, nor the options from here to
+            ``degree``, ``state_layout``, ``blocks`` and ``spectrum_reset_interval``.
         side: which factors a step applies. ``alternate``: in on odd steps (the first is 1), out
             on even ones.
         scaling: ``rms`` makes the root mean square of the first-order change ``lr * rms``;
@@ -63,32 +62,33 @@ class PionConfig:
         qkv: what a fused QKV weight is to Pion. ``qkv``: Q, K and V as three matrices; ``head``:
             every head one; ``group``: per query group its Q, its K and its V; ``whole``: one.
         split_gate: treat a gated fc1 as two matrices, gate and up.
-        matmul_precision: of products that only decide where a weight moves: all of ``polar`` but
-            UᵀU, VᵀV and U S Vᵀ; generators, the matrix sign, and the turning of moments.
-            ``highest``: IEEE float32; ``high``: TF32 where the device has it; ``bf16``. What moves
-            the weight itself is IEEE float32 on CPUs and with ``highest``; else three bf16 products
-            of float32's pieces, which lose less than 2^-16, so that its spectrum is kept as well
-            (``update/precision.py``).
-        state_layout: of Lie moments. ``packed``: the strict lower triangle, half the bytes, where a
-            rank has whole generators (teams divide their rows, which stay dense); ``dense``.
-            Checkpoints are the same.
-        state_dtype: of averages (factors stay float32). ``fp32``: as they are computed (float64
-            for float64 weights); ``bf16``: rounded to nearest when stored, for betas up to 0.99: of
-            an average over more steps the changes would be lost; ``int8``: likewise, with a scale
-            for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up to 0.95.
+        matmul_precision: precision of the products that only decide where a weight moves: all of
+            ``polar`` but UᵀU, VᵀV and U S Vᵀ; generators, the matrix sign, and the turning of
+            moments. ``highest``: IEEE float32; ``high``: TF32 where the device has it; ``bf16``.
+            What moves the weight itself is IEEE float32 on CPUs and with ``highest``; else three
+            bf16 products of float32's pieces, which lose less than 2^-16, so that its spectrum is
+            kept as well (``update/precision.py``).
+        state_layout: storage of Lie moments. ``packed``: the strict lower triangle, half the bytes,
+            where a rank has whole generators (teams divide their rows, which stay dense);
+            ``dense``: all elements. Checkpoints are the same.
+        state_dtype: dtype of averages (factors stay float32). ``fp32``: as they are computed
+            (float64 for float64 weights); ``bf16``: rounded to nearest when stored, for betas up to
+            0.99, since the changes of an average over more steps would be lost; ``int8``: likewise,
+            with a scale for each 128 elements of a matrix (``kernels/eight_bit.py``), for betas up
+            to 0.95.
         offload_state: keep all moments in host memory, pinned where a GPU computes, and bring each
-            batch of matrices' to the device while the batch before is computed
-            (``offload.py``). The digits are the same.
-        team_size: at most so many of the ranks that together store a matrix compute it together,
+            batch of matrices' to the device while the batch before is computed (``offload.py``).
+            The digits are the same.
+        team_size: how many of the ranks that together store a matrix compute it together, at most,
             each its rows of the longer dimension; a power of two. ``auto``: as many as make the
-            busiest rank's step shortest, which a count of FLOP and bytes says. The result is the
-            same.
-        blocks: 2 or more are another algorithm, on one rank too: the factor on the axis that tensor
-            parallelism cuts is block-diagonal, of so many blocks; the other is shared by all. A
-            multiple of the tensor-parallel ranks, which each compute their own blocks.
-        spectrum_reset_interval: every so many steps each matrix gets back the singular values that
-            it had at the first step, against rounding over millions of steps: W = U S Vᵀ becomes
-            U S₀ Vᵀ. Each matrix has its own turn, by its name. 0: never.
+            busiest rank's step shortest, by a count of FLOP and bytes. The result is the same.
+        blocks: number of blocks. 2 or more are another algorithm, on one rank too: the factor on
+            the axis that tensor parallelism cuts is block-diagonal, with so many blocks; the other
+            is shared by all. A multiple of the tensor-parallel ranks, which each compute their own
+            blocks.
+        spectrum_reset_interval: number of steps after which a matrix gets back the singular values
+            that it had at the first step, against rounding over millions of steps: W = U S Vᵀ
+            becomes U S₀ Vᵀ. Each matrix has its own turn, by its name. 0: never.
 
     Raises:
         TypeError: an option is not a field, or was given by position.

@@ -36,7 +36,7 @@ class Row:
         name: weight, part and number of the matrix, identical in every layout.
         exact: whether its drift is that of all singular values, or of norms.
         size: number of its elements.
-        drift, shift: since the start, see ``spectrum``; shift is NaN where they are not exact.
+        drift, shift: since the start, see ``spectrum``; shift is NaN where drift is not exact.
         orthogonality, angle, alpha, kept, update_rms: of the recorded step, see
             ``update.readings``; NaN where none was recorded.
     """

@@ -44,8 +44,8 @@ class MatrixView:
     """A view of a stored weight [R, C] as batches of matrices [B, m, n] with n = C.
 
     Attributes:
-        rows: R.
-        cols: C.
+        rows: the weight's rows, R.
+        cols: the weight's columns, C.
         parts: the parts, which cover every row exactly once.
         axis: the axis of the matrices along which tensor parallelism would cut each. None where it
             cuts none: it deals out their batch, or repeats the weight.
@@ -103,7 +103,7 @@ class MatrixView:
             weight_RC: [R, C], any strides and dtype.
 
         Returns:
-            A tensor [B, m, n] for each part: a view where the strides allow, else a copy.
+            A tensor [B, m, n] for each part, a view where the strides allow and else a copy.
 
         Raises:
             ValueError: the shape is not this view's.
@@ -210,7 +210,7 @@ def interleaved(
 
     Args:
         rows: R, a multiple of the rows of one repetition.
-        cols: C.
+        cols: the weight's columns, C.
         repeated: name and height of each projection in a repetition, in order, such as
             ``[("q", 128), ("k", 64), ("v", 64)]``.
         per_repetition: whether to make one matrix per repetition and projection, and not one per

@@ -58,7 +58,7 @@ class Pion(torch.optim.Optimizer):
             ``weight_decay=0``. Other keys of a group are the caller's, and stay.
         views: how a parameter is seen as matrices; one that has none is one matrix, cut (where the
             options cut) along its longer dimension, rows if both are equal.
-        names: of parameters, for messages; ``named_parameters()`` brings its own.
+        names: names of parameters, for messages; ``named_parameters()`` brings its own.
         shards: parameters that are a rank's shard of a weight, with the ranks that share it: each
             matrix is cut evenly along its view's axis, or, where that is None, the ranks have
             matrices of their own. The same ones, in the same order, on every rank of the group,
@@ -344,8 +344,8 @@ class Pion(torch.optim.Optimizer):
     def forget_factors(self) -> None:
         """Look at every weight in the next step, as after a write that torch does not count.
 
-        Writes into ``p.data`` are such. Without it the next polar step would undo them. To be
-        called on all ranks that share weights.
+        Writes into ``p.data`` are such. Without this call the next polar step would undo them. All
+        ranks that share weights make it.
         """
         self._factors.forget()
 
@@ -452,7 +452,7 @@ class Pion(torch.optim.Optimizer):
         return self._local.records()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; also waits for the device and reports steps that were not taken.
+        """Return the state in torch's form; waits for the device and reports steps not taken.
 
         Moments that are held packed or coded are in it as matrices, so that it is the same for each
         ``state_layout`` and ``int8`` can be loaded as ``fp32``; they are made on the CPU, since
@@ -476,7 +476,7 @@ class Pion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; refused as a whole, naming what does not fit.
+        """Load what ``state_dict`` returned, or refuse all of it and name what does not fit.
 
         A state without the spectra at start, where they are reset, is taken: those of the weights
         at the next step stand for them, which the log says.

@@ -18,7 +18,7 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def split_parameters(model: nn.Module, *, exclude: Sequence[str] = ()) -> tuple[Named, Named]:
-    """Pion's parameters of a model and the others, which are AdamW's, each with its name.
+    """Split a model's named parameters into Pion's and the others, which are AdamW's.
 
     2-D weights are Pion's, but for embeddings, output layers, biases, weights of zeros and what
     ``exclude`` names. An output layer is what ``get_output_embeddings`` returns, which Hugging
