@@ -1,6 +1,7 @@
 """Who may import whom (CONTRIBUTING.md), read from the sources and tried without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,24 @@ def test_import_law(path: Path) -> None:
         assert not reaches(path, "triton"), "kernels.backend decides what computes"
     if room in WITHOUT_TORCH:
         assert not reaches(path, "torch", types=False), "plans hold no tensors"
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_contributing_has_these_floors() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*?) \|$", CONTRIBUTING, re.MULTILINE)
+    floors = {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in rows}
+    assert floors == {i: set(floor) - {"__init__"} for i, floor in enumerate(FLOORS)}
+
+
+@pytest.mark.parametrize("folder", ["pion_dist", "megatron_patches", "tools"])
+def test_contributing_has_a_line_for_each_room(folder: str) -> None:
+    (listed,) = re.findall(rf"^    {folder}/\n((?:      .*\n)+)", CONTRIBUTING, re.MULTILINE)
+    rooms = re.findall(r"^ {6}(\w+(?:\.py|/))", listed, re.MULTILINE)
+    files = {path.name for path in (ROOT / folder).glob("*.py") if path.name[0] != "_"}
+    folders = {f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
+    assert sorted(rooms) == sorted(files | folders)
 
 
 def test_rooms_without_tensors_import_where_there_is_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""The README's commands work as they are written."""
+"""The commands of README.md and CONTRIBUTING.md work as they are written."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def block(start: str) -> str:
-    (found,) = (text for _, text in BLOCKS if text.startswith(start))
+def block(start: str, *, page: str = "README.md") -> str:
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (found,) = (text for text in blocks if text.startswith(start))
     return found
 
 
@@ -28,6 +28,14 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_plain_pytorch() -> None:
     exec(compile(block("import torch"), "README.md", "exec"), {})
+
+
+def test_the_example_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks 0 and 2 have the rows of the team's first member, and 1 and 3 those of its second."""
+    exec(compile(block("from pion_dist", page="CONTRIBUTING.md"), "CONTRIBUTING.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    sent = {line.partition(" [")[0] for line in lines if not line.endswith("[]")}
+    assert len(lines) == 8 and sent == {"0 to 2", "1 to 3", "2 to 2", "3 to 3"}
 
 
 @pytest.mark.slow
