@@ -8,6 +8,7 @@ from reference import PUBLISHED
 from torch.utils.flop_counter import FlopCounterMode
 
 from pion_dist import Pion, PionConfig, kernels
+from pion_dist.config import choices
 from pion_dist.cost import forms, step_flop, uses_gram
 
 
@@ -27,11 +28,17 @@ def executed(m: int, n: int, config: PionConfig, *, steps: int = 2) -> float:
     return total / steps
 
 
+PLAIN = ("momentum", "adaptive")  # without a matrix sign or a polar factor
+
+
 @pytest.mark.parametrize("side", ["both", "alternate", "in", "out"])
-@pytest.mark.parametrize("momentum", ["lie", "transported", "ambient"])
+@pytest.mark.parametrize("momentum", choices()["momentum"])
+@pytest.mark.parametrize("direction", PLAIN)
 @pytest.mark.parametrize("shape", [(8, 8), (8, 64), (64, 8), (24, 32)], ids=str)
-def test_products_are_counted_exactly(shape: tuple[int, int], momentum: str, side: str) -> None:
-    config = PionConfig(momentum=momentum, direction="momentum", side=side)
+def test_products_are_counted_exactly(
+    shape: tuple[int, int], direction: str, momentum: str, side: str
+) -> None:
+    config = PionConfig(momentum=momentum, direction=direction, side=side)
     assert step_flop(*shape, config) == executed(*shape, config)
 
 
@@ -42,6 +49,11 @@ SIGNED = {
     "lie": PUBLISHED | {"direction": "msign"},
     "transported": PUBLISHED | {"direction": "msign", "momentum": "transported"},
 }
+
+
+def test_every_direction_is_counted() -> None:
+    signed = {PionConfig(**options).direction for options in SIGNED.values()}
+    assert {*PLAIN, *signed} == set(choices()["direction"])
 
 
 @pytest.mark.parametrize("name", SIGNED)

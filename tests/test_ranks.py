@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from megatron_runs import environment
-from rank_checks import checks
+from rank_checks import FEW, checks
+
+from pion_dist import PionConfig
+from pion_dist.config import choices
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,12 @@ class Launches:
 @pytest.fixture(scope="module")
 def launches() -> Launches:
     return Launches()
+
+
+def test_every_direction_and_momentum_is_exchanged() -> None:
+    tried = [PionConfig(**options) for options in FEW]
+    assert {config.direction for config in tried} == set(choices()["direction"])
+    assert {config.momentum for config in tried} == set(choices()["momentum"])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from reference import (
 )
 
 from pion_dist import Pion, PionConfig
+from pion_dist.config import choices
 from pion_dist.matrices import MatrixView, interleaved, stacked, whole
 
 STEPS = 6
@@ -130,6 +131,17 @@ def distance(w: torch.Tensor, reference: Array) -> float:
     """Largest difference relative to the largest entry."""
     difference = np.abs(w.detach().cpu().double().numpy() - reference).max()
     return float(difference / np.abs(reference).max())
+
+
+def test_every_choice_has_a_reference() -> None:
+    """Else a value that PionConfig allows could be computed as another one, unseen."""
+    momenta, directions, _, scalings, sides, retractions = VALUES
+    allowed = choices()
+    assert set(momenta) == set(allowed["momentum"])
+    assert {"polar", *directions} == set(allowed["direction"])
+    assert set(scalings) == set(allowed["scaling"])
+    assert set(sides) == set(allowed["side"])
+    assert {name for name, _ in retractions} == set(allowed["retraction"])
 
 
 @pytest.mark.parametrize(
