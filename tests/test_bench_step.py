@@ -14,17 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
-from bench_step import (  # noqa: E402
-    MODELS,
-    Found,
-    Group,
-    Weight,
-    contenders,
-    measure,
-    peak_extra,
-    stored,
-    tables,
-)
+from bench_step import measure, peak_extra  # noqa: E402
+from bench_step_contenders import MODELS, Group, Weight, contenders, stored  # noqa: E402
+from bench_step_report import Found, tables  # noqa: E402
 from released import ReleasedPion, _matrix_sign  # noqa: E402
 
 from pion_dist import Pion, PionConfig  # noqa: E402

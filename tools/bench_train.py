@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import MODELS as LAYERS
-from bench_step import Model as Layer
 from bench_step import cpu_name
+from bench_step_contenders import MODELS as LAYERS
+from bench_step_contenders import Model as Layer
 from matplotlib.figure import Figure
 from study_report import COLORS, Table, panels, write
 
