@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 from bench_step import measure, peak_extra  # noqa: E402
-from bench_step_contenders import MODELS, Group, Weight, contenders, stored  # noqa: E402
+from bench_step_contenders import (  # noqa: E402
+    MODELS,
+    Group,
+    Weight,
+    contenders,
+    qr_flop,
+    stored,
+)
 from bench_step_report import Found, tables  # noqa: E402
 from released import ReleasedPion, _matrix_sign  # noqa: E402
 
@@ -23,6 +32,8 @@ from pion_dist import Pion, PionConfig  # noqa: E402
 from pion_dist.update.precision import cpu_bf16_products  # noqa: E402
 
 CPU = torch.device("cpu")
+# FlopCounterMode knows products alone.
+QR = {torch.ops.aten.linalg_qr: lambda a, *_, **__: prod(a[:-2]) * qr_flop(*a[-2:])}
 LOOPS = {c.name: c.config for c in contenders(CPU) if c.kind == "loop"}
 
 
@@ -70,18 +81,65 @@ def test_options_that_were_not_published_have_no_loop() -> None:
 def test_what_is_counted_is_what_happens(contender, group) -> None:  # type: ignore[no-untyped-def]
     weights = [stored(weight, CPU) for weight in group.weights]
     optimizer = contender.build(weights)
-    if contender.config.direction == "polar":
+    if contender.config.direction == "polar" or contender.name == "ISO":
         optimizer.step()  # decomposes
     executed = 0.0
     for _ in range(2):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=QR) as counter:
             optimizer.step()
         executed += counter.get_total_flops() / 2
     counted = sum(contender.flop(weight) for weight in group.weights)
-    held = [t for moments in optimizer.state.values() for t in moments.values()]
-    assert contender.state(group.weights) == sum(t.nbytes for t in held if t.dim())
+    assert contender.state(group.weights) == state_bytes(optimizer.state)
     if contender.kind != "pion":  # tests/test_cost.py
-        assert counted == executed
+        # Counts of products are whole numbers, and those of QR multiples of 4/3. Each sum rounds
+        # by u = 1.1e-16 of it at most, and there are fewer than 1000 terms.
+        assert counted == pytest.approx(executed, rel=1e-12, abs=0.0)
+
+
+def test_flop_of_qr_are_those_of_its_reflections() -> None:
+    """Reflection k changes an (m - k) x (r - k) block: a product with a vector and a rank-one
+    update, 4 FLOP an element. R has them once, Q once more.
+    """
+    for m, r in ((64, 64), (200, 64), (1000, 3)):
+        reflections = sum(4 * (m - k) * (r - k) for k in range(r))
+        # The sum exceeds the integral, whose value is counted, by less than its first term.
+        assert 0 < 2 * reflections - qr_flop(m, r) < 2 * 4 * m * r
+
+
+def test_fixed_norm_muon_and_iso_keep_what_they_fix() -> None:
+    built = {c.name: c for c in contenders(CPU)}
+    torch.manual_seed(0)
+    weights = [stored(Weight(3, 8, 12, (8, 8, 8)), CPU)]
+    before = weights[0].weight.clone()
+
+    def after_three_steps(name: str) -> torch.Tensor:
+        optimizer = built[name].build(weights)
+        optimizer.param_groups[0]["lr"] = 0.1  # decay would change a norm by 1e-3 a step
+        for _ in range(3):
+            optimizer.step()
+        moved = torch.cat([p.detach() for p in optimizer.param_groups[0]["params"]])
+        assert (moved - before).norm() > 0.1 * before.norm()
+        return moved
+
+    # ISO first: it steps a copy. The SVD, QR and the product are each backward stable in float32:
+    # an error of some 12 u of the largest singular value (u = 6e-8), with a constant of LAPACK's
+    # that is taken as 10. QR starts afresh at every step, so that errors do not add up.
+    moved = after_three_steps("ISO").double().reshape(3, 8, 12)
+    s, t = torch.linalg.svdvals(before.double().reshape(3, 8, 12)), torch.linalg.svdvals(moved)
+    torch.testing.assert_close(s, t, rtol=0.0, atol=3 * 10 * 12 * 2.0**-24 * s.max().item())
+    # A step rounds two norms of 96 elements, each by 96 u at most.
+    norms = [
+        torch.stack([m.double().norm() for m in w.split(8)])
+        for w in (before, after_three_steps("fixed-norm Muon"))
+    ]
+    torch.testing.assert_close(norms[0], norms[1], rtol=3 * 2 * 96 * 2.0**-24, atol=0.0)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of a state's tensors, nested or not, without scalars such as a count of steps."""
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    return state.nbytes if isinstance(state, torch.Tensor) and state.dim() else 0
 
 
 def test_peak_memory_counts_what_is_held_at_a_time() -> None:
@@ -138,6 +196,5 @@ def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:
             [stored(weight, CPU) for weight in groups[cell["model"], cell["shape"]].weights]
         )
         optimizer.step()
-        held = [t for moments in optimizer.state.values() for t in moments.values()]
-        assert cell["state_bytes"] == sum(t.nbytes for t in held if t.dim())
+        assert cell["state_bytes"] == state_bytes(optimizer.state)
         assert cell["seconds"] > 0.0 and cell["peak_bytes"] >= 0

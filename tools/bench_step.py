@@ -1,4 +1,4 @@
-"""Time one optimizer step: Pion, the published arithmetic, Megatron's Muon and AdamW, side by side.
+"""Time one optimizer step: Pion, the published arithmetic, Muon, fixed-norm Muon, ISO and AdamW.
 
     python tools/bench_step.py --out bench_out          # also: --model 8b, --scale 1, --device cuda
 
@@ -83,7 +83,7 @@ def too_large(contender: Contender, weights: Sequence[Weight], device: torch.dev
     """Why a contender's state and temporaries would not fit, or an empty string."""
     need = contender.state(weights)
     # Temporaries: some of the largest of one matrix, or of a part, which is one batch on a GPU.
-    batched = device.type == "cuda" and contender.kind == "pion"
+    batched = contender.batched or (device.type == "cuda" and contender.kind == "pion")
     need += (
         4
         * FLOAT

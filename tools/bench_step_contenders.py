@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from emerging_optimizers.orthogonalized_optimizers import Muon
+from emerging_optimizers.orthogonalized_optimizers import Muon, MuonHyperball
+from peers import Iso, Weights
 from released import ReleasedPion, released_flop
 from torch import Tensor
 from torch.optim import Optimizer
@@ -151,6 +152,7 @@ class Contender:
         state: bytes of moments of some weights, counted.
         config: Pion's.
         loop: name of the published arithmetic to compare with.
+        batched: it computes with all matrices of a weight at once, on a CPU too.
     """
 
     name: str
@@ -162,6 +164,7 @@ class Contender:
     state: Callable[[Sequence[Weight]], int]
     config: PionConfig = RECIPES["pretrain"]
     loop: str = ""
+    batched: bool = False
 
 
 LR = 1e-4  # small: no contender moves the weights that all share by much
@@ -193,20 +196,24 @@ def pion_state(config: PionConfig, weights: Sequence[Weight], axis: Axis | None 
     return sum(moment.nbytes(FLOAT) for each in found for moment in each)
 
 
+def viewed(weights: Sequence[Stored], *, copy: bool) -> Weights:
+    """Parameters of whole weights or of copies, and how each is cut into Pion's matrices."""
+    held = []
+    for each in weights:
+        rows, cols = each.weight.shape
+        own = replace(each, weight=each.weight.clone()) if copy else each
+        [p] = own.rows([rows])
+        held.append((p, stacked(rows, cols, name="matrix", count=each.shape.count)))
+    return held
+
+
 def pion(
     name: str, config: PionConfig, *, device: str, recipe: str = "", loop: str = ""
 ) -> Contender:
     def build(weights: Sequence[Stored]) -> Pion:
-        parameters, views = [], {}
-        for each in weights:
-            rows, cols = each.weight.shape
-            if config.direction == "polar":
-                # Others' steps would change the weights, whose factors would be taken anew.
-                each = replace(each, weight=each.weight.clone())
-            [p] = each.rows([rows])
-            parameters.append(p)
-            views[p] = stacked(rows, cols, name="matrix", count=each.shape.count)
-        return Pion(parameters, LR, config=config, views=views)
+        # Others' steps would change the weights, whose factors would be taken anew.
+        held = viewed(weights, copy=config.direction == "polar")
+        return Pion([p for p, _ in held], LR, config=config, views=dict(held))
 
     return Contender(
         name,
@@ -234,12 +241,14 @@ def released(name: str, config: PionConfig) -> Contender:
     )
 
 
-def muon(name: str, about: str, precision: str, **given: Any) -> Contender:
+def muon(
+    name: str, about: str, precision: str, *, optimizer: type[Muon] = Muon, **given: Any
+) -> Contender:
     def build(weights: Sequence[Stored]) -> Optimizer:
         found = [
             w.rows(w.shape.projections) if w.shape.projections else w.matrices() for w in weights
         ]
-        return Muon([p for some in found for p in some], lr=LR, **given)
+        return optimizer([p for some in found for p in some], lr=LR, **given)
 
     def flop(w: Weight) -> float:
         total = 0.0
@@ -250,6 +259,45 @@ def muon(name: str, about: str, precision: str, **given: Any) -> Contender:
 
     return Contender(
         name, about, "peer", precision, build, flop, lambda ws: FLOAT * sum(w.numel for w in ws)
+    )
+
+
+def qr_flop(m: int, r: int) -> float:
+    """Count the FLOP of torch.linalg.qr of an m x r matrix, m >= r, with Q as m x r.
+
+    It calls LAPACK's GEQRF and ORGQR, which reflect columns by Householder's method. Each takes
+    2 m r² − 2 r³ / 3 FLOP and terms of lower order, which are not counted (LAPACK Working Note 41,
+    https://www.netlib.org/lapack/lawnspdf/lawn41.pdf).
+    """
+    return 4.0 * m * r**2 - 4.0 * r**3 / 3.0
+
+
+def iso() -> Contender:
+    def build(weights: Sequence[Stored]) -> Iso:
+        # It keeps factors of its weights, which others' steps would change.
+        held = viewed(weights, copy=True)
+        return Iso([p for p, _ in held], lr=LR, held=held)
+
+    def flop(w: Weight) -> float:
+        """Count G V, Gᵀ U and U diag(s) Vᵀ; for each frame the tangent's two products, and QR."""
+        r = min(w.m, w.n)
+        frames = sum(2 * 2.0 * d * r**2 + qr_flop(d, r) for d in (w.m, w.n))
+        return w.count * (3 * 2.0 * w.m * w.n * r + frames)
+
+    def state(weights: Sequence[Weight]) -> int:
+        """Count the bytes of U, V, their momenta, and s."""
+        ranks = ((w, min(w.m, w.n)) for w in weights)
+        return FLOAT * sum(w.count * r * (2 * (w.m + w.n) + 1) for w, r in ranks)
+
+    return Contender(
+        "ISO",
+        "tools/peers.py: momenta of U and V, QR; the SVD at the start is in no step",
+        "peer",
+        "float32",
+        build,
+        flop,
+        state,
+        batched=True,
     )
 
 
@@ -288,6 +336,14 @@ def contenders(device: torch.device) -> list[Contender]:
         released("loop: transported", TRANSPORTED),
         muon(OWN, "emerging_optimizers' own defaults: 5 quintic steps in bf16", "bf16"),
         muon(BASE, "the same, fp32_matmul_prec='highest'", "float32", fp32_matmul_prec="highest"),
+        muon(
+            "fixed-norm Muon",
+            "emerging_optimizers' MuonHyperball, without the decay that would shrink its norms",
+            "bf16",
+            optimizer=MuonHyperball,
+            weight_decay=0.0,
+        ),
+        iso(),
         adamw(),
     ]
     return found
