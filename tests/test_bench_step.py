@@ -25,7 +25,7 @@ from bench_step_contenders import (  # noqa: E402
     qr_flop,
     stored,
 )
-from bench_step_report import Found, tables  # noqa: E402
+from bench_step_report import Results, tables  # noqa: E402
 from released import ReleasedPion, _matrix_sign  # noqa: E402
 
 from pion_dist import Pion, PionConfig  # noqa: E402
@@ -171,8 +171,8 @@ def test_what_is_not_asked_for_is_not_timed() -> None:
     chosen = {"default float32", "Muon float32"}
     cells = measure("60m", group, CPU, 1, chosen)
     assert {cell["contender"] for cell in cells if "seconds" in cell} == chosen
-    found = Found(cells, [c for c in contenders(CPU) if c.name in chosen])
-    made = {table.title: table for table in tables(found, {"60m": 1 / 32}, CPU)}
+    results = Results(cells, [c for c in contenders(CPU) if c.name in chosen])
+    made = {table.title: table for table in tables(results, {"60m": 1 / 32}, CPU)}
     assert made["ms a step"].head == ["", "default float32", "Muon float32"]
     assert "Time, over that of the published loop" not in made and "Not measured" not in made
 
@@ -184,14 +184,14 @@ def test_one_command_writes_tables_json_and_plot(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "step.md").read_text() in done.stdout
     assert (tmp_path / "step.png").stat().st_size > 10_000
-    found = json.loads((tmp_path / "step.json").read_text())
-    assert cpu_bf16_products() in found["setup"]["machine"]
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert cpu_bf16_products() in record["setup"]["machine"]
     names = {contender.name: contender for contender in contenders(CPU)}
     groups = {("60m", group.name): group for group in MODELS["60m"].groups(1 / 32)}
-    assert {(c["model"], c["shape"], c["contender"]) for c in found["cells"]} == {
+    assert {(c["model"], c["shape"], c["contender"]) for c in record["cells"]} == {
         (*group, name) for group in groups for name in names
     }
-    for cell in found["cells"]:
+    for cell in record["cells"]:
         optimizer = names[cell["contender"]].build(
             [stored(weight, CPU) for weight in groups[cell["model"], cell["shape"]].weights]
         )

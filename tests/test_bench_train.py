@@ -12,7 +12,7 @@ from megatron_runs import ROOT, tool
 
 TOOLS = ROOT / "tools"
 sys.path[:0] = [str(TOOLS), str(ROOT / "examples")]
-from bench_train import CONTENDERS, WARM, Found, Training, parsed  # noqa: E402
+from bench_train import CONTENDERS, WARM, Training, Trainings, parsed  # noqa: E402
 from megatron_job import JobError, lines_of  # noqa: E402
 
 SMALL = ["--seq-length", "32", "--batch-tokens", "128", "--rounds", "1"]
@@ -30,8 +30,8 @@ def test_one_command_trains_and_writes_tables_json_and_plot(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "train.md").read_text() in done.stdout
     assert (tmp_path / "train.png").stat().st_size > 10_000
-    found = json.loads((tmp_path / "train.json").read_text())
-    adamw, pion = found["trainings"]
+    written = json.loads((tmp_path / "train.json").read_text())
+    adamw, pion = written["trainings"]
     assert [adamw["contender"], pion["contender"]] == names
     for training in (adamw, pion):
         seconds = training["seconds"]
@@ -94,9 +94,9 @@ def test_times_are_of_pairs_after_the_first_and_of_the_slowest_rank() -> None:
     assert slow.seconds == {"interval-time": [2.0, 2.0], "optimizer": [0.5, 0.5]}
     assert slow.parameters == 7  # both data-parallel ranks have the same
     fast = Training("b", 0, [record(0.5, 1.5, 0.25)] * 2)
-    found = Found([slow, fast, slow, fast])
-    assert found.speeds("b") == [2.0, 2.0]
-    assert found.share("a") == 0.25 and found.share("b") == 0.25
+    trainings = Trainings([slow, fast, slow, fast])
+    assert trainings.speeds("b") == [2.0, 2.0]
+    assert trainings.share("a") == 0.25 and trainings.share("b") == 0.25
 
 
 @pytest.mark.parametrize(

@@ -127,22 +127,24 @@ def parse(report: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    found: dict[str, Any] = json.loads((report / "report.json").read_text(), parse_constant=refuse)
-    return found
+    contents: dict[str, Any] = json.loads(
+        (report / "report.json").read_text(), parse_constant=refuse
+    )
+    return contents
 
 
 def whole(folder: Path) -> dict[str, np.ndarray]:
     """The 2-D weights as torch assembles them, layers apart, in float64."""
     reader = dcp.FileSystemReader(folder)
-    found = {
+    weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith("decoder.layers.") and name.endswith(tuple(LINEAR))
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    dcp.load(weights, storage_reader=reader, no_dist=True)
     return {
         name.replace(".layers.", f".layers.{i}."): weight.double().numpy()
-        for name, stacked in found.items()
+        for name, stacked in weights.items()
         for i, weight in enumerate(stacked)
     }
 
@@ -183,8 +185,8 @@ def numbers(matrix: np.ndarray, start: np.ndarray) -> dict[str, float]:
 
 @slow
 def test_numbers_are_numpys_of_the_assembled_weights(runs: Path, report: Path) -> None:
-    found = parse(report)
-    entries = {m["name"]: m for m in found["matrices"]}
+    contents = parse(report)
+    entries = {m["name"]: m for m in contents["matrices"]}
     start = whole(runs / "start" / "iter_0000001")
     expected = {matrix for name in start for matrix in by_hand(name, start[name])}
     assert set(entries) == expected and len(expected) == 7 * len(LAYERS)
@@ -205,29 +207,29 @@ def test_numbers_are_numpys_of_the_assembled_weights(runs: Path, report: Path) -
 
 @slow
 def test_pion_keeps_spectra_and_adam_and_muon_do_not(report: Path) -> None:
-    found = parse(report)
+    contents = parse(report)
     for i in range(3):
-        last = [m["runs"][i]["checkpoints"][-1] for m in found["matrices"]]
-        if found["runs"][i]["name"] == "pion":
+        last = [m["runs"][i]["checkpoints"][-1] for m in contents["matrices"]]
+        if contents["runs"][i]["name"] == "pion":
             assert max(each["drift_of_largest"] for each in last) < KEPT
         else:
             assert max(each["drift"] for each in last) > 1e-2
     for name, i in (("pion", 0), ("adam", 1), ("muon", 2)):
-        assert found["runs"][i]["name"] == name
-        assert {m["runs"][i]["checkpoints"][0]["optimizer"] for m in found["matrices"]} == {name}
+        assert contents["runs"][i]["name"] == name
+        assert {m["runs"][i]["checkpoints"][0]["optimizer"] for m in contents["matrices"]} == {name}
 
 
 @slow
 def test_json_has_the_documented_form(runs: Path, report: Path) -> None:
-    found = parse(report)
+    contents = parse(report)
     text = (ROOT / "docs" / "spectrum_report.md").read_text()
     number, measured = (int, float), set()
-    assert found.keys() == {"format", "cut", "start", "runs", "matrices", "left_out"}
-    assert found["cut"] == {"qkv": "qkv", "split_gate": True}
-    for run in found["runs"]:
+    assert contents.keys() == {"format", "cut", "start", "runs", "matrices", "left_out"}
+    assert contents["cut"] == {"qkv": "qkv", "split_gate": True}
+    for run in contents["runs"]:
         assert run.keys() == {"name", "optimizer", "checkpoints"}
         assert [c["iteration"] for c in run["checkpoints"]] == [2, 4]
-    for m in found["matrices"]:
+    for m in contents["matrices"]:
         assert m.keys() == {"name", "weight", "kind", "layer", "shape", "ranks", "runs"}
         assert m["layer"] in LAYERS and m["name"].startswith(m["weight"])
         assert m["ranks"][0] == 0 and m["ranks"][-1] == min(m["shape"]) - 1
@@ -241,8 +243,8 @@ def test_json_has_the_documented_form(runs: Path, report: Path) -> None:
                 assert each["read"] == "float32" and each["energy_rows"] == m["shape"][0]
                 words = {"read", "optimizer", "values"}
                 assert all(isinstance(each[k], number) for k in each.keys() - words)
-    assert all(f"`{name}`" in text for name in found.keys() | measured)
-    assert set(found["left_out"]) == {"embedding.word_embeddings.weight", "output_layer.weight"}
+    assert all(f"`{name}`" in text for name in contents.keys() | measured)
+    assert set(contents["left_out"]) == {"embedding.word_embeddings.weight", "output_layer.weight"}
 
 
 class Page(html.parser.HTMLParser):
@@ -278,17 +280,17 @@ def test_the_page_stands_alone_and_is_the_same_each_time(
 def test_layouts_give_the_same_weights_and_table(runs: Path) -> None:
     one, cut = (Checkpoint(runs / name / "iter_0000004") for name in ("pion", "cut"))
     assert list(one.weights) == list(cut.weights)
-    found = as_json(build(runs_of([runs / "pion", runs / "cut"]), None, EVERY))
+    contents = as_json(build(runs_of([runs / "pion", runs / "cut"]), None, EVERY))
     for name, weight in one.weights.items():
         a, b = one.read(weight), cut.read(cut.weights[name])
         # Adam divides by a gradient's own size. So elements whose gradient is rounding error move
         # freely: one of these 16,384 differs by 9e-5, all others by 2e-6 at most. A quarter of what
         # the layout table allows after 20 iterations; these are 4.
-        free = a.numel() // 1000 if name in found["left_out"] else 0
+        free = a.numel() // 1000 if name in contents["left_out"] else 0
         differences = (a - b).flatten().abs().sort().values[: a.numel() - free]
         assert differences.norm() < 5e-6 * a.norm(), name
     keys = ("largest", "smallest", "condition", "effective_rank", "stable_rank", "energy")
-    for m in found["matrices"]:
+    for m in contents["matrices"]:
         for a, b in zip(*(run["checkpoints"] for run in m["runs"]), strict=True):
             assert max(a["drift_of_largest"], b["drift_of_largest"]) < KEPT
             # The smallest value, and with it the condition, move by up to KEPT times the condition.
@@ -330,14 +332,14 @@ def test_masters_are_read_where_they_are_whole(runs: Path, run: str, read: str, 
     checkpoint = Checkpoint(runs / run / "iter_0000002")
     stacked = "decoder.layers.mlp.linear_fc2.weight"
     reader = dcp.FileSystemReader(checkpoint.folder)
-    found = {
+    stored = {
         k: torch.empty((4, 64, 96), dtype=dtype)
         for k, dtype in ((key + stacked, torch.float32 if key else torch.bfloat16),)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    dcp.load(stored, storage_reader=reader, no_dist=True)
     weight = checkpoint.weights["decoder.layers.2.mlp.linear_fc2.weight"]
     assert checkpoint.origin(weight) == read
-    assert torch.equal(checkpoint.read(weight), found[key + stacked][2].float())
+    assert torch.equal(checkpoint.read(weight), stored[key + stacked][2].float())
     model = checkpoint.read(weight, master=False)
     assert torch.equal(model, checkpoint.read(weight).bfloat16().float())
     assert checkpoint.origin(weight, master=False) == "bfloat16"
@@ -361,17 +363,17 @@ def piece(folder: Path) -> Any:
 
 def cut_short(folder: Path) -> None:
     """As an interrupted copy leaves it."""
-    found = piece(folder)
-    file = folder / found.relative_path
-    file.write_bytes(file.read_bytes()[: found.offset + found.length // 2])
+    stored = piece(folder)
+    file = folder / stored.relative_path
+    file.write_bytes(file.read_bytes()[: stored.offset + stored.length // 2])
 
 
 def blank(folder: Path) -> None:
     """As a disk leaves it that lost a block."""
-    found = piece(folder)
-    with (folder / found.relative_path).open("r+b") as file:
-        file.seek(found.offset)
-        file.write(bytes(found.length))
+    stored = piece(folder)
+    with (folder / stored.relative_path).open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(bytes(stored.length))
 
 
 @slow
@@ -444,8 +446,8 @@ def test_without_arguments_weights_are_whole_and_zeros_have_no_condition(tmp_pat
     folder = tmp_path / "run" / "iter_0000007"
     write(folder, {f"{name}.weight": x, f"{empty}.weight": torch.zeros(4, 4)})
     (run,) = runs_of([tmp_path / "run"])
-    found = as_json(build([run], None, EVERY))
-    assert found["runs"] == [
+    contents = as_json(build([run], None, EVERY))
+    assert contents["runs"] == [
         {
             "name": "run",
             "optimizer": "unknown",
@@ -453,10 +455,10 @@ def test_without_arguments_weights_are_whole_and_zeros_have_no_condition(tmp_pat
         }
     ]
     names = [f"{name}.weight:whole[0]", f"{empty}.weight:whole[0]"]
-    assert [m["name"] for m in found["matrices"]] == names
-    zero = found["matrices"][1]["runs"][0]["checkpoints"][0]
+    assert [m["name"] for m in contents["matrices"]] == names
+    zero = contents["matrices"][1]["runs"][0]["checkpoints"][0]
     assert (zero["condition"], zero["energy"], zero["effective_rank"]) == (None, None, 0)
-    json.dumps(found, allow_nan=False)
+    json.dumps(contents, allow_nan=False)
     only = build(runs_of([tmp_path / "run"]), None, re.compile("linear_fc2"))
     assert [m.name for m in only.matrices] == names[1:]
     with pytest.raises(CheckpointError, match="--only 'fc3'"):
@@ -479,8 +481,8 @@ def test_arguments_of_a_file_of_their_own(tmp_path: Path) -> None:
     args = Namespace(swiglu=True, optimizer="adam", unknown=Trap())
     torch.save({"args": args, "iteration": 1}, folder / "common.pt")
     Trap.sprung = False
-    found = as_json(build(runs_of([folder]), None, EVERY))
-    assert [m["name"].partition(":")[2] for m in found["matrices"]] == ["gate[0]", "up[0]"]
+    contents = as_json(build(runs_of([folder]), None, EVERY))
+    assert [m["name"].partition(":")[2] for m in contents["matrices"]] == ["gate[0]", "up[0]"]
     assert not Trap.sprung, "an object of the file ran"
 
 

@@ -47,7 +47,7 @@ def cases(batch: int, d: int, device: str) -> dict[str, tuple[int, Callable[[obj
     x, y = (torch.randn(batch, d, d, device=device) for _ in range(2))
     k = x - x.mT
     grads_finite, size = torch.tensor(True, device=device), x.nbytes
-    found: dict[str, tuple[int, Callable[[object], object]]] = {
+    calls: dict[str, tuple[int, Callable[[object], object]]] = {
         "copy": (2 * size, lambda _: y.copy_(x)),
         "skew": (2 * size, lambda run: run.skew(x)),
         "skew to bf16": (size + size // 2, lambda run: run.skew(x, dtype=torch.bfloat16)),
@@ -77,8 +77,8 @@ def cases(batch: int, d: int, device: str) -> dict[str, tuple[int, Callable[[obj
         for wanted in (True, False):
             name = f"moments, {layout} {dtype}" + (", direction" if wanted else "")
             moved = (2 if wanted else 1) * size + 2 * (m.nbytes + v.nbytes)
-            found[name] = moved, moments(m, v, wanted)
-    return found
+            calls[name] = moved, moments(m, v, wanted)
+    return calls
 
 
 def main() -> None:

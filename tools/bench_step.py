@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 from bench_step_contenders import BASE, FLOAT, MODELS, Contender, Group, Weight, contenders, stored
-from bench_step_report import Cell, Found, draw, setting, tables
+from bench_step_report import Cell, Results, draw, setting, tables
 from study_report import write
 from torch.autograd import DeviceType
 from torch.optim import Optimizer
@@ -67,11 +67,11 @@ def peak_extra(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     held = peak = 0
-    assert found.profiler is not None and found.profiler.kineto_results is not None
-    events = found.profiler.kineto_results.events()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = profiled.profiler.kineto_results.events()
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
             held += event.nbytes()
@@ -251,7 +251,7 @@ def main() -> None:
         print(f"{number} of {len(todo)}: {name} {group.name}", file=sys.stderr, flush=True)
         cells += measure(name, group, device, args.rounds, chosen)
     shown = [c for c in contenders(device) if chosen is None or c.name in chosen]
-    found = Found(cells, shown)
+    results = Results(cells, shown)
     setup = {
         "machine": machine(device),
         "device": args.device,
@@ -261,10 +261,10 @@ def main() -> None:
     }
     write(
         "step",
-        [setting(setup, found), *tables(found, scales, device)],
-        draw(found),
+        [setting(setup, results), *tables(results, scales, device)],
+        draw(results),
         args.out,
-        found={"setup": setup, "cells": cells},
+        data={"setup": setup, "cells": cells},
     )
 
 

@@ -121,11 +121,11 @@ class Stored:
 
     def rows(self, heights: Sequence[int]) -> list[torch.nn.Parameter]:
         """Parameters of so many rows each."""
-        found = []
+        parameters = []
         for w, g in zip(self.weight.split(heights), self.grad.split(heights), strict=True):
-            found.append(torch.nn.Parameter(w))
-            found[-1].grad = g
-        return found
+            parameters.append(torch.nn.Parameter(w))
+            parameters[-1].grad = g
+        return parameters
 
     def matrices(self) -> list[torch.nn.Parameter]:
         return self.rows([self.shape.m] * self.shape.count)
@@ -192,8 +192,8 @@ def options(config: PionConfig) -> str:
 
 def pion_state(config: PionConfig, weights: Sequence[Weight], axis: Axis | None = None) -> int:
     """Bytes of Pion's moments of weights that are cut along an axis."""
-    found = (moments(w.count, w.m, w.n, config, axis).values() for w in weights)
-    return sum(moment.nbytes(FLOAT) for each in found for moment in each)
+    held = (moments(w.count, w.m, w.n, config, axis).values() for w in weights)
+    return sum(moment.nbytes(FLOAT) for of_weight in held for moment in of_weight)
 
 
 def viewed(weights: Sequence[Stored], *, copy: bool) -> Weights:
@@ -245,10 +245,10 @@ def muon(
     name: str, about: str, precision: str, *, optimizer: type[Muon] = Muon, **given: Any
 ) -> Contender:
     def build(weights: Sequence[Stored]) -> Optimizer:
-        found = [
+        parts = [
             w.rows(w.shape.projections) if w.shape.projections else w.matrices() for w in weights
         ]
-        return optimizer([p for some in found for p in some], lr=LR, **given)
+        return optimizer([p for part in parts for p in part], lr=LR, **given)
 
     def flop(w: Weight) -> float:
         total = 0.0
@@ -323,7 +323,7 @@ BASE, OWN = "Muon float32", "Muon"
 def contenders(device: torch.device) -> list[Contender]:
     """All that is timed, in the tables' order."""
     of = functools.partial(pion, device=device.type)
-    found = [
+    return [
         of("default float32", DEFAULT, recipe=" (pretrain)"),
         of("default bf16", in_bf16("pretrain"), recipe=", bf16 products"),
         of("msign", MSIGN, loop="loop: msign"),
@@ -346,4 +346,3 @@ def contenders(device: torch.device) -> list[Contender]:
         iso(),
         adamw(),
     ]
-    return found

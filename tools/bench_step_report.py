@@ -20,7 +20,7 @@ Cell = dict[str, Any]
 Shape = tuple[str, str]  # model and group
 
 
-class Found:
+class Results:
     """All cells, and ratios between them."""
 
     def __init__(self, cells: Sequence[Cell], contenders: Sequence[Contender]) -> None:
@@ -68,13 +68,13 @@ class Found:
         ]
 
 
-def setting(setup: dict[str, Any], found: Found) -> Table:
+def setting(setup: dict[str, Any], results: Results) -> Table:
     """What was measured on."""
     table = Table("The run", ("", ""))
     table.rows += [(name, str(setup[name])) for name in ("machine", "clock", "rounds of two steps")]
     for precision in ("float32", "bf16"):
-        names = {c.name for c in found.contenders if c.precision == precision}
-        measured = [c for c in found.cells if c["contender"] in names and "rate" in c]
+        names = {c.name for c in results.contenders if c.precision == precision}
+        measured = [c for c in results.cells if c["contender"] in names and "rate" in c]
         if measured:
             low, high = (f(c["rate"] for c in measured) / 1e9 for f in (min, max))
             span = f"{low:.0f} to {high:.0f} GFLOP a second"
@@ -82,20 +82,20 @@ def setting(setup: dict[str, Any], found: Found) -> Table:
     return table
 
 
-def tables(found: Found, scales: dict[str, float], device: torch.device) -> list[Table]:
+def tables(results: Results, scales: dict[str, float], device: torch.device) -> list[Table]:
     """All that is said about what was measured."""
-    at, ratio = found.at, found.ratio
+    at, ratio = results.at, results.ratio
     legend = Table("What is timed", ("name", "what it is"))
-    legend.rows += [(c.name, c.options) for c in found.contenders]
+    legend.rows += [(c.name, c.options) for c in results.contenders]
     sizes = Table("Weights, as Pion's matrices", ("", "lengths", "matrices"))
-    for model, name in found.shapes:
+    for model, name in results.shapes:
         group = next(g for g in MODELS[model].groups(scales[model]) if g.name == name)
         each = {w: group.weights.count(w) for w in group.weights}
         what = ", ".join(f"{n * w.count} of {w.m} x {w.n}" for w, n in each.items())
         sizes.rows.append((f"{model} {name}", f"times {scales[model]:g}", what))
-    loops = {c.name: c.loop for c in found.contenders if c.loop in found.names}
-    products = [c.name for c in found.contenders if c.name != "AdamW"]
-    beside_loops = found.table(
+    loops = {c.name: c.loop for c in results.contenders if c.loop in results.names}
+    products = [c.name for c in results.contenders if c.name != "AdamW"]
+    beside_loops = results.table(
         "Time, over that of the published loop",
         lambda s, c: ratio(s, c, loops[c]),
         names=list(loops),
@@ -103,30 +103,30 @@ def tables(found: Found, scales: dict[str, float], device: torch.device) -> list
     made = [
         legend,
         sizes,
-        found.table("ms a step", lambda s, c: at(s, c)["seconds"] * 1e3, ".1f"),
-        found.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE), ".3g"),
+        results.table("ms a step", lambda s, c: at(s, c)["seconds"] * 1e3, ".1f"),
+        results.table(f"Time, over that of {BASE}", lambda s, c: ratio(s, c, BASE), ".3g"),
         *([beside_loops] if loops else []),
-        found.table(
+        results.table(
             "Counted FLOP, over Muon's", lambda s, c: ratio(s, c, BASE, "flop"), names=products
         ),
-        found.table(
+        results.table(
             "Counted FLOP a second, over the rate of a square product in the same precision",
             lambda s, c: at(s, c)["fraction"],
             names=products,
         ),
-        found.table(
+        results.table(
             "Bytes of state, over AdamW's", lambda s, c: ratio(s, c, "AdamW", "state_bytes")
         ),
-        layers(found),
-        found.table(
+        layers(results),
+        results.table(
             "Peak memory of a step beyond weights, gradients and state, in largest matrices",
             lambda s, c: at(s, c)["peak_bytes"] / at(s, c)["matrix_bytes"],
             ".1f",
         ),
         state_table(),
-        targets(found, device),
+        targets(results, device),
     ]
-    if rows := found.skipped():
+    if rows := results.skipped():
         made.append(Table("Not measured", ("shape", "what", "why"), rows))
     return made
 
@@ -183,66 +183,70 @@ PEAKS = {"default float32": 4.0, "default bf16": 4.0}  # largest matrices
 PEAK = 3.0  # of the others
 
 
-def targets(found: Found, device: torch.device) -> Table:
+def targets(results: Results, device: torch.device) -> Table:
     """What was aimed at, and where it was missed by most."""
     table = Table(
         "Targets", ("at most", "of", "over", "hit at", "worst", "where", "counted FLOP there")
     )
-    modes = [c for c in found.contenders if c.kind == "pion"]
-    heads = [shape for shape in found.shapes if "heads" in shape[1]]
-    wholes = [shape for shape in found.shapes if shape not in heads]
-    limits = ((0.2, heads), (0.7, wholes)) if device.type == "cuda" else ((1.0, found.shapes),)
+    modes = [c for c in results.contenders if c.kind == "pion"]
+    heads = [shape for shape in results.shapes if "heads" in shape[1]]
+    wholes = [shape for shape in results.shapes if shape not in heads]
+    limits = ((0.2, heads), (0.7, wholes)) if device.type == "cuda" else ((1.0, results.shapes),)
     for limit, shapes in limits:
-        for c in (c for c in modes if c.loop in found.names):
-            _judge(table, found, limit, c.name, c.loop, shapes)
+        for c in (c for c in modes if c.loop in results.names):
+            _judge(table, results, limit, c.name, c.loop, shapes)
     for (name, peer), limit in LAYER_TARGETS.items():
-        if not {name, peer} <= {*found.names}:
+        if not {name, peer} <= {*results.names}:
             continue
-        ratios = {(model, "layer"): _layer(found, model, name, peer) for model in _models(found)}
+        ratios = {
+            (model, "layer"): _layer(results, model, name, peer) for model in _models(results)
+        }
         _summarize(table, limit, f"{name}, layer", peer, ratios, None)
     for (kind, shapes), column in zip(KINDS.items(), (0, 1), strict=True):
-        there = [shape for shape in shapes if shape in found.shapes]
+        there = [shape for shape in shapes if shape in results.shapes]
         for name, peer in itertools.product(MUON_TARGETS, (BASE, OWN)):
-            if {name, peer} <= {*found.names}:
-                _judge(table, found, MUON_TARGETS[name][column], name, peer, there, kind)
+            if {name, peer} <= {*results.names}:
+                _judge(table, results, MUON_TARGETS[name][column], name, peer, there, kind)
     for c in modes:
         for unit, what in (("matrix_bytes", "matrix"), ("square_bytes", "generator")):
             peaks = {
                 shape: cell["peak_bytes"] / cell[unit]
-                for shape in found.shapes
-                if "peak_bytes" in (cell := found.at(shape, c.name))
+                for shape in results.shapes
+                if "peak_bytes" in (cell := results.at(shape, c.name))
             }
             limit = PEAKS.get(c.name, PEAK)
             _summarize(table, limit, f"{c.name}, peak memory", f"largest {what}", peaks, None)
     return table
 
 
-def layers(found: Found) -> Table:
+def layers(results: Results) -> Table:
     """Time and counted FLOP of a whole layer: attention's projections and the MLP or experts."""
-    names = found.names
+    names = results.names
     table = Table(f"A layer, over {BASE}: time, and counted FLOP", ["", *names])
-    for model in _models(found):
+    for model in _models(results):
         for what, title in (("seconds", "time"), ("flop", "FLOP")):
-            ratios = (_layer(found, model, name, BASE, what) for name in names)
+            ratios = (_layer(results, model, name, BASE, what) for name in names)
             cells = ("-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios)
             table.rows.append([f"{model} {title}", *cells])
     return table
 
 
-def _models(found: Found) -> list[str]:
-    return list(dict.fromkeys(model for model, _ in found.shapes))
+def _models(results: Results) -> list[str]:
+    return list(dict.fromkeys(model for model, _ in results.shapes))
 
 
-def _layer(found: Found, model: str, name: str, to: str, what: str = "seconds") -> float:
+def _layer(results: Results, model: str, name: str, to: str, what: str = "seconds") -> float:
     """A layer's sum over another contender's; NaN where a part of it was skipped."""
-    parts = [shape for shape in found.shapes if shape[0] == model and "heads" not in shape[1]]
-    over, under = (sum(found.at(s, each).get(what, math.nan) for s in parts) for each in (name, to))
+    parts = [shape for shape in results.shapes if shape[0] == model and "heads" not in shape[1]]
+    over, under = (
+        sum(results.at(s, each).get(what, math.nan) for s in parts) for each in (name, to)
+    )
     return over / under if under else math.nan
 
 
 def _judge(
     table: Table,
-    found: Found,
+    results: Results,
     limit: float,
     name: str,
     to: str,
@@ -250,10 +254,12 @@ def _judge(
     kind: str = "",
 ) -> None:
     """A row of ratios of times, and of counted FLOP."""
-    ratios = {shape: found.ratio(shape, name, to) for shape in shapes}
+    ratios = {shape: results.ratio(shape, name, to) for shape in shapes}
     what = f"{name}, {kind}" if kind else name
     measured = {shape: ratio for shape, ratio in ratios.items() if not math.isnan(ratio)}
-    _summarize(table, limit, what, to, measured, lambda shape: found.ratio(shape, name, to, "flop"))
+    _summarize(
+        table, limit, what, to, measured, lambda shape: results.ratio(shape, name, to, "flop")
+    )
 
 
 def _summarize(
@@ -281,26 +287,26 @@ def _summarize(
     )
 
 
-def draw(found: Found) -> Figure:
+def draw(results: Results) -> Figure:
     """Times over Muon's, a panel for each kind of weights; the published loops as marks.
 
     Without AdamW, whose hundredths would leave the others no room.
     """
     kinds = [("attention",), ("QKV by heads",), ("MLP", "experts")]
-    names = [c.name for c in found.contenders if c.kind == "pion" or c.name == OWN]
-    loops = {c.name: c.loop for c in found.contenders if c.loop in found.names}
+    names = [c.name for c in results.contenders if c.kind == "pion" or c.name == OWN]
+    loops = {c.name: c.loop for c in results.contenders if c.loop in results.names}
     figure, axes = panels(len(kinds), columns=1)
     figure.set_size_inches(11, 10)
     width = 0.8 / len(names)
     for ax, kind in zip(axes, kinds, strict=True):
-        shapes = [shape for shape in found.shapes if shape[1] in kind]
+        shapes = [shape for shape in results.shapes if shape[1] in kind]
         for i, name in enumerate(names):
             at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(shapes))]
-            heights = [found.ratio(shape, name, BASE) for shape in shapes]
+            heights = [results.ratio(shape, name, BASE) for shape in shapes]
             up = [height - 1.0 for height in heights]
             ax.bar(at, up, width * 0.9, bottom=1.0, color=COLORS[i % len(COLORS)], label=name)
             if loop := loops.get(name):
-                marks = [found.ratio(shape, loop, BASE) for shape in shapes]
+                marks = [results.ratio(shape, loop, BASE) for shape in shapes]
                 label = "the published loop of the same kind" if i == 0 else None
                 ax.plot(at, marks, "k_", ms=11, mew=1.8, label=label)
         ax.axhline(1.0, color="black", lw=1)

@@ -223,23 +223,23 @@ def progress(text: str) -> None:
 def measure(plan: Plan, out: Path) -> list[Training]:
     """All trainings, by turns, so that a machine that gets slower or faster does so for all."""
     corpus = out / "corpus" / "bytes"
-    # Megatron's index of the samples is found again by path alone, whatever the text now is.
+    # Megatron's index of the samples is trainings again by path alone, whatever the text now is.
     shutil.rmtree(corpus.parent, ignore_errors=True)
     progress("preparing the text: the sources of Python's library")
     script = ROOT / "examples" / "prepare_corpus.py"
     for _ in lines_of([sys.executable, str(script), str(corpus)], out / "corpus.log"):
         pass
-    found = []
+    trainings = []
     for number in range(plan.rounds):
         for name in plan.contenders:
             progress(f"round {number + 1} of {plan.rounds}: {name}")
-            found.append(train(plan, name, number, out, corpus))
-            milliseconds = 1e3 * found[-1].median("interval-time")
+            trainings.append(train(plan, name, number, out, corpus))
+            milliseconds = 1e3 * trainings[-1].median("interval-time")
             progress(f"  {milliseconds:.1f} ms an iteration")
-    return found
+    return trainings
 
 
-class Found:
+class Trainings:
     """All trainings, and medians over rounds."""
 
     def __init__(self, trainings: Sequence[Training]) -> None:
@@ -269,10 +269,10 @@ class Found:
         return max(max(t.peak) for t in self.of[name])
 
 
-def tables(plan: Plan, found: Found) -> list[Table]:
-    base = found.names[0]
+def tables(plan: Plan, trainings: Trainings) -> list[Table]:
+    base = trainings.names[0]
     legend = Table("What is trained with", ("name", "Megatron's flags"))
-    legend.rows += [(name, f"`{' '.join(CONTENDERS[name])}`") for name in found.names]
+    legend.rows += [(name, f"`{' '.join(CONTENDERS[name])}`") for name in trainings.names]
     main = Table(
         "An iteration, medians",
         [
@@ -281,29 +281,29 @@ def tables(plan: Plan, found: Found) -> list[Table]:
         ],
     )
     memory = Table("Memory of the rank with most", ["", "state, MiB", f"over {base}'s"])
-    peaks = all(found.peak(name) for name in found.names)
+    peaks = all(trainings.peak(name) for name in trainings.names)
     memory.head = [*memory.head, *(["peak, MiB", f"over {base}'s"] if peaks else [])]
-    for name in found.names:
-        seconds, ratios = found.seconds(name), found.speeds(name)
+    for name in trainings.names:
+        seconds, ratios = trainings.seconds(name), trainings.speeds(name)
         main.rows.append(
             [
-                *(name, f"{1e3 * seconds:.1f}", f"{found.any.tokens / seconds:,.0f}"),
+                *(name, f"{1e3 * seconds:.1f}", f"{trainings.any.tokens / seconds:,.0f}"),
                 *(f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"),
-                f"{1e3 * found.seconds(name, 'optimizer'):.2f}",
-                f"{found.share(name):.1%}",
-                f"{1e3 * found.seconds(name, 'optimizer-inner-step'):.2f}",
-                f"{1e3 * found.seconds(name, 'forward-backward'):.1f}",
+                f"{1e3 * trainings.seconds(name, 'optimizer'):.2f}",
+                f"{trainings.share(name):.1%}",
+                f"{1e3 * trainings.seconds(name, 'optimizer-inner-step'):.2f}",
+                f"{1e3 * trainings.seconds(name, 'forward-backward'):.1f}",
             ]
         )
         row = [name]
-        for measured in (found.state, found.peak)[: 1 + peaks]:
+        for measured in (trainings.state, trainings.peak)[: 1 + peaks]:
             row += [f"{measured(name) / MEBI:,.2f}", f"{measured(name) / measured(base):.2f}"]
         memory.rows.append(row)
-    return [setting(plan, found), legend, main, memory]
+    return [setting(plan, trainings), legend, main, memory]
 
 
-def setting(plan: Plan, found: Found) -> Table:
-    one, layout = found.any, found.any.layout
+def setting(plan: Plan, trainings: Trainings) -> Table:
+    one, layout = trainings.any, trainings.any.layout
     table = Table("The run", ("", ""))
     table.rows += [
         ("machine", machine(plan)),
@@ -340,21 +340,21 @@ def machine(plan: Plan) -> str:
 
 def versions(plan: Plan) -> str:
     names = ["torch", "megatron-core", "emerging-optimizers"]
-    found = [f"{name} {version(name)}" for name in names]
+    installed = [f"{name} {version(name)}" for name in names]
     if plan.device == "cuda":
-        installed = importlib.util.find_spec("transformer_engine") is not None
-        found.append(("with" if installed else "without") + " Transformer Engine")
-    return ", ".join([f"Python {platform.python_version()}", *found])
+        engine = importlib.util.find_spec("transformer_engine") is not None
+        installed.append(("with" if engine else "without") + " Transformer Engine")
+    return ", ".join([f"Python {platform.python_version()}", *installed])
 
 
-def draw(found: Found, title: str) -> Figure:
+def draw(trainings: Trainings, title: str) -> Figure:
     """What an iteration is made of, a bar for each contender."""
     figure, (axes,) = panels(1)
-    figure.set_size_inches(9, 1.4 + 0.55 * len(found.names))
-    own = [found.seconds(name, "optimizer-inner-step") for name in found.names]
-    whole = [found.seconds(name, "optimizer") for name in found.names]
-    passes = [found.seconds(name, "forward-backward") for name in found.names]
-    total = [found.seconds(name) for name in found.names]
+    figure.set_size_inches(9, 1.4 + 0.55 * len(trainings.names))
+    own = [trainings.seconds(name, "optimizer-inner-step") for name in trainings.names]
+    whole = [trainings.seconds(name, "optimizer") for name in trainings.names]
+    passes = [trainings.seconds(name, "forward-backward") for name in trainings.names]
+    total = [trainings.seconds(name) for name in trainings.names]
     parts = {
         "forward and backward": passes,
         "the optimizer's own step": own,
@@ -364,11 +364,11 @@ def draw(found: Found, title: str) -> Figure:
     left = [0.0] * len(total)
     for color, (label, part) in zip(COLORS, parts.items(), strict=False):
         wide = [1e3 * seconds for seconds in part]
-        axes.barh(found.names, wide, left=left, color=color, label=label)
+        axes.barh(trainings.names, wide, left=left, color=color, label=label)
         left = [a + b for a, b in zip(left, wide, strict=True)]
-    for row, name in enumerate(found.names):
-        rate = found.any.tokens / total[row]
-        text = f" {rate:,.0f} tokens/s, optimizer {found.share(name):.1%}"
+    for row, name in enumerate(trainings.names):
+        rate = trainings.any.tokens / total[row]
+        text = f" {rate:,.0f} tokens/s, optimizer {trainings.share(name):.1%}"
         axes.text(left[row], row, text, va="center", fontsize=9)
     axes.set_xlim(0.0, 1.45 * max(left))
     axes.invert_yaxis()
@@ -442,21 +442,20 @@ def main() -> None:
     plan, out = parsed(sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
     try:
-        trainings = measure(plan, out)
+        runs = measure(plan, out)
     except JobError as error:
         sys.exit(f"bench_train: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    found = Found(trainings)
-    title = f"{plan.model}, {found.any.tokens:,} tokens"
+    trainings = Trainings(runs)
+    title = f"{plan.model}, {trainings.any.tokens:,} tokens"
     setup = asdict(plan) | {"machine": machine(plan), "versions": versions(plan)}
-    runs = [vars(training) for training in trainings]
     write(
         "train",
-        tables(plan, found),
-        draw(found, title),
+        tables(plan, trainings),
+        draw(trainings, title),
         out,
-        found={"setup": setup, "contenders": CONTENDERS, "trainings": runs},
+        data={"setup": setup, "contenders": CONTENDERS, "trainings": [vars(run) for run in runs]},
     )
 
 

@@ -99,8 +99,8 @@ class Checkpoint:
         self.args: Namespace = common.get("args") or Namespace()
         numbered = re.fullmatch(r"iter_(\d+)", folder.name)
         self.iteration = int(numbered[1] if numbered else common.get("iteration", 0))
-        found = [weight for key in self._tensors for weight in self._weights_of(key)]
-        self.weights = {w.name: w for w in sorted(found, key=lambda weight: natural(weight.name))}
+        weights = [weight for key in self._tensors for weight in self._weights_of(key)]
+        self.weights = {w.name: w for w in sorted(weights, key=lambda weight: natural(weight.name))}
         if not self.weights:
             raise CheckpointError(f"{folder} has no 2-D weight")
 
@@ -212,11 +212,11 @@ class Checkpoint:
                 data = self._bytes(key)
             else:
                 return {}
-            found = torch.load(data, weights_only=False, pickle_module=_SAFE)
+            loaded = torch.load(data, weights_only=False, pickle_module=_SAFE)
         except Exception as error:  # as in read
             what = file if file.exists() else f"{self.folder}: {key}"
             raise _unreadable(str(what), error) from error
-        return found[0] if isinstance(found, list) else found
+        return loaded[0] if isinstance(loaded, list) else loaded
 
     def _bytes(self, key: str) -> io.BytesIO:
         (index,) = (index for index in self._reader.storage_data if index.fqn == key)
@@ -243,12 +243,12 @@ class _Into(DefaultLoadPlanner):
         self.bytes = io.BytesIO()
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self.target
+        part = self.target
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
-            found = found.narrow(dim, start, length)
-        return found
+            part = part.narrow(dim, start, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass  # it was read into its place

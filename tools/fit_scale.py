@@ -92,10 +92,10 @@ def measured(m: int, n: int, config: PionConfig) -> float:
 
 def predicted(m: int, n: int, config: PionConfig, cluster: Cluster, overhead: float) -> float:
     """Seconds of a step, the mean of an odd and an even one."""
-    found = [kernels(1, m, n, config, None, step=step) for step in (1, 2)]
-    work = statistics.fmean(priced(each, cluster) for each in found)
+    steps = [kernels(1, m, n, config, None, step=step) for step in (1, 2)]
+    work = statistics.fmean(priced(each, cluster) for each in steps)
     # The processor that launches is the one that computes: both take their time.
-    return work + overhead * statistics.fmean(map(len, found)) + AROUND * m * n / cluster.memory
+    return work + overhead * statistics.fmean(map(len, steps)) + AROUND * m * n / cluster.memory
 
 
 def main() -> None:

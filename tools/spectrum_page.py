@@ -60,11 +60,11 @@ TABLE = (  # column, its explanation
 )
 
 
-def write_page(found: dict[str, Any], path: Path) -> list[str]:
+def write_page(contents: dict[str, Any], path: Path) -> list[str]:
     """Write the page.
 
     Args:
-        found: what report.json has.
+        contents: what report.json has.
         path: of the page.
 
     Returns:
@@ -77,38 +77,38 @@ def write_page(found: dict[str, Any], path: Path) -> list[str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rows = summary(found)
+    rows = summary(contents)
     with plt.rc_context(STYLE):
         page = environment.get_template("spectrum_page.html").render(
-            found=found,
+            contents=contents,
             summary=rows,
-            overview=overview(found),
-            trends=trends(found),
-            legend=legend(found),
-            layers=layers(found),
+            overview=overview(contents),
+            trends=trends(contents),
+            legend=legend(contents),
+            layers=layers(contents),
             columns=TABLE,
-            table=table(found),
-            low=sorted(low_precision(found)),
+            table=table(contents),
+            low=sorted(low_precision(contents)),
         )
     path.write_text(page)
     return [", ".join(f"{name}: {value}" for name, value in row.items()) for row in rows]
 
 
-def summary(found: dict[str, Any]) -> list[dict[str, str]]:
+def summary(contents: dict[str, Any]) -> list[dict[str, str]]:
     """A row of text for every run."""
     rows = []
-    for i, run in enumerate(found["runs"]):
-        last = {m["name"]: m["runs"][i]["checkpoints"][-1] for m in found["matrices"]}
+    for i, run in enumerate(contents["runs"]):
+        last = {m["name"]: m["runs"][i]["checkpoints"][-1] for m in contents["matrices"]}
         drifts = {name: each["drift"] for name, each in last.items()}
         worst = max(drifts, key=lambda name: drifts[name])
-        reads = [each["read"] for m in found["matrices"] for each in m["runs"][i]["checkpoints"]]
+        reads = [each["read"] for m in contents["matrices"] for each in m["runs"][i]["checkpoints"]]
         row = {
             "run": run["name"],
             "optimizer": run["optimizer"],
             "iterations": ", ".join(str(c["iteration"]) for c in run["checkpoints"]),
             "read": " and ".join(sorted(set(reads))),
         }
-        if moved(found, i):
+        if moved(contents, i):
             row |= {
                 "largest drift": f"{drifts[worst]:.2g}",
                 "median": f"{statistics.median(drifts.values()):.2g}",
@@ -120,16 +120,16 @@ def summary(found: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def moved(found: dict[str, Any], run: int) -> bool:
+def moved(contents: dict[str, Any], run: int) -> bool:
     """Whether a run has a start and something after it."""
-    return bool(found["start"]) or len(found["runs"][run]["checkpoints"]) > 1
+    return bool(contents["start"]) or len(contents["runs"][run]["checkpoints"]) > 1
 
 
-def low_precision(found: dict[str, Any]) -> set[str]:
+def low_precision(contents: dict[str, Any]) -> set[str]:
     """Dtypes of weights whose float32 masters could not be read."""
     return {
         each["read"]
-        for m in found["matrices"]
+        for m in contents["matrices"]
         for run in m["runs"]
         for each in run["checkpoints"]
         if each["read"] not in ("fp32 master", "float32", "float64")
@@ -149,22 +149,22 @@ def shade(index: int, count: int) -> float:
     return 1.0 if count == 1 else 0.3 + 0.7 * index / (count - 1)
 
 
-def worst_of(found: dict[str, Any]) -> dict[tuple[int | None, str], list[dict[str, Any]]]:
+def worst_of(contents: dict[str, Any]) -> dict[tuple[int | None, str], list[dict[str, Any]]]:
     """Matrices by layer and kind; several are experts or heads, the farthest moved comes first."""
     groups: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
-    for m in found["matrices"]:
+    for m in contents["matrices"]:
         groups.setdefault((m["layer"], m["kind"]), []).append(m)
     for group in groups.values():
         group.sort(key=lambda m: -max(run["checkpoints"][-1]["drift"] for run in m["runs"]))
     return groups
 
 
-def overview(found: dict[str, Any]) -> str:
+def overview(contents: dict[str, Any]) -> str:
     """A map for every run: each kind of matrix, each layer, how far its spectrum has moved."""
-    shown = [i for i in range(len(found["runs"])) if moved(found, i)]
+    shown = [i for i in range(len(contents["runs"])) if moved(contents, i)]
     if not shown:
         return ""
-    groups = worst_of(found)
+    groups = worst_of(contents)
     kinds = list(dict.fromkeys(kind for _, kind in groups))
     numbers = sorted({-1 if layer is None else layer for layer, _ in groups})
     cells = []
@@ -194,8 +194,8 @@ def overview(found: dict[str, Any]) -> str:
         axes.set_axis_off()
     for axes, i, rows in zip(panels.flat, shown, cells, strict=False):
         image = axes.imshow(rows, norm=norm, cmap="cividis", aspect="auto")
-        last = found["runs"][i]["checkpoints"][-1]["iteration"]
-        axes.set_title(f"{found['runs'][i]['name']}, iteration {last}", color=color(i))
+        last = contents["runs"][i]["checkpoints"][-1]["iteration"]
+        axes.set_title(f"{contents['runs'][i]['name']}, iteration {last}", color=color(i))
         axes.set_yticks(range(len(kinds)), [kind.replace(".layers", "") for kind in kinds])
         step = -(-len(numbers) // 24)
         labels = ["none" if n < 0 else str(n) for n in numbers]
@@ -216,15 +216,15 @@ def change_of(m: dict[str, Any], run: int, checkpoint: int, what: str) -> float 
     return float(now / start) if now and start else None
 
 
-def trends(found: dict[str, Any]) -> str:
+def trends(contents: dict[str, Any]) -> str:
     """Over iterations: the median and the range over all matrices of a run."""
-    shown = [i for i in range(len(found["runs"])) if moved(found, i)]
+    shown = [i for i in range(len(contents["runs"])) if moved(contents, i)]
     if not shown:
         return ""
     figure, panels = plt.subplots(1, len(TRENDS), figsize=(15, 3.3), layout="constrained")
     for axes, (what, label) in zip(panels, TRENDS.items(), strict=True):
         for i in shown:
-            draw_trend(axes, found, i, what)
+            draw_trend(axes, contents, i, what)
         if what == "drift":
             axes.set_yscale("log")
         elif axes.get_ylim()[1] > 3:  # times the start: a few matrices would flatten the rest
@@ -237,12 +237,12 @@ def trends(found: dict[str, Any]) -> str:
     return picture(figure)
 
 
-def draw_trend(axes: Axes, found: dict[str, Any], run: int, what: str) -> None:
+def draw_trend(axes: Axes, contents: dict[str, Any], run: int, what: str) -> None:
     points = []
-    for c, checkpoint in enumerate(found["runs"][run]["checkpoints"]):
-        if what == "drift" and c == 0 and not found["start"]:
+    for c, checkpoint in enumerate(contents["runs"][run]["checkpoints"]):
+        if what == "drift" and c == 0 and not contents["start"]:
             continue  # the start itself
-        values = [change_of(m, run, c, what) for m in found["matrices"]]
+        values = [change_of(m, run, c, what) for m in contents["matrices"]]
         if known := sorted(value for value in values if value is not None):
             points.append((checkpoint["iteration"], known[0], statistics.median(known), known[-1]))
     if points:
@@ -260,11 +260,11 @@ def label_values(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def legend(found: dict[str, Any]) -> list[tuple[str, str]]:
+def legend(contents: dict[str, Any]) -> list[tuple[str, str]]:
     """Of the start and every run, the CSS of its line, the same in every plot, and what it is."""
-    label = "start" if found["start"] else "each run's first checkpoint"
+    label = "start" if contents["start"] else "each run's first checkpoint"
     keys = [(f"5px solid {GREY}", label)]
-    for i, run in enumerate(found["runs"]):
+    for i, run in enumerate(contents["runs"]):
         first, last = (run["checkpoints"][c]["iteration"] for c in (0, -1))
         text = (
             f"iterations {first} to {last}, pale to full" if first != last else f"iteration {last}"
@@ -273,9 +273,9 @@ def legend(found: dict[str, Any]) -> list[tuple[str, str]]:
     return keys
 
 
-def layers(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def layers(contents: dict[str, Any]) -> list[tuple[str, str, str]]:
     """For each layer its title, its farthest moved matrix, and plots of spectra."""
-    groups = worst_of(found)
+    groups = worst_of(contents)
     numbers = list(dict.fromkeys(layer for layer, _ in groups))
     pages = []
     for number in numbers:
@@ -285,11 +285,11 @@ def layers(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         note = f"{count} matrices"
         if count > len(some):
             note += "; of experts and heads the one whose spectrum moved most"
-        pages.append((title, note, spectra(found, [group[0] for group in some])))
+        pages.append((title, note, spectra(contents, [group[0] for group in some])))
     return pages
 
 
-def spectra(found: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
+def spectra(contents: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
     """Singular values of some matrices, every checkpoint's over each other."""
     rows = -(-len(shown) // COLUMNS)
     figure, panels = plt.subplots(
@@ -297,10 +297,10 @@ def spectra(found: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:
     )
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
-    told = [i for i in range(len(found["runs"])) if moved(found, i)][:6]
+    told = [i for i in range(len(contents["runs"])) if moved(contents, i)][:6]
     for axes, m in zip(panels.flat, shown, strict=False):
         for i, run in enumerate(m["runs"]):
-            draw_spectra(axes, [rank + 1 for rank in m["ranks"]], run, i, moved(found, i))
+            draw_spectra(axes, [rank + 1 for rank in m["ranks"]], run, i, moved(contents, i))
         short = m["name"].partition(f".{m['layer']}.")[2] if m["layer"] is not None else m["name"]
         axes.set_title("{}  {}×{}".format(short, *m["shape"]), loc="left")
         for place, i in enumerate(reversed(told)):
@@ -334,11 +334,11 @@ def draw_spectra(
             axes.semilogy(x, values, marker=marker, alpha=shade(c, count), **style)
 
 
-def table(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
+def table(contents: dict[str, Any]) -> list[list[tuple[str, str]]]:
     """The last checkpoint of every run: for each cell its text and what it is sorted by."""
     rows = []
-    for m in found["matrices"]:
-        for i, run in enumerate(found["runs"]):
+    for m in contents["matrices"]:
+        for i, run in enumerate(contents["runs"]):
             each = m["runs"][i]["checkpoints"][-1]
             sampled = "*" if each["energy_rows"] < m["shape"][0] else ""
             drifts = [number(each[k], ".2g") for k in ("drift", "drift_of_largest")]
@@ -349,7 +349,7 @@ def table(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
                     (run["name"], ""),
                     (each["optimizer"], ""),
                     (str(run["checkpoints"][-1]["iteration"]),) * 2,
-                    *(drifts if moved(found, i) else [number(None, "")] * 2),
+                    *(drifts if moved(contents, i) else [number(None, "")] * 2),
                     number(each["largest"], ".4g"),
                     number(each["smallest"], ".3g"),
                     number(each["condition"], ".3g", "∞"),

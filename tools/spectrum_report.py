@@ -98,13 +98,13 @@ class Run:
         name: tells it from the others.
         checkpoints: at least one.
         starts: of each matrix what it is compared with: the common start or the first checkpoint.
-        found: of each matrix what was measured at each checkpoint.
+        measured: of each matrix what was measured at each checkpoint.
     """
 
     name: str
     checkpoints: list[Checkpoint]
     starts: dict[str, Measured] = field(default_factory=dict)
-    found: dict[str, list[Measured]] = field(default_factory=dict)
+    measured: dict[str, list[Measured]] = field(default_factory=dict)
 
     @property
     def optimizer(self) -> str:
@@ -206,9 +206,9 @@ def matrices_of(weight: Weight, checkpoint: Checkpoint, config: PionConfig) -> l
     Raises:
         LookupError: it is none of those that Pion rotates; with the reason.
     """
-    found = view(weight, checkpoint.args, config)
-    if isinstance(found, Scalar):
-        raise LookupError(found.reason)
+    cut = view(weight, checkpoint.args, config)
+    if isinstance(cut, Scalar):
+        raise LookupError(cut.reason)
     number = re.search(r"\.layers\.(\d+)\.", weight.name)
     kind = re.sub(r"\.(layers|experts)\.\d+\.", r".\1.", weight.name)
     return [
@@ -220,7 +220,7 @@ def matrices_of(weight: Weight, checkpoint: Checkpoint, config: PionConfig) -> l
             kind=f"{kind}:{part}",
             shape=(m, n),
         )
-        for part, (batch, m, n) in found.shapes.items()
+        for part, (batch, m, n) in cut.shapes.items()
         for i in range(batch)
     ]
 
@@ -255,7 +255,7 @@ def check_same_model(first: Checkpoint, other: Checkpoint) -> None:
         CheckpointError: naming the first weight that differs.
     """
     for name in sorted(first.weights.keys() | other.weights.keys(), key=natural):
-        a, b = (found.weights.get(name) for found in (first, other))
+        a, b = (checkpoint.weights.get(name) for checkpoint in (first, other))
         if a is None or b is None or a.shape != b.shape:
             here, there = ("missing" if w is None else "{}x{}".format(*w.shape) for w in (a, b))
             raise CheckpointError(
@@ -268,20 +268,20 @@ def build(runs: list[Run], start: Checkpoint | None, only: re.Pattern[str]) -> R
     """Measure everything.
 
     Args:
-        runs: as ``runs_of`` finds them; ``found`` is filled in.
+        runs: as ``runs_of`` finds them; ``measured`` is filled in.
         start: the checkpoint that drift is measured against, or None for each run's first.
         only: searched in the names of matrices.
 
     Raises:
         CheckpointError: of different models, or a file is damaged, or nothing is left to measure.
     """
-    every = [found for run in runs for found in run.checkpoints]
+    every = [checkpoint for run in runs for checkpoint in run.checkpoints]
     first = every[0]
     for other in [*every[1:], *([start] if start else [])]:
         check_same_model(first, other)
     # Who was trained by Pion says what its matrices are, and the others are looked at in the same.
-    of_pion = [found for found in every if getattr(found.args, "optimizer", "") == "pion"]
-    described = [found for found in [*of_pion, *every] if vars(found.args)]
+    of_pion = [c for c in every if getattr(c.args, "optimizer", "") == "pion"]
+    described = [c for c in [*of_pion, *every] if vars(c.args)]
     guide = described[0] if described else first
     config = pion_config(guide.args)
     wanted: dict[str, list[Matrix]] = {}
@@ -322,23 +322,23 @@ def measure_weight(
         assert not isinstance(cut, Scalar)
         parts = cut.split(checkpoint.read(weight, master=master))
         read = checkpoint.origin(weight, master=master)
-        found = {}
+        measured = {}
         for matrix in chosen:
             x = parts[matrix.part[0]][matrix.part[1]]
             spectrum = singular_values(x)
             against = starts.setdefault(matrix.name, spectrum)
             by = checkpoint.optimizer(weight)
-            found[matrix.name] = measure(x, spectrum, against, read=read, by=by)
-        return found
+            measured[matrix.name] = measure(x, spectrum, against, read=read, by=by)
+        return measured
 
     for run in runs:
         starts: dict[str, Tensor] = {}
         if start:
             run.starts |= look(start, starts, master=run.from_masters)
         for checkpoint in run.checkpoints:
-            for matrix, found in look(checkpoint, starts).items():
-                run.starts.setdefault(matrix, found)
-                run.found.setdefault(matrix, []).append(found)
+            for matrix, values in look(checkpoint, starts).items():
+                run.starts.setdefault(matrix, values)
+                run.measured.setdefault(matrix, []).append(values)
 
 
 class Progress:
@@ -385,7 +385,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "runs": [
                     {
                         "start": vars(run.starts[matrix.name]),
-                        "checkpoints": [vars(found) for found in run.found[matrix.name]],
+                        "checkpoints": [vars(each) for each in run.measured[matrix.name]],
                     }
                     for run in report.runs
                 ],
@@ -434,9 +434,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = as_json(report)
-    (args.out / "report.json").write_text(json.dumps(found, allow_nan=False) + "\n")
-    for line in write_page(found, args.out / "report.html"):
+    contents = as_json(report)
+    (args.out / "report.json").write_text(json.dumps(contents, allow_nan=False) + "\n")
+    for line in write_page(contents, args.out / "report.html"):
         print(line)
     print(f"written: {args.out / 'report.html'}, {args.out / 'report.json'}")
 

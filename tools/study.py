@@ -434,7 +434,7 @@ def stability(runner: Runner, size: Size) -> None:
         ]
         return {"free": free, "normal": normal, "watched": runner.all(watched)}
 
-    found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
+    results = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
     cases = (
         "no normalisation, best lr without",
         "no normalisation, best lr with",
@@ -451,12 +451,12 @@ def stability(runner: Runner, size: Size) -> None:
     swept = ("free", "without normalisation"), ("normal", "with normalisation")
     for where, (key, title) in zip(axes, swept, strict=False):
         for method in METHODS:
-            sweep(where, found[method][key], method.name, COLOR[method.name])
+            sweep(where, results[method][key], method.name, COLOR[method.name])
         where.set_title(title)
         where.legend(frameon=False)
     for index, case in enumerate(cases):
         for method in METHODS:
-            result = found[method]["watched"][index]
+            result = results[method]["watched"][index]
             most = [max(result.record[key]) for key in ("activation", "logit")]
             table.rows.append(
                 [case, method.name, f"{result.run.method.lr:.2g}", _loss(result)]
@@ -472,7 +472,7 @@ def stability(runner: Runner, size: Size) -> None:
         "Without normalisation: loss at every learning rate",
         ["optimizer", "learning rate: validation loss"],
         [
-            [m.name, ", ".join(f"{r.run.method.lr:.2g}: {_loss(r)}" for r in found[m]["free"])]
+            [m.name, ", ".join(f"{r.run.method.lr:.2g}: {_loss(r)}" for r in results[m]["free"])]
             for m in METHODS
         ],
     )
@@ -503,7 +503,7 @@ def finetune(runner: Runner, size: Size) -> None:
             for result in tried
         ]
 
-    found = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
+    results = dict(zip(METHODS, runner.each([lambda m=m: one(m) for m in METHODS]), strict=True))
     table = Table(
         f"Width {model.width}, {base.iterations} iterations of AdamW on Python's library, then "
         f"{size.iterations // 2} on the King James Bible: validation losses (before: library "
@@ -512,8 +512,8 @@ def finetune(runner: Runner, size: Size) -> None:
     )
     figure, (axes,) = panels(1)
     for method in METHODS:
-        top = best([result for result, _ in found[method]])
-        for result, kept in found[method]:
+        top = best([result for result, _ in results[method]])
+        for result, kept in results[method]:
             table.rows.append(
                 [
                     method.name + (" (best)" if result is top else ""),
@@ -523,7 +523,7 @@ def finetune(runner: Runner, size: Size) -> None:
                     f"{result.drift:.1e}",
                 ]
             )
-        points = [(result.loss, kept.loss) for result, kept in found[method]]
+        points = [(result.loss, kept.loss) for result, kept in results[method]]
         axes.plot(*zip(*points, strict=True), "o-", color=COLOR[method.name], label=method.name)
     axes.plot(new.loss, old.loss, "k*", ms=12, label="before")
     axes.set_xlabel("validation loss on the new text")

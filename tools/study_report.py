@@ -47,15 +47,15 @@ def write(
     figure: Figure | None,
     out: Path,
     *,
-    found: object | None = None,
+    data: object | None = None,
 ) -> None:
-    """Print the tables and write OUT/NAME.md, .json (of ``found``, or the tables) and .png."""
+    """Print the tables and write OUT/NAME.md, .json (of ``data``, or the tables) and .png."""
     text = "\n\n".join(table.markdown() for table in tables) + "\n"
     print("\n" + text)
     (out / f"{name}.md").write_text(text)
-    if found is None:
-        found = [{"title": t.title, "head": t.head, "rows": t.rows} for t in tables]
-    (out / f"{name}.json").write_text(json.dumps(found, indent=1))
+    if data is None:
+        data = [{"title": t.title, "head": t.head, "rows": t.rows} for t in tables]
+    (out / f"{name}.json").write_text(json.dumps(data, indent=1))
     written = [f"{name}.md", f"{name}.json"]
     if figure is not None:
         figure.savefig(out / f"{name}.png", dpi=130)

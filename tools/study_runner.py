@@ -452,13 +452,13 @@ def tuned(
         return replace(run, method=replace(run.method, **{vary: middle * factor**power}))
 
     low, high = -(points // 2), points - points // 2 - 1
-    found: dict[int, Result] = {}
+    results: dict[int, Result] = {}
     while True:
-        new = [power for power in range(low, high + 1) if power not in found]
-        found |= dict(zip(new, runner.all(map(at, new)), strict=True))
-        best = min(found, key=lambda power: found[power].loss)
-        if len(found) >= most or low < best < high:
-            return [found[power] for power in sorted(found)]
+        new = [power for power in range(low, high + 1) if power not in results]
+        results |= dict(zip(new, runner.all(map(at, new)), strict=True))
+        best = min(results, key=lambda power: results[power].loss)
+        if len(results) >= most or low < best < high:
+            return [results[power] for power in sorted(results)]
         low, high = min(low, best - 1), max(high, best + 1)
 
 

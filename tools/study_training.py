@@ -68,21 +68,21 @@ def run(flags: list[str], record: Path, log: Path, *, device: str, watch: bool) 
     os.environ.update(one_process | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    found: dict[str, Any] = {"flags": flags, "loss": [], "grad_norm": [], "seconds": []}
+    measured: dict[str, Any] = {"flags": flags, "loss": [], "grad_norm": [], "seconds": []}
     own, megatrons = peers.take_flags(flags)
     if own.iso:
         peers.use_iso()
-    _listen(found, own, watch=watch)
+    _listen(measured, own, watch=watch)
     sys.argv = [str(EXAMPLES / "pretrain_bytes.py"), *megatrons]
     try:
         pretrain_bytes()
     except Diverged:
-        found["diverged"] = len(found["loss"])
+        measured["diverged"] = len(measured["loss"])
     except BaseException:
         traceback.print_exc()
         _exit(1)
     scratch = record.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found))
+    scratch.write_text(json.dumps(measured))
     scratch.rename(record)
     _exit(0)
 
@@ -94,8 +94,8 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _listen(found: dict[str, Any], own: argparse.Namespace, *, watch: bool) -> None:
-    """Have Megatron's training write into ``found`` as it goes on; follow the studies' flags."""
+def _listen(measured: dict[str, Any], own: argparse.Namespace, *, watch: bool) -> None:
+    """Have Megatron's training write into ``measured`` as it goes on; follow the studies' flags."""
     train, log, evaluate = training.train, training.training_log, training.evaluate
     last = [0.0]
 
@@ -107,29 +107,31 @@ def _listen(found: dict[str, Any], own: argparse.Namespace, *, watch: bool) -> N
         if own.fixed_norm:
             peers.FixedNorm(peers.weights(model, pion_config(get_args()))).follow(optimizer)
         before = _spectra(model)
-        found["parameters"] = sum(p.numel() for chunk in model for p in chunk.parameters())
+        measured["parameters"] = sum(p.numel() for chunk in model for p in chunk.parameters())
         if watch:
-            _watch(model, found)
+            _watch(model, measured)
         last[0] = time.perf_counter()
         result = train(*args, **kwargs)
         changes = {name: drift(s, t).max().item() for name, s, t in _pairs(before, _spectra(model))}
-        found["drift"], found["drift_in"] = max((value, name) for name, value in changes.items())
+        measured["drift"], measured["drift_in"] = max(
+            (value, name) for name, value in changes.items()
+        )
         return result
 
     def listened_log(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(log).bind(*args, **kwargs).arguments
         now = time.perf_counter()
-        found["seconds"].append(now - last[0])
+        measured["seconds"].append(now - last[0])
         last[0] = now
-        found["loss"].append(float(given["loss_dict"]["lm loss"]))
-        found["grad_norm"].append(float(given["grad_norm"]))
-        if not torch.tensor([found["loss"][-1], found["grad_norm"][-1]]).isfinite().all():
+        measured["loss"].append(float(given["loss_dict"]["lm loss"]))
+        measured["grad_norm"].append(float(given["grad_norm"]))
+        if not torch.tensor([measured["loss"][-1], measured["grad_norm"][-1]]).isfinite().all():
             raise Diverged
         return log(*args, **kwargs)
 
     def listened_evaluate(*args: Any, **kwargs: Any) -> Any:
         result = evaluate(*args, **kwargs)
-        found.setdefault("validation", []).append(float(result[0]["lm loss"]))
+        measured.setdefault("validation", []).append(float(result[0]["lm loss"]))
         return result
 
     training.train, training.training_log = listened_train, listened_log
@@ -138,31 +140,31 @@ def _listen(found: dict[str, Any], own: argparse.Namespace, *, watch: bool) -> N
 
 def _spectra(model: list[torch.nn.Module]) -> Spectra:
     """Singular values of the matrices that the run's --pion flags say, of the float32 masters."""
-    found, config = {}, pion_config(get_args())
+    spectra, config = {}, pion_config(get_args())
     for info, p in named_parameters(model):
         decision = classify(info, config)
         if isinstance(decision, Rotated):
             master = getattr(p, "main_param", None)
             weight = (p if master is None else master).detach().float().view(p.shape)
             for part, batch in decision.view.split(weight).items():
-                found[f"{info.name}:{part}"] = singular_values(batch)
-    return found
+                spectra[f"{info.name}:{part}"] = singular_values(batch)
+    return spectra
 
 
 def _pairs(a: Spectra, b: Spectra) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     return ((name, values, b[name]) for name, values in a.items())
 
 
-def _watch(model: list[torch.nn.Module], found: dict[str, Any]) -> None:
+def _watch(model: list[torch.nn.Module], measured: dict[str, Any]) -> None:
     """Record the largest entry of the residual stream and of the attention's logits."""
     modules = [module for chunk in model for module in chunk.modules()]
     for index, layer in enumerate(m for m in modules if isinstance(m, TransformerLayer)):
         layer.register_forward_hook(
-            functools.partial(_note_output, found.setdefault("activation", []), index == 0)
+            functools.partial(_note_output, measured.setdefault("activation", []), index == 0)
         )
     for index, softmax in enumerate(m for m in modules if isinstance(m, FusedScaleMaskSoftmax)):
         softmax.register_forward_pre_hook(
-            functools.partial(_note_scores, found.setdefault("logit", []), index == 0)
+            functools.partial(_note_scores, measured.setdefault("logit", []), index == 0)
         )
 
 

@@ -42,7 +42,7 @@ def listen(folder: Path) -> None:
         given = inspect.signature(train).bind(*args, **kwargs).arguments
         result = train(*args, **kwargs)
         options = get_args()
-        found = {
+        measured = {
             "totals": totals,
             "tokens": options.global_batch_size * options.seq_length,
             "micro_batch": options.micro_batch_size,
@@ -53,7 +53,7 @@ def listen(folder: Path) -> None:
             # 0 without a GPU.
             "peak_bytes": torch.cuda.max_memory_allocated(),
         }
-        (folder / f"{options.rank}.json").write_text(json.dumps(found))
+        (folder / f"{options.rank}.json").write_text(json.dumps(measured))
         return result
 
     training.train, training.training_log = listened_train, listened_log

@@ -130,15 +130,15 @@ def advice(module: str, message: str) -> str:
 
 
 def page() -> str:
-    found = list(dict.fromkeys(messages()))
-    if idle := [f for f in ADVICE if not any(f in message for _, message in found)]:
+    unique = list(dict.fromkeys(messages()))
+    if idle := [f for f in ADVICE if not any(f in message for _, message in unique)]:
         raise SystemExit(f"ADVICE: no message has {idle[0]!r}")
-    if lost := [m for m, _ in found if not any(re.match(t, m) for t in TOPICS.values())]:
+    if lost := [m for m, _ in unique if not any(re.match(t, m) for t in TOPICS.values())]:
         raise SystemExit(f"TOPICS: none for {lost[0]}")
     lines = []
     for topic, modules in TOPICS.items():
         lines += ["", f"## {topic}", "", "| message | from | what to do |", "|---|---|---|"]
-        for module, message in found:
+        for module, message in unique:
             if re.match(modules, module):
                 shown = message.replace("|", r"\|").replace("`", "'")
                 source = f"[{module.split('/', 1)[1]}](../{module})"
