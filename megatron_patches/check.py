@@ -20,7 +20,7 @@ def main() -> None:
         print(f"megatron-core {seams.megatron_version()}")
         if not seams.has_training():
             print("no megatron.training: megatron-core alone, for scripts with their own arguments")
-        checks = seams.checked()
+        checks = [(seam, seam.check()) for seam in seams.needed()]
         for seam, what in checks:
             fits = f"fits: {seam.module}.{seam.name}"
             print(fits if what is None else f"MISSING: {what} ({seam.why})")

@@ -257,11 +257,6 @@ def needed() -> tuple[Seam, ...]:
     return CORE + TRAINING if has_training() else CORE
 
 
-def checked() -> list[tuple[Seam, str | None]]:
-    """Every seam that is needed here, with what is missing or None."""
-    return [(seam, seam.check()) for seam in needed()]
-
-
 def missing(seams: Iterable[Seam]) -> list[str]:
     """A line for each seam that is missing or has moved."""
     return [f"  {what} ({seam.why})" for seam in seams if (what := seam.check()) is not None]

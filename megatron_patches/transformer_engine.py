@@ -23,25 +23,14 @@ from .seams import Seam, SeamError, missing
 
 TESTED = "2.20.2"
 
-LAYERS = (
-    Seam(
-        "transformer_engine.pytorch",
-        "Linear",
-        "knows weights by name",
-        parameters=("in_features", "out_features", "parallel_mode"),
-    ),
-    Seam(
-        "transformer_engine.pytorch",
-        "LayerNormLinear",
-        "knows weights by name",
-        parameters=("in_features", "out_features", "parallel_mode"),
-    ),
-    Seam(
-        "transformer_engine.pytorch",
-        "GroupedLinear",
-        "knows weights by name",
-        parameters=("num_gemms", "in_features", "out_features"),
-    ),
+_SIZES = ("in_features", "out_features")
+LAYERS = tuple(
+    Seam("transformer_engine.pytorch", name, "knows weights by name", parameters=parameters)
+    for name, parameters in (
+        ("Linear", (*_SIZES, "parallel_mode")),
+        ("LayerNormLinear", (*_SIZES, "parallel_mode")),
+        ("GroupedLinear", ("num_gemms", *_SIZES)),
+    )
 )
 
 FP8_WEIGHTS = (
@@ -89,7 +78,7 @@ def check(
         SeamError: names the version and everything that is missing or has moved.
     """
     rotated = {p: info for info, p, decision in decisions if isinstance(decision, Rotated)}
-    layers = [m for chunk in model_chunks for m in chunk.modules() if _is_layer(m)]
+    layers = [m for chunk in model_chunks for m in chunk.modules() if _layer_class(m)]
     fp8 = any(is_fp8(p) for p in rotated)
     if not layers and not fp8:
         return
@@ -122,10 +111,6 @@ def _layer_class(module: torch.nn.Module) -> str:
     """The name of the class of Transformer Engine's that a module is of, or an empty string."""
     own = (c for c in type(module).__mro__ if c.__module__.startswith("transformer_engine."))
     return next((c.__name__ for c in own), "")
-
-
-def _is_layer(module: torch.nn.Module) -> bool:
-    return bool(_layer_class(module))
 
 
 def refuse_unwritable(
