@@ -245,6 +245,18 @@ CARRIED = (
     ("pion_override_scheduler", "override_opt_param_scheduler", False),
 )
 
+# Megatron's options that Pion cannot train with, by their fields in args and in OptimizerConfig.
+UNSUPPORTED = (
+    "fp16",
+    "optimizer_cpu_offload",
+    "optimizer_cuda_graph",  # would freeze the learning rate, the count of steps and the sides
+    "fp4_param_gather",
+    "use_precision_aware_optimizer",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "overlap_param_gather_with_optimizer_step",
+)
+
 
 def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags to Megatron's parser, and ``pion`` to its optimizers (modified in place).
@@ -409,23 +421,10 @@ def check(args: argparse.Namespace) -> None:
         return
     pion_config(args)
     _check_spectrum(args)
-    refused = {
-        "--fp16": getattr(args, "fp16", False),
-        "--optimizer-cpu-offload": getattr(args, "optimizer_cpu_offload", False),
-        # Capture would freeze the learning rate, the count of steps and the sides that are moved.
-        "--optimizer-cuda-graph": getattr(args, "optimizer_cuda_graph", False),
-        "--fp4-param-gather": getattr(args, "fp4_param_gather", False),
-        "--use-precision-aware-optimizer": getattr(args, "use_precision_aware_optimizer", False),
-        "--use-megatron-fsdp": getattr(args, "use_megatron_fsdp", False),
-        "--use-torch-fsdp2": getattr(args, "use_torch_fsdp2", False),
-        "--overlap-param-gather-with-optimizer-step": getattr(
-            args, "overlap_param_gather_with_optimizer_step", False
-        ),
-    }
-    for flag, given in refused.items():
-        if given:
-            instead = "use --pion-offload-state" if "offload" in flag else "leave it out"
-            raise ValueError(f"--optimizer pion does not support {flag}: {instead}")
+    if given := [option for option in UNSUPPORTED if getattr(args, option, False)]:
+        flag = f"--{given[0].replace('_', '-')}"
+        instead = "use --pion-offload-state" if "offload" in flag else "leave it out"
+        raise ValueError(f"--optimizer pion does not support {flag}: {instead}")
     _check_lr_mult(args)
     if args.pion_blocks > 1 and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
@@ -433,7 +432,10 @@ def check(args: argparse.Namespace) -> None:
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
         )
     if getattr(args, "use_distributed_optimizer", False):
-        _check_distributed_optimizer(args)
+        if (args.save or args.load) and args.ckpt_format != "torch_dist":
+            raise ValueError(
+                "--optimizer pion with --use-distributed-optimizer needs --ckpt-format torch_dist"
+            )
     elif getattr(args, "fp8_param_gather", False):
         raise ValueError(
             "--optimizer pion with --fp8-param-gather needs --use-distributed-optimizer: set it"
@@ -441,11 +443,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_spectrum(args: argparse.Namespace) -> None:
-    """Demand an interval that can be, and one where there is something to report exactly.
-
-    Raises:
-        ValueError: names the flag.
-    """
+    """Demand an interval that can be, and one where there is something to report exactly."""
     if args.pion_spectrum_interval < 0:
         raise ValueError(
             f"--pion-spectrum-interval {args.pion_spectrum_interval}: must be a number of "
@@ -456,11 +454,7 @@ def _check_spectrum(args: argparse.Namespace) -> None:
 
 
 def _check_lr_mult(args: argparse.Namespace) -> None:
-    """Demand a factor that leaves Pion's warm-up a rise, as Megatron demands it of ``--lr``.
-
-    Raises:
-        ValueError: names the flag.
-    """
+    """Demand a factor that leaves Pion's warm-up a rise, as Megatron demands it of ``--lr``."""
     _check_positive(args, "lr-mult")
     if args.lr is not None and args.lr_warmup_init > args.lr * args.pion_lr_mult:
         raise ValueError(
@@ -473,18 +467,6 @@ def _check_positive(args: argparse.Namespace, name: str) -> None:
     value = getattr(args, "pion_" + name.replace("-", "_"))
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"--pion-{name} {value}: must be a positive number")
-
-
-def _check_distributed_optimizer(args: argparse.Namespace) -> None:
-    """Demand checkpoints that have ranges of weights as whole ones.
-
-    Raises:
-        ValueError: says which flag to change.
-    """
-    if (args.save or args.load) and args.ckpt_format != "torch_dist":
-        raise ValueError(
-            "--optimizer pion with --use-distributed-optimizer needs --ckpt-format torch_dist"
-        )
 
 
 def extend_config(config_cls: type) -> None:

@@ -265,17 +265,13 @@ def _mup_of_adam(original: Any) -> Any:
 
 
 def _check_config(options: Any, config: Any, model_chunks: Sequence[Any]) -> None:
-    """Refuse what parsing arguments refuses or mends, where a config came about without it.
-
-    Raises:
-        ValueError: says what to set.
-    """
+    """Repeat the argument checks for configs that are built in code."""
     from pion_dist import RECIPES, PionConfig
 
-    unsupported = ("fp16", "optimizer_cpu_offload", "optimizer_cuda_graph")
-    for field in (*unsupported, "use_precision_aware_optimizer"):
-        if getattr(config, field, False):
-            raise ValueError(f"optimizer='pion' does not support {field}=True")
+    from .arguments import UNSUPPORTED
+
+    if unsupported := [option for option in UNSUPPORTED if getattr(config, option, False)]:
+        raise ValueError(f"optimizer='pion' does not support {unsupported[0]}=True")
     name = config.pion_recipe
     # These follow bf16 by themselves.
     given = dataclasses.replace(options, matmul_precision="highest", state_dtype="fp32")
