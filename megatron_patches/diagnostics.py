@@ -13,6 +13,9 @@ import torch
 from pion_dist.diagnostics import Diagnostics, line, scalars
 from pion_dist.optimizer import Pion
 
+from .distributed_optimizer import pions
+from .parameters import of_all_ranks, rank
+
 _WATCH = "pion_watch"  # attribute of the run's optimizer
 
 
@@ -36,24 +39,23 @@ def apply() -> None:
     training.train_step = train_step
 
 
-def attach(optimizer: Any, pions: Sequence[Pion], *, interval: int, exact: bool) -> None:
-    """Have an optimizer's training reported (modified in place).
+def attach(optimizer: Any, config: Any) -> None:
+    """Have an optimizer's training reported, if it is to be (modified in place).
 
     Args:
-        optimizer: what get_megatron_optimizer returned.
-        pions: those in it on this rank.
-        interval: report every so many iterations; 0: never.
-        exact: measure all singular values of matrices of any size.
+        optimizer: what get_megatron_optimizer returned, of ``--optimizer pion``.
+        config: the OptimizerConfig that it was made with.
     """
-    if interval:
-        setattr(optimizer, _WATCH, Watch(pions, interval=interval, exact=exact))
+    if interval := config.pion_spectrum_interval:
+        watch = Watch(pions(optimizer), interval=interval, exact=config.pion_spectrum_exact)
+        setattr(optimizer, _WATCH, watch)
 
 
 class Watch:
     """Reports every so many iterations; every rank has one, and does the same in an iteration."""
 
     def __init__(self, pions: Sequence[Pion], *, interval: int, exact: bool) -> None:
-        """See ``attach``."""
+        """Report on these every ``interval`` iterations; ``exact``: on all singular values."""
         self._pions, self._interval, self._exact = pions, interval, exact
         self._diagnostics: list[Diagnostics] | None = None
 
@@ -73,8 +75,8 @@ class Watch:
         if iteration % self._interval or self._diagnostics is None:
             return
         mine = [row for each in self._diagnostics for row in each.report()]
-        rank, last = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
-        everyone: list[Any] | None = [None] * (last + 1) if rank == last else None
+        last = torch.distributed.get_world_size() - 1
+        everyone: list[Any] | None = [None] * (last + 1) if rank() == last else None
         torch.distributed.gather_object(mine, everyone, dst=last)
         if everyone is not None:
             rows = sorted((row for rows in everyone for row in rows), key=lambda row: row.name)
@@ -91,13 +93,10 @@ def _elsewhere(pions: Iterable[Pion]) -> set[str]:
     for pion in pions:
         for x in pion.plan.matrices:
             group = None if x.group is None else pion.groups[x.group]
-            ranks = [torch.distributed.get_rank()]
-            ranks = torch.distributed.get_process_group_ranks(group) if group else ranks
+            ranks = torch.distributed.get_process_group_ranks(group) if group else [rank()]
             mine[x.weight] = ranks[0]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
     firsts: dict[str, set[int]] = {}
-    for each in everyone:
+    for each in of_all_ranks(mine):
         for name, first in each.items():
             firsts.setdefault(name, set()).add(first)
     chosen = {

@@ -12,13 +12,16 @@ import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from pion_dist import Pion
 from pion_dist.classify import Rotated
 from pion_dist.plan import ranges
 from pion_dist.slots import Storage
@@ -107,9 +110,8 @@ def make(
     overrides = {**overrides, not_pion: {"optimizer": "adam"}}
     optimizer = original(**{**given.arguments, "config": own, "config_overrides": overrides})
     groups = given.arguments["pg_collection"]
-    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not leaf.is_stub_optimizer:
-            _put_pion(leaf, kwargs_of(config, leaf.model_chunks, groups), overrides)
+    for leaf in leaves(optimizer):
+        _put_pion(leaf, kwargs_of(config, leaf.model_chunks, groups), overrides)
     return optimizer
 
 
@@ -123,18 +125,18 @@ class PionAndAdam:
     """
 
     def __init__(
-        self, pion: CheckpointedPion, adam: Any, pions: Sequence[bool], weights: Sequence[Any]
+        self, pion: CheckpointedPion, adam: Any, of_pion: Sequence[bool], weights: Sequence[Any]
     ) -> None:
-        """Join the groups; ``pions`` says of each whether it is Pion's."""
+        """Join the groups; ``of_pion`` says of each whether it is Pion's."""
         self.pion, self.adam, self.weights = pion, adam, list(weights)
-        self._pions = list(pions)
+        self._of_pion = list(of_pion)
         self.defaults = adam.defaults
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """All groups, in Megatron's order."""
         pions, adams = iter(self.pion.param_groups), iter(self.adam.param_groups)
-        return [next(pions if mine else adams) for mine in self._pions]
+        return [next(pions if mine else adams) for mine in self._of_pion]
 
     @property
     def state(self) -> Any:
@@ -158,6 +160,23 @@ class PionAndAdam:
         self.adam.step()
 
 
+def leaves(optimizer: Any) -> Iterator[Any]:
+    """The optimizers of a chain that hold something."""
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is not None:
+        for each in chain:
+            yield from leaves(each)
+    elif not getattr(optimizer, "is_stub_optimizer", False):
+        yield optimizer
+
+
+def pions(optimizer: Any) -> list[Pion]:
+    """Every Pion in a chain on this rank."""
+    inner = (leaf.optimizer for leaf in leaves(optimizer))
+    each = (i.pion if isinstance(i, PionAndAdam) else i for i in inner)
+    return [pion for pion in each if isinstance(pion, Pion)]
+
+
 def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     """Replace the optimizer in a distributed one (modified in place); a collective of all ranks."""
     core: Any = importlib.import_module("megatron.core.optimizer")
@@ -166,24 +185,21 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     # As Megatron had them before it put what this rank stores in the parameters' place.
     groups = core._get_param_groups(leaf.model_chunks, leaf.config, overrides)
     groups = [group for group in groups if group["is_expert_parallel"] == expert]
-    pions = ["optimizer" not in group for group in groups]
-    if not any(pions):
+    of_pion = ["optimizer" not in group for group in groups]
+    if not any(of_pion):
         return
-    mine, others = (
-        [i for i, of_pion in enumerate(pions) if of_pion == wanted] for wanted in (True, False)
-    )
-    tensors, dp = dict(_stored(leaf)), leaf.data_parallel_group
+    mine = list(itertools.compress(groups, of_pion))
+    tensors, dp = stored_shards(leaf), leaf.data_parallel_group
     tp = leaf.expert_tp_group if expert else leaf.tp_group
     minutes = leaf.config.pion_timeout
     grid = _grid(tp, dp, minutes)
     stored = {}
-    for p in (p for i in mine for p in groups[i]["params"]):
+    for p in (p for group in mine for p in group["params"]):
         decision = decided(p)[1]
         of_whole = isinstance(decision, Rotated) and decision.of_whole
         cut = of_whole or (p in kwargs["shards"] and kwargs["views"][p].axis is not None)
         nothing = torch.empty(0, dtype=torch.float32, device=p.device)
-        data = tensors[p] if p in leaf.model_param_gbuf_map else nothing
-        parts = stored_ranges(leaf, p)
+        data, parts = tensors.get(p, nothing), stored_ranges(leaf, p)
         group = grid if cut else (dp if dp.size() > 1 else None)
         if of_whole:  # rank r of the grid has a range of the rows of r % tp.size()
             numel = p.numel()
@@ -193,25 +209,26 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     storing = dict.fromkeys(group for group in (grid, dp) if group is not None and group.size() > 1)
     made = teams.make(list(storing), kwargs["config"], tp, minutes)
     kwargs = {**kwargs, "stored": stored, "teams": made}
-    pion = CheckpointedPion([groups[i] for i in mine], **kwargs)
-    for i, own in zip(mine, pion.param_groups, strict=True):
-        own["params"] = adam.param_groups[i]["params"]  # in the order that Megatron relies on
-    adam.param_groups = [adam.param_groups[i] for i in others]
-    leaf.optimizer = PionAndAdam(pion, adam, pions, list(stored))
+    pion = CheckpointedPion(mine, **kwargs)
+    as_adams = itertools.compress(adam.param_groups, of_pion)
+    for own, group in zip(pion.param_groups, as_adams, strict=True):
+        own["params"] = group["params"]  # in the order that Megatron relies on
+    adam.param_groups = list(itertools.compress(adam.param_groups, map(operator.not_, of_pion)))
+    leaf.optimizer = PionAndAdam(pion, adam, of_pion, list(stored))
 
 
-def _stored(leaf: DistributedOptimizer) -> list[tuple[Any, torch.Tensor]]:
-    """Each parameter of which this rank stores a range, and the tensor that is stepped of it."""
+def stored_shards(leaf: DistributedOptimizer) -> dict[torch.Tensor, torch.Tensor]:
+    """The tensor that is stepped of each parameter of which this rank stores a range."""
     pairs = (
         (leaf.model_fp32_groups, leaf.shard_fp32_groups),
         (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
     )
-    return [
-        pair
+    return {
+        param: shard
         for model, shards in pairs
         for params, tensors in zip(model, shards, strict=True)
-        for pair in zip(params, tensors, strict=True)
-    ]
+        for param, shard in zip(params, tensors, strict=True)
+    }
 
 
 def stored_ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
@@ -50,6 +51,15 @@ def with_own_rates(saved: Group, mine: Group) -> Group:
     """A saved group with what identifies this run's, by which Megatron pairs them."""
     own = (*IDENTIFIERS, _EXPERTS, "default_config")
     return {**saved, **{key: mine[key] for key in own if key in mine}}
+
+
+def numbered(groups: Iterable[Group], members: Iterable[Sequence[Any]]) -> list[Group]:
+    """Groups with numbers for their parameters, as a torch optimizer's ``state_dict`` has them."""
+    count = itertools.count()
+    return [
+        {**group, "params": [next(count) for _ in own]}
+        for group, own in zip(groups, members, strict=True)
+    ]
 
 
 def filled(everyone: Iterable[Groups]) -> dict[str, Group]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from pion_dist import Pion
 from pion_dist.state import identity, is_start
 
 from . import groups, seams, stacks
 from .arguments import pion_config
-from .distributed_optimizer import PionAndAdam, stored_ranges
+from .distributed_optimizer import PionAndAdam, leaves, pions, stored_ranges, stored_shards
 from .parameters import of_all_ranks, pieces
 from .sharded_state import record
 
@@ -132,9 +130,8 @@ def _forgetting(optimizer: Any) -> Any:
     @functools.wraps(original)
     def reload_model_params(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        for leaf in leaves(optimizer):
-            if (pion := pion_of(leaf)) is not None:
-                pion.forget_factors()
+        for pion in pions(optimizer):
+            pion.forget_factors()
 
     return reload_model_params
 
@@ -170,23 +167,6 @@ def _sharded_state_dict(
     return common
 
 
-def leaves(optimizer: Any) -> Iterator[Any]:
-    """The optimizers of a chain that hold something."""
-    chain = getattr(optimizer, "chained_optimizers", None)
-    if chain is None:
-        if not getattr(optimizer, "is_stub_optimizer", False):
-            yield optimizer
-        return
-    for each in chain:
-        yield from leaves(each)
-
-
-def pion_of(leaf: Any) -> Pion | None:
-    """Pion in one of ``leaves``, if it is there."""
-    inner = leaf.optimizer.pion if isinstance(leaf.optimizer, PionAndAdam) else leaf.optimizer
-    return inner if isinstance(inner, Pion) else None
-
-
 def _whole_state(
     leaf: Any, model_sharded_state_dict: Any, is_loading: bool
 ) -> tuple[dict[int, Any], list[dict[str, Any]]]:
@@ -212,7 +192,7 @@ def _flat_state(
     Adam's state and the masters are joined on one rank each, which alone records them. When they
     are loaded every rank that has a range asks for the whole, as copies of the first's.
     """
-    params = _flat_parameters(leaf)
+    params, shards = _flat_parameters(leaf), stored_shards(leaf)
     places = get_param_id_to_sharded_param_map(model_sharded_state_dict, params)
     pion, adam = _inner(leaf)
     ranks, rank = leaf.data_parallel_group.size(), leaf.data_parallel_group.rank()
@@ -227,9 +207,9 @@ def _flat_state(
         copy = _copy(leaf, param) if is_loading else 0
         for key in _keys(param, of_pion=param in pion):
             if is_loading:
-                whole = torch.empty(param.shape) if param in leaf.model_param_gbuf_map else None
+                whole = torch.empty(param.shape) if param in shards else None
             else:
-                whole = _joined(leaf, param, key, to=index % ranks)
+                whole = _joined(leaf, param, shards.get(param), key, to=index % ranks)
                 whole = whole if rank == index % ranks else None
             if whole is not None:
                 prefix = f"optimizer.state.{key}"
@@ -276,23 +256,17 @@ def _keys(param: torch.Tensor, *, of_pion: bool) -> tuple[str, ...]:
     return masters if of_pion else (*masters, *_ADAMS)
 
 
-def _joined(leaf: Any, param: torch.Tensor, key: str, *, to: int) -> torch.Tensor:
+def _joined(
+    leaf: Any, param: torch.Tensor, shard: torch.Tensor | None, key: str, *, to: int
+) -> torch.Tensor:
     """A state tensor in its parameter's shape, from all ranks' ranges, on rank ``to`` alone."""
     whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
-    if param in leaf.model_param_gbuf_map:
-        main = _main(leaf, param)
-        state = {_MASTER: main, **leaf.optimizer.state.get(main, {})}
+    if shard is not None:
+        state = {_MASTER: shard, **leaf.optimizer.state.get(shard, {})}
         if key in state:  # before its first step Adam's averages are the zeros that are there
             whole[_range(leaf, param)] = state[key].detach().float()
     torch.distributed.reduce(whole, group_dst=to, group=leaf.data_parallel_group)
     return whole.cpu().view(param.shape)
-
-
-def _main(leaf: Any, param: torch.Tensor) -> torch.Tensor:
-    """What this rank steps of a parameter."""
-    group, order = leaf.model_param_group_index_map[param]
-    main: torch.Tensor = leaf.optimizer.param_groups[group]["params"][order]
-    return main
 
 
 def _range(leaf: Any, param: torch.Tensor) -> slice:
@@ -302,7 +276,7 @@ def _range(leaf: Any, param: torch.Tensor) -> slice:
 
 def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Load the common form; ``_refuse_other_state`` has found that it fits."""
-    every = [leaf for leaf in leaves(optimizer)]
+    every = list(leaves(optimizer))
     mine = [group for leaf in every for group in leaf.param_groups]
     saved = state_dict["param_groups"].values()
     matched = groups.match(mine, saved, new_rates=state_dict[_NEW_RATES])
@@ -317,11 +291,7 @@ def _load(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _fitted(optimizer: Any, state_dict: Any, own: dict[str, Any], new_rates: bool) -> Any:
-    """State of --ckpt-format torch with this run's rates, once it has been found to fit.
-
-    Raises:
-        ValueError: it is of another optimizer, or of other options or parameters; and what to do.
-    """
+    """State of --ckpt-format torch with this run's rates, unless it does not fit and is refused."""
     where = "--load: the checkpoint"
     members = state_dict if isinstance(state_dict, list) else [state_dict]  # of a chain
     saved = [member.get("optimizer", member).get("param_groups", []) for member in members]
@@ -360,12 +330,11 @@ def _with_groups(member: dict[str, Any], own: list[groups.Group]) -> dict[str, A
 
 
 def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
-    count = itertools.count()  # as torch's state_dict, which would also copy every moment
-    ids = [[next(count) for _ in group["params"]] for group in leaf.optimizer.param_groups]
-    own_groups = [{**group, "params": own} for group, own in zip(saved, ids, strict=True)]
+    # Not by the optimizer's state_dict, which would copy every moment.
+    own = groups.numbered(saved, [group["params"] for group in leaf.optimizer.param_groups])
     # A shard whose matrices other ranks compute has no state here.
-    masters = [[state.get(index, {}).pop(_MASTER, None) for index in own] for own in ids]
-    inner: dict[str, Any] = {"state": state, "param_groups": own_groups}
+    masters = [[state.get(i, {}).pop(_MASTER, None) for i in group["params"]] for group in own]
+    inner: dict[str, Any] = {"state": state, "param_groups": own}
     if isinstance(leaf.optimizer, torch.optim.Adam) and "step" in saved[0]:  # counts in the state
         inner["state"] = {**state, "common_step": saved[0]["step"]}
     if hasattr(leaf, "fp32_from_float16_groups"):
@@ -378,38 +347,31 @@ def _load_whole(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> 
 def _load_flat(leaf: Any, state: dict[int, Any], saved: list[groups.Group]) -> None:
     """Load ``_flat_state`` into a distributed optimizer (modified in place)."""
     loaded: dict[torch.Tensor, dict[str, Any]] = {}
+    shards = stored_shards(leaf)
     for index, param in enumerate(_flat_parameters(leaf)):
         loaded[param] = dict(state.get(index, {}))
-        if param in leaf.model_param_gbuf_map:
-            main, place = _main(leaf, param), _range(leaf, param)
+        if (shard := shards.get(param)) is not None:
+            place = _range(leaf, param)
             if (master := loaded[param].pop(_MASTER, None)) is not None:
-                main.copy_(master.flatten()[place])
+                shard.copy_(master.flatten()[place])
             for key in _ADAMS:
                 if (whole := loaded[param].pop(key, None)) is not None:
                     part = whole.flatten()[place].to(param.device)
-                    loaded.setdefault(main, {})[key] = part
-    inner = leaf.optimizer
-    pions = [group for group in saved if _MARK in group]
-    if isinstance(inner, PionAndAdam):
-        count = itertools.count()
-        own = [
-            {**group, "params": [next(count) for _ in members]}
-            for group, members in zip(pions, inner.pion.members(), strict=True)
-        ]
-        moments = {index: loaded[param] for index, param in enumerate(inner.weights)}
-        inner.pion.load_state_dict({"state": moments, "param_groups": own})
-    adam = inner.adam if isinstance(inner, PionAndAdam) else inner
-    adams = [group for group in saved if _MARK not in group]
-    count = itertools.count()
-    numbers = [[next(count) for _ in group["params"]] for group in adam.param_groups]
-    own = [{**group, "params": each} for group, each in zip(adams, numbers, strict=True)]
-    mains = [main for group in adam.param_groups for main in group["params"]]
+                    loaded.setdefault(shard, {})[key] = part
+    adam = leaf.optimizer
+    if isinstance(adam, PionAndAdam):
+        pion, weights, adam = adam.pion, adam.weights, adam.adam
+        own = groups.numbered((group for group in saved if _MARK in group), pion.members())
+        moments = {index: loaded[param] for index, param in enumerate(weights)}
+        pion.load_state_dict({"state": moments, "param_groups": own})
+    members = [group["params"] for group in adam.param_groups]
+    own = groups.numbered((group for group in saved if _MARK not in group), members)
     counted = isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
-    steps = {index: group.get("step", 0) for group in own for index in group["params"]}
-    moments = {
-        index: {**loaded[main], **({"step": torch.tensor(float(steps[index]))} if counted else {})}
-        for index, main in enumerate(mains)
-    }
+    moments = {}
+    for group, shards_of in zip(own, members, strict=True):
+        step = {"step": torch.tensor(float(group.get("step", 0)))} if counted else {}
+        for index, shard in zip(group["params"], shards_of, strict=True):
+            moments[index] = {**loaded[shard], **step}
     adam.load_state_dict({"state": moments, "param_groups": own})
 
 
@@ -422,11 +384,7 @@ def _leave_out_missing_starts(state: dict[int, Any], have: set[str]) -> None:
 
 
 def _refuse_other_state(wanted: dict[str, Any], checkpoint: str) -> None:
-    """Refuse a torch_dist checkpoint whose state is not of this run's matrices and options.
-
-    Raises:
-        ValueError: names the option with both values, and what to do.
-    """
+    """Refuse a torch_dist checkpoint whose state is not of this run's matrices and options."""
     where = f"--load {Path(checkpoint).parent}: the checkpoint"
     saved = dist_checkpointing.load_common_state_dict(checkpoint).get("optimizer")
     if not isinstance(saved, dict) or _MARK not in saved:
@@ -457,11 +415,7 @@ def _refuse_other_options(where: str, mine: dict[str, Any], theirs: dict[str, An
 def _matched(
     where: str, mine: Iterable[groups.Group], saved: Iterable[groups.Group], new_rates: bool
 ) -> dict[str, groups.Group]:
-    """The saved group of every one of this run's, by name.
-
-    Raises:
-        ValueError: one has none; and what to do.
-    """
+    """The saved group of every one of this run's, by name; refuses a run where one has none."""
     mine, saved = list(mine), list(saved)
     matched = groups.match(mine, saved, new_rates=new_rates)
     if missing := [name for name in map(groups.name, mine) if name not in matched]:

@@ -61,8 +61,12 @@ def _info(
         partition_dim: int = getattr(param, "partition_dim")  # noqa: B009
         geometry["tp_axis"] = "rows" if partition_dim == 0 else "cols"
         geometry["tp_size"] = _tp_size(name, config)
-        if geometry["tp_size"] > 1:
-            geometry["unsupported"] = _cannot_be_cut(linear)
+        if linear == "in_proj" and geometry["tp_size"] > 1:
+            geometry["unsupported"] = (
+                "each rank has rows of all of Mamba's projections; with "
+                "--tensor-model-parallel-size above 1 leave the weight to Adam with "
+                "--pion-exclude in_proj"
+            )
     return ParamInfo(
         name=_global_name(name, modules),
         shape=tuple(param.shape),
@@ -96,16 +100,6 @@ def is_expert(name: str) -> bool:
     return "experts" in name and "shared" not in name
 
 
-def _cannot_be_cut(linear: str) -> str:
-    """Why Pion cannot rotate a weight that tensor parallelism cuts, or an empty string."""
-    if linear == "in_proj":
-        return (
-            "each rank has rows of all of Mamba's projections; with --tensor-model-parallel-size "
-            "above 1 leave the weight to Adam with --pion-exclude in_proj"
-        )
-    return ""
-
-
 def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
     """As Attention.get_query_key_value_tensors cuts it."""
     heads = config.num_attention_heads // config.num_query_groups
@@ -117,12 +111,12 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
     path = name.split(".")
     parts = list(path)
     for position in range(1, len(path)):
-        module = modules.get(".".join(path[: position + 1]))
+        module: Any = modules.get(".".join(path[: position + 1]))
         number = getattr(module, "layer_number", None)
         if path[position - 1] == "layers" and path[position].isdigit() and isinstance(number, int):
             parts[position] = str(number - 1)
         if path[position] == "experts" and getattr(module, "ep_group", None) is not None:
-            first = _first_expert(module)
+            first = module.ep_group.rank() * module.num_local_experts  # of this rank's experts
             if path[position + 1] == "local_experts":
                 parts[position + 2] = str(first + int(path[position + 2]))
             elif found := re.fullmatch(r"(weight|bias)(\d+)", path[-1]):  # linear_fc1.weight0
@@ -130,11 +124,6 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
     while parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
-
-
-def _first_expert(experts: Any) -> int:
-    """Number, among all ranks', of the first expert on this one."""
-    return int(experts.ep_group.rank() * experts.num_local_experts)
 
 
 def decide(
@@ -159,7 +148,7 @@ def decide(
         if isinstance(decision, Rotated) and not _looked_at(param)
     ]
     zeros = _with_zeros(unseen)
-    if zeros and _rank() == 0:
+    if zeros and rank() == 0:
         logger.warning("Adam's, not Pion's: %s, which %s", ", ".join(sorted(zeros)), ZEROS.reason)
     decisions = [
         (info, param, ZEROS)
@@ -194,7 +183,7 @@ def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]
             continue
         # Where ranks are dealt whole matrices, each has its own.
         dealt = decision.ranks > 1 and decision.view.axis is None and not decision.of_whole
-        own = _rank() if dealt else -1
+        own = rank() if dealt else -1
         if decision.of_whole:
             values = _among_zeros(values, decision)
         for part, index, nonzero in _nonzero(values, decision.view):
@@ -225,7 +214,8 @@ def _initial_values(param: torch.nn.Parameter) -> torch.Tensor | None:
     return None if param.is_meta else param.detach()
 
 
-def _rank() -> int:
+def rank() -> int:
+    """This process's number in the run."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 

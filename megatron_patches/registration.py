@@ -183,12 +183,7 @@ def _with_pion(original: Any) -> Any:
             optimizer = original(config, model_chunks, *args, **kwargs)
             _adopt_masters(optimizer)
         optimizer_state.attach(optimizer, config)
-        diagnostics.attach(
-            optimizer,
-            _pions(optimizer),
-            interval=config.pion_spectrum_interval,
-            exact=config.pion_spectrum_exact,
-        )
+        diagnostics.attach(optimizer, config)
         if config.pion_print_plan:
             lines = _option_lines(options, config)
             _print_plan(decisions, optimizer, f"recipe {config.pion_recipe}: {', '.join(lines)}")
@@ -336,9 +331,9 @@ def _adopt_masters(optimizer: Any) -> None:
 
     from pion_dist import Pion
 
-    from . import optimizer_state
+    from .distributed_optimizer import leaves
 
-    for each in optimizer_state.leaves(optimizer):
+    for each in leaves(optimizer):
         if isinstance(each.optimizer, Pion):
             masters = {}
             if isinstance(each, Float16OptimizerWithFloat16Params):
@@ -347,21 +342,14 @@ def _adopt_masters(optimizer: Any) -> None:
             each.optimizer.adopt(masters)
 
 
-def _pions(optimizer: Any) -> list[Any]:
-    """Every Pion on this rank."""
-    from . import optimizer_state
-
-    pions = (optimizer_state.pion_of(leaf) for leaf in optimizer_state.leaves(optimizer))
-    return [pion for pion in pions if pion is not None]
-
-
 def _print_plan(decisions: Sequence[Any], optimizer: Any, options: str) -> None:
     """Print the whole model's plan on the first rank: the parameters of all pipeline stages."""
     from pion_dist.classify import Scalar, table
 
+    from .distributed_optimizer import pions
     from .parameters import of_all_ranks
 
-    totals = [f"Pion: {pion.totals()}" for pion in _pions(optimizer)]
+    totals = [f"Pion: {pion.totals()}" for pion in pions(optimizer)]
     others = sum(isinstance(decision, Scalar) for _, _, decision in decisions)
     rows = table([(info.name, info.shape, decision) for info, _, decision in decisions])
     mine = (rows, "; ".join([*totals, f"Adam: {others} parameters"]))
