@@ -10,19 +10,9 @@ from pion_dist.update.precision import cpu_has_bf16_units
 
 # The products that torch has a scalar loop for, and what they write into, if not into a new tensor.
 _RESULT = {
-    "mm": None,
-    "mm.out": "out",
-    "bmm": None,
-    "bmm.out": "out",
-    "addmm": None,
-    "addmm.out": "out",
-    "addmm_": "self",
-    "baddbmm": None,
-    "baddbmm.out": "out",
-    "baddbmm_": "self",
-    "addmv": None,
-    "addmv.out": "out",
-    "addmv_": "self",
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm", "addmv")),
+    **dict.fromkeys(("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmv.out"), "out"),
+    **dict.fromkeys(("addmm_", "baddbmm_", "addmv_"), "self"),
 }
 # Kernels stay registered as long as their library lives: for good.
 _libraries: list[Any] = []
