@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ _CHOICES = choices()
 DEFAULT_RECIPE = "pretrain"
 _DEFAULT = RECIPES[DEFAULT_RECIPE]
 # Options of the own recipes that follow the training: in float32, and with --bf16.
-_FOLLOWING = {"matmul_precision": ("highest", "bf16"), "state_dtype": ("fp32", "bf16")}
+FOLLOWING = {"matmul_precision": ("highest", "bf16"), "state_dtype": ("fp32", "bf16")}
 INITS = ("keep", *KINDS)
 INIT_OF_RECIPE = {
     "pretrain": "fan_in",
@@ -258,63 +257,11 @@ UNSUPPORTED = (
 )
 
 
-def add_pion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags to Megatron's parser, and ``pion`` to its optimizers (modified in place).
-
-    Raises:
-        RuntimeError: the parser has no ``--optimizer`` with choices.
-    """
-    actions = [a for a in parser._actions if "--optimizer" in a.option_strings]
-    if not actions or actions[0].choices is None:
-        raise RuntimeError("Megatron's parser has no --optimizer with choices: pion_dist needs it")
-    if "pion" in actions[0].choices:
-        return parser
-    actions[0].choices = [*actions[0].choices, "pion"]
-    group = parser.add_argument_group(
-        "pion",
-        "W <- R W P with orthogonal R and P: singular values stay. The step is scaled by --lr and "
-        "its schedule; --weight-decay does not touch Pion's matrices (it would change their "
-        "spectrum), only Adam's parameters.",
-    )
-    from_recipe = recipe_values(DEFAULT_RECIPE)
-    for flag in FLAGS:
-        # What is not given is not set, so that parsing can tell it from what is.
-        group.add_argument(
-            f"--pion-{flag.name}",
-            dest=flag.field,
-            default=argparse.SUPPRESS if flag.field in from_recipe else flag.default,
-            help=(flag.help + _default_of(flag)).replace("%", "%%"),
-            **flag.options,
-        )
-    _mend_help(parser)
-    parse_known_args = parser.parse_known_args
-
-    def parse_and_check(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
-        namespace, rest = parse_known_args(*args, **kwargs)
-        values = recipe_values(namespace.pion_recipe)
-        if namespace.optimizer != "pion":
-            values["pion_init"] = "keep"  # an init is for all optimizers, a recipe for Pion
-        for field, value in values.items():
-            if not hasattr(namespace, field):
-                setattr(namespace, field, value)
-        namespace.__dict__.update({f"pion_{x}": followed(namespace, x) for x in _FOLLOWING})
-        for field, argument, default in CARRIED:
-            setattr(namespace, field, getattr(namespace, argument, default))
-        try:
-            check(namespace)
-        except ValueError as error:
-            parser.error(str(error))
-        return namespace, rest
-
-    parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
-    return parser
-
-
 def recipe_values(name: str) -> dict[str, Any]:
     """The defaults that a recipe gives to flags, by their field; None: see ``followed``."""
     values = dataclasses.asdict(RECIPES[name])
     if in_bf16(name) != RECIPES[name]:
-        values |= dict.fromkeys(_FOLLOWING)
+        values |= dict.fromkeys(FOLLOWING)
     beta1, beta2 = values.pop("betas")
     values |= {"beta1": beta1, "beta2": beta2, "init": INIT_OF_RECIPE[name]}
     return {f"pion_{option}": value for option, value in values.items()}
@@ -340,35 +287,13 @@ def recipe(name: str) -> dict[str, Any]:
 def followed(source: Any, option: str) -> Any:
     """Of Megatron's args or OptimizerConfig: what is given, or else what follows --bf16."""
     given = getattr(source, f"pion_{option}")
-    return _FOLLOWING[option][getattr(source, "bf16", False)] if given is None else given
+    return FOLLOWING[option][getattr(source, "bf16", False)] if given is None else given
 
 
 def follows(option: str) -> str:
     """What an option is that follows --bf16, in words."""
-    in_float32, in_bf16 = _FOLLOWING[option]
+    in_float32, in_bf16 = FOLLOWING[option]
     return f"{in_bf16} with --bf16, and else {in_float32}"
-
-
-def _default_of(flag: Flag) -> str:
-    if flag.options.get("action") in ("store_true", "store_false", "append"):
-        return ""
-    if flag.field in recipe_values(DEFAULT_RECIPE):
-        value = recipe_values(DEFAULT_RECIPE)[flag.field]
-        value = follows(flag.field.removeprefix("pion_")) if value is None else value
-        return f" Default: the recipe's; that of {DEFAULT_RECIPE} is {value}."
-    return f" Default: {flag.default}."
-
-
-def _mend_help(parser: argparse.ArgumentParser) -> None:
-    """Escape a bare per cent sign in help texts (modified in place), without which --help fails.
-
-    Megatron 0.19.2 has one, in --moe-paged-stash-buffer-size-factor-cuda.
-    """
-    for action in parser._actions:
-        try:
-            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-        except ValueError:
-            action.help = (action.help or "").replace("%", "%%")
 
 
 def pion_config(source: Any) -> PionConfig:
@@ -382,7 +307,7 @@ def pion_config(source: Any) -> PionConfig:
         for field in dataclasses.fields(PionConfig)
         if field.name != "betas"
     }
-    values |= {option: followed(source, option) for option in _FOLLOWING}
+    values |= {option: followed(source, option) for option in FOLLOWING}
     try:
         return PionConfig(betas=(source.pion_beta1, source.pion_beta2), **values)
     except ValueError as error:
@@ -396,77 +321,6 @@ def _in_flags(message: str) -> str:
         flag = "(--pion-beta1, --pion-beta2)=" if field.name == "betas" else flag
         message = re.sub(rf"\b{field.name}=", flag, message)
     return message
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse contradictory values and combinations that Pion cannot train.
-
-    Raises:
-        ValueError: says which flag to change.
-    """
-    for pattern in args.pion_exclude or ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"--pion-exclude {pattern!r} is no regular expression: {error}"
-            ) from None
-    _check_positive(args, "init-scale")
-    if args.pion_init == "keep" and args.pion_init_scale != 1.0:
-        raise ValueError(
-            f"--pion-init-scale {args.pion_init_scale} has nothing to scale with --pion-init keep: "
-            "leave it out or set --pion-init"
-        )
-    if args.optimizer != "pion":
-        return
-    pion_config(args)
-    _check_spectrum(args)
-    if given := [option for option in UNSUPPORTED if getattr(args, option, False)]:
-        flag = f"--{given[0].replace('_', '-')}"
-        instead = "use --pion-offload-state" if "offload" in flag else "leave it out"
-        raise ValueError(f"--optimizer pion does not support {flag}: {instead}")
-    _check_lr_mult(args)
-    if args.pion_blocks > 1 and args.pion_blocks % args.tensor_model_parallel_size:
-        raise ValueError(
-            f"--pion-blocks {args.pion_blocks} must be a multiple of "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
-        )
-    if getattr(args, "use_distributed_optimizer", False):
-        if (args.save or args.load) and args.ckpt_format != "torch_dist":
-            raise ValueError(
-                "--optimizer pion with --use-distributed-optimizer needs --ckpt-format torch_dist"
-            )
-    elif getattr(args, "fp8_param_gather", False):
-        raise ValueError(
-            "--optimizer pion with --fp8-param-gather needs --use-distributed-optimizer: set it"
-        )
-
-
-def _check_spectrum(args: argparse.Namespace) -> None:
-    """Demand an interval that can be, and one where there is something to report exactly."""
-    if args.pion_spectrum_interval < 0:
-        raise ValueError(
-            f"--pion-spectrum-interval {args.pion_spectrum_interval}: must be a number of "
-            "iterations, or 0 for never"
-        )
-    if args.pion_spectrum_exact and not args.pion_spectrum_interval:
-        raise ValueError("--pion-spectrum-exact needs --pion-spectrum-interval: set it too")
-
-
-def _check_lr_mult(args: argparse.Namespace) -> None:
-    """Demand a factor that leaves Pion's warm-up a rise, as Megatron demands it of ``--lr``."""
-    _check_positive(args, "lr-mult")
-    if args.lr is not None and args.lr_warmup_init > args.lr * args.pion_lr_mult:
-        raise ValueError(
-            f"--pion-lr-mult {args.pion_lr_mult} puts Pion's learning rate, "
-            f"{args.lr * args.pion_lr_mult}, below --lr-warmup-init {args.lr_warmup_init}: lower it"
-        )
-
-
-def _check_positive(args: argparse.Namespace, name: str) -> None:
-    value = getattr(args, "pion_" + name.replace("-", "_"))
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"--pion-{name} {value}: must be a positive number")
 
 
 def extend_config(config_cls: type) -> None:

@@ -1,10 +1,10 @@
 """Run unmodified Megatron on CPU and gloo, for tests and demonstrations without a GPU.
 
-`install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU and nccl is gloo,
-and mends bf16 products (``cpu_products.py``); `patch_megatron()` then mends the one place of
-Megatron itself that needs it. Importing this module changes nothing. Megatron's logic, sharding and
-collectives run for real; CUDA kernels, stream ordering, memory and speed do not. Places named
-FILE:LINE are megatron-core 0.19.2's.
+`install()` makes ``torch.cuda`` look present while every "cuda" device is the CPU, puts gloo in
+nccl's place (``cpu_collectives.py``) and mends bf16 products (``cpu_products.py``);
+`patch_megatron()` then mends the one place of Megatron itself that needs it. Importing this module
+changes nothing. Megatron's logic, sharding and collectives run for real; CUDA kernels, stream
+ordering, memory and speed do not. Places named FILE:LINE are megatron-core 0.19.2's.
 
 Functions are replaced rather than caught by a ``TorchFunctionMode``, because a mode is
 thread-local and Megatron builds tensors in other threads too (checkpoint workers, data loaders).
@@ -12,7 +12,6 @@ thread-local and Megatron builds tensors in other threads too (checkpoint worker
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import copy
@@ -23,15 +22,13 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.optim.adam import adam
 from torch.utils.data import DataLoader
 
-from . import cpu_products
+from . import cpu_collectives, cpu_products
+from .fused_adam import FusedAdam
 
 _installed = False
 
@@ -58,7 +55,7 @@ def install() -> None:
     _redirect_tensor_methods()
     _fake_cuda()
     _share_one_generator()
-    _redirect_collectives()
+    cpu_collectives.install()
     _replace_optional_packages()
     cpu_products.install()
     _installed = True
@@ -195,10 +192,6 @@ class _Stream:
     def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
 
 
-def _call_now(function: Callable[[], None], **_kwargs: Any) -> None:
-    function()
-
-
 def _device_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -207,7 +200,8 @@ def _fake_cuda() -> None:
     cuda = torch.cuda
     # initialize.py:66 asserts the first; random.py:14 imports the others, and sets the generator's
     # state through the last.
-    _replace(cuda, is_available=_always(True), _lazy_init=_always(None), _lazy_call=_call_now)
+    _replace(cuda, is_available=_always(True), _lazy_init=_always(None))
+    _replace(cuda, _lazy_call=lambda function, **_: function())
     # Every rank is on device 0: set_device(local_rank) has nothing to choose from.
     _replace(cuda, current_device=_always(0), set_device=_always(None))
     _replace(cuda, device=contextlib.nullcontext, device_count=_device_count)
@@ -228,9 +222,6 @@ def _fake_cuda() -> None:
     # torch's own look at the accelerator (DataLoader's pinning, the optimizers' graph-capture
     # check) must not believe in the device above.
     _replace(torch.accelerator, current_accelerator=_always(None))
-
-
-# ---------------------------------------------------------------------------- random numbers
 
 
 def _share_one_generator() -> None:
@@ -274,112 +265,6 @@ def _share_one_generator() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(is_news)
 
 
-# ---------------------------------------------------------------------------- torch.distributed
-
-
-class _Done:
-    """The handle of a collective that was carried out at once."""
-
-    wait = is_completed = _always(True)
-
-
-def _redirect_collectives() -> None:
-    real_init, real_new_group = dist.init_process_group, dist.new_group
-    real_all_gather, real_all_to_all = dist.all_gather, dist.all_to_all_single
-
-    # nccl is --distributed-backend's default; its options and a bound device mean nothing to gloo
-    # (parallel_state.py:259 passes them).
-    @functools.wraps(real_init)
-    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
-        kwargs |= {"device_id": None, "pg_options": None}
-        _set_rendezvous_defaults(kwargs.get("world_size", -1))
-        real_init(_gloo_for_nccl(backend or "nccl"), *args, **kwargs)
-        atexit.register(_end_groups)
-
-    @functools.wraps(real_new_group)
-    def new_group(
-        ranks: Any = None, timeout: Any = None, backend: str | None = None, **kwargs: Any
-    ) -> Any:
-        kwargs |= {"device_id": None, "pg_options": None}
-        return real_new_group(ranks, timeout, _gloo_for_nccl(backend), **kwargs)
-
-    # nccl gathers tensors of different sizes, gloo refuses them; Muon's layer-wise optimizer
-    # relies on it (layer_wise_optimizer.py:772, param_and_grad_buffer.py:472).
-    @functools.wraps(real_all_gather)
-    def all_gather(
-        tensor_list: list[torch.Tensor],
-        tensor: torch.Tensor,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        sizes = [out.numel() for out in tensor_list]
-        if len(set(sizes)) == 1:
-            return real_all_gather(tensor_list, tensor, group, async_op)
-        padded = tensor.new_zeros(max(sizes))
-        padded[: tensor.numel()] = tensor.detach().flatten()
-        received = [torch.empty_like(padded) for _ in sizes]
-        real_all_gather(received, padded, group)
-        with torch.no_grad():
-            for out, buffer in zip(tensor_list, received, strict=True):
-                out.copy_(buffer[: out.numel()].view(out.shape))
-        return _Done() if async_op else None
-
-    # Split sizes must be lists; the MoE dispatcher converts only those that it finds on a GPU
-    # (moe_utils.py:1184).
-    @functools.wraps(real_all_to_all)
-    def all_to_all_single(
-        output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        kwargs = {name: _as_list(value) for name, value in kwargs.items()}
-        return real_all_to_all(output, input, *map(_as_list, args), **kwargs)
-
-    for module in (dist, dist.distributed_c10d):
-        _replace(module, init_process_group=init_process_group, new_group=new_group)
-        _replace(module, all_gather=all_gather, all_to_all_single=all_to_all_single)
-
-
-def _end_groups() -> None:
-    # Megatron keeps its groups to the end, and they gloo's threads. One that still has to let go of
-    # a tensor while Python ends would abort the process: wait until all sleep.
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for _ in range(10_000):  # not for ever: a thread may hang
-        time.sleep(0.001)
-        if not any(map(_is_gloo_and_runs, Path("/proc/self/task").glob("*/stat"))):
-            return
-
-
-def _is_gloo_and_runs(thread: Path) -> bool:
-    with contextlib.suppress(OSError):  # it has ended
-        name, _, rest = thread.read_text().rpartition(") ")
-        return "gloo" in name and rest.startswith("R")
-    return False
-
-
-def _set_rendezvous_defaults(world_size: int) -> None:
-    env = os.environ
-    if world_size == 1:  # a plain process, without torchrun: any free port
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", "0")
-    # Within one node gloo needs no other interface than this, and a host name that does not
-    # resolve is no trouble then. Several nodes choose their own.
-    if world_size < 0:
-        world_size = int(env.get("WORLD_SIZE", "1"))
-    if world_size == _device_count():
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
-def _gloo_for_nccl(backend: str | None) -> str | None:
-    return "gloo" if backend and "nccl" in backend else backend
-
-
-def _as_list(argument: Any) -> Any:
-    return argument.tolist() if isinstance(argument, torch.Tensor) else argument
-
-
-# ---------------------------------------------------------------------------- optional packages
-
-
 def _replace_optional_packages() -> None:
     # Where Transformer Engine or apex are installed Megatron would take their CUDA kernels. An
     # import of a name whose entry is None raises ModuleNotFoundError.
@@ -389,73 +274,6 @@ def _replace_optional_packages() -> None:
     optimizers = types.ModuleType("apex.optimizers")
     _replace(optimizers, FusedAdam=FusedAdam, FusedSGD=torch.optim.SGD)
     modules["apex.optimizers"] = optimizers
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """Adam(W) with apex's interface: the step is counted in the group, not in each parameter.
-
-    Megatron's DistributedOptimizer stores a group's step and creates the moments itself; with
-    torch's AdamW, whose step is per parameter, it saves but cannot resume. The arithmetic is
-    torch's own loop, bitwise that of `torch.optim.AdamW`, and not the fused CPU kernel, which
-    handles the tail of a tensor apart: results could then depend on how parameters are sharded.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        if capturable:
-            raise ValueError("capturable=True needs CUDA graphs")
-        self.adam_w_mode = adam_w_mode
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient (modified in place)."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["params"]:  # as in apex and TE, an empty group counts no step
-                self._update(group)
-        return loss
-
-    def _update(self, group: dict[str, Any]) -> None:
-        done = int(group.get("step", 0))
-        group["step"] = done + 1
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-        adam(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [torch.tensor(float(done)) for _ in params],  # counted up inside
-            foreach=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            decoupled_weight_decay=self.adam_w_mode,
-        )
-
-
-# ---------------------------------------------------------------------------- megatron
 
 
 def patch_megatron() -> None:

@@ -14,7 +14,7 @@ from pion_dist.diagnostics import Diagnostics, line, scalars
 from pion_dist.optimizer import Pion
 
 from .distributed_optimizer import pions
-from .parameters import of_all_ranks, rank
+from .process_groups import of_all_ranks, rank
 
 _WATCH = "pion_watch"  # attribute of the run's optimizer
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from pion_dist import Pion
@@ -26,8 +25,9 @@ from pion_dist.classify import Rotated
 from pion_dist.plan import ranges
 from pion_dist.slots import Storage
 
-from . import seams, teams
-from .parameters import decided
+from . import seams
+from .parameters import NOT_PION, decided
+from .process_groups import grid_of, make_teams
 from .sharded_state import CheckpointedPion
 
 # Set on the config that Megatron makes its optimizer with, which says Adam.
@@ -84,7 +84,6 @@ def make(
     model_chunks: Sequence[Any],
     *args: Any,
     kwargs_of: Callable[..., Mapping[str, Any]],
-    not_pion: Any,
     **kwargs: Any,
 ) -> Any:
     """Make Megatron's optimizer for Adam, and put Pion into it.
@@ -95,7 +94,6 @@ def make(
         model_chunks: as get_megatron_optimizer gets them.
         args: further arguments of get_megatron_optimizer.
         kwargs_of: makes Pion's arguments from config, chunks and process groups.
-        not_pion: Megatron's ParamKey of the parameters that are Adam's.
         kwargs: further arguments of get_megatron_optimizer.
     """
     core: Any = importlib.import_module("megatron.core.optimizer")
@@ -107,7 +105,7 @@ def make(
     overrides = given.arguments["config_overrides"]
     if overrides is None:
         overrides = core.get_standard_config_overrides(own)
-    overrides = {**overrides, not_pion: {"optimizer": "adam"}}
+    overrides = {**overrides, NOT_PION: {"optimizer": "adam"}}
     optimizer = original(**{**given.arguments, "config": own, "config_overrides": overrides})
     groups = given.arguments["pg_collection"]
     for leaf in leaves(optimizer):
@@ -192,7 +190,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
     tensors, dp = stored_shards(leaf), leaf.data_parallel_group
     tp = leaf.expert_tp_group if expert else leaf.tp_group
     minutes = leaf.config.pion_timeout
-    grid = _grid(tp, dp, minutes)
+    grid = grid_of(tp, dp, minutes)
     stored = {}
     for p in (p for group in mine for p in group["params"]):
         decision = decided(p)[1]
@@ -207,7 +205,7 @@ def _put_pion(leaf: Any, kwargs: Mapping[str, Any], overrides: Any) -> None:
             parts = tuple((at + a, at + b) for a, b in parts for at in starts)
         stored[p] = Storage(data, group, parts if len(parts) > 1 else ())
     storing = dict.fromkeys(group for group in (grid, dp) if group is not None and group.size() > 1)
-    made = teams.make(list(storing), kwargs["config"], tp, minutes)
+    made = make_teams(list(storing), kwargs["config"], tp, minutes)
     kwargs = {**kwargs, "stored": stored, "teams": made}
     pion = CheckpointedPion(mine, **kwargs)
     as_adams = itertools.compress(adam.param_groups, of_pion)
@@ -249,32 +247,3 @@ def stored_ranges(leaf: Any, param: Any) -> tuple[tuple[int, int], ...]:
             f"{mine}: this Megatron divides them in a way that pion_dist does not know"
         )
     return everyones
-
-
-def _grid(tp: Any, dp: Any, minutes: int | None) -> Any:
-    """The process group of all ranks that store a weight; a collective of all ranks of the run.
-
-    Args:
-        tp: the ranks that have the other shards.
-        dp: the ranks that divide a shard.
-        minutes: until a collective that waits fails.
-
-    Returns:
-        The group, whose rank r has shard r % tp.size(); None for this rank alone.
-
-    Raises:
-        RuntimeError: ranks are in another order.
-    """
-    if tp.size() == 1:
-        return dp if dp.size() > 1 else None
-    if dp.size() == 1:
-        return tp
-    columns: list[Any] = [None] * tp.size()
-    dist.all_gather_object(columns, dist.get_process_group_ranks(dp), group=tp)
-    mine = tuple(column[place] for place in range(dp.size()) for column in columns)
-    if mine != tuple(sorted(mine)):
-        raise RuntimeError(
-            f"--optimizer pion with --use-distributed-optimizer: ranks {mine} store a weight "
-            "together; tensor-parallel ranks must be neighbours"
-        )
-    return teams.made_by_all({mine}, minutes)[mine]

@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
+# In Pion's groups and in the optimizer's state: identity() of the options that it was saved with.
+MARK = "pion"
 Group = dict[str, Any]
 # By name: whether it has parameters on this rank, and what is saved of it.
 Groups = dict[str, tuple[bool, Group]]
@@ -24,7 +26,7 @@ IDENTIFIERS = tuple(
 def name(group: Group, *, without: tuple[str, ...] = ()) -> str:
     """What tells a group from the others, as Megatron pairs groups with saved ones."""
     keys = (key for key in IDENTIFIERS if key not in without)
-    return repr(["pion" in group, *(group.get(key) for key in keys)])
+    return repr([MARK in group, *(group.get(key) for key in keys)])
 
 
 def match(mine: Iterable[Group], saved: Iterable[Group], *, new_rates: bool) -> dict[str, Group]:

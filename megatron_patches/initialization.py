@@ -11,18 +11,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from pion_dist import PionConfig
-from pion_dist.classify import ParamInfo, Rotated, Scalar, classify
+from pion_dist.classify import ParamInfo, Rotated, classify
 from pion_dist.initialization import KINDS
 from pion_dist.matrices import MatrixView
 
 from . import transformer_engine
-from .parameters import entries, pieces
+from .parameters import Decisions
+from .sharded_state import entries, pieces
 
 
 @torch.no_grad()
 def draw(
     model_chunks: Sequence[torch.nn.Module],
-    decisions: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]],
+    decisions: Decisions,
     config: PionConfig,
     *,
     kind: str,

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from pion_dist import PionConfig
 from pion_dist.classify import ZEROS, ParamInfo, Rotated, Scalar, classify, query_group
-from pion_dist.matrices import MatrixView
 
 from . import transformer_engine
+from .process_groups import of_all_ranks, rank
 
 logger = logging.getLogger("pion_dist")
 
 _DECISION = "pion_decision"
+Decisions = Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]]
 
 
 def named_parameters(
@@ -47,8 +47,9 @@ def _info(
     config: Any = getattr(parent, "config", None) or model_config
     geometry: dict[str, Any] = {}
     if leaf == "weight" and linear == "linear_qkv" and param.dim() == 2:
-        geometry = {
-            "qkv": _query_group(config),
+        heads = config.num_attention_heads // config.num_query_groups
+        geometry = {  # as Attention.get_query_key_value_tensors cuts it
+            "qkv": query_group(config.kv_channels, heads=heads, gated=config.attention_output_gate),
             "head_dim": config.kv_channels,
             "split_groups": config.num_query_groups < config.tensor_model_parallel_size,
         }
@@ -100,12 +101,6 @@ def is_expert(name: str) -> bool:
     return "experts" in name and "shared" not in name
 
 
-def _query_group(config: Any) -> tuple[tuple[str, int], ...]:
-    """As Attention.get_query_key_value_tensors cuts it."""
-    heads = config.num_attention_heads // config.num_query_groups
-    return query_group(config.kv_channels, heads=heads, gated=config.attention_output_gate)
-
-
 def _global_name(name: str, modules: dict[str, Any]) -> str:
     """The parameter's name without wrappers, its layer and expert numbered in the whole model."""
     path = name.split(".")
@@ -128,7 +123,7 @@ def _global_name(name: str, modules: dict[str, Any]) -> str:
 
 def decide(
     model_chunks: Sequence[torch.nn.Module], config: PionConfig, *, exclude: Sequence[str]
-) -> list[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]]:
+) -> Decisions:
     """Classify every parameter of this rank and note the decision on it; a collective of all ranks.
 
     A weight with a matrix of zeros is Adam's on all ranks that have a piece or a copy of it. What a
@@ -145,14 +140,15 @@ def decide(
     unseen = [
         (info, param, decision)
         for info, param, decision in decisions
-        if isinstance(decision, Rotated) and not _looked_at(param)
+        if isinstance(decision, Rotated)
+        and not (isinstance(_noted(param), Rotated) or _noted(param) == ZEROS)
     ]
     zeros = _with_zeros(unseen)
     if zeros and rank() == 0:
         logger.warning("Adam's, not Pion's: %s, which %s", ", ".join(sorted(zeros)), ZEROS.reason)
     decisions = [
         (info, param, ZEROS)
-        if isinstance(decision, Rotated) and (info.name in zeros or _is_known_zero(param))
+        if isinstance(decision, Rotated) and (info.name in zeros or _noted(param) == ZEROS)
         else (info, param, decision)
         for info, param, decision in decisions
     ]
@@ -161,12 +157,9 @@ def decide(
     return decisions
 
 
-def _looked_at(param: torch.Tensor) -> bool:
-    return noted(param) and (isinstance(decided(param)[1], Rotated) or _is_known_zero(param))
-
-
-def _is_known_zero(param: torch.Tensor) -> bool:
-    return noted(param) and decided(param)[1] == ZEROS
+def _noted(param: torch.Tensor) -> Rotated | Scalar | None:
+    """The decision that an earlier call has noted of a parameter."""
+    return decided(param)[1] if hasattr(param, _DECISION) else None
 
 
 def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]) -> set[str]:
@@ -186,8 +179,9 @@ def _with_zeros(weights: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated]]
         own = rank() if dealt else -1
         if decision.of_whole:
             values = _among_zeros(values, decision)
-        for part, index, nonzero in _nonzero(values, decision.view):
-            (others if nonzero else zero).add((info.name, part, index, own))
+        for part in decision.view.shapes:
+            for index, nonzero in enumerate(decision.view.nonzero(values, part).tolist()):
+                (others if nonzero else zero).add((info.name, part, index, own))
     anywhere = set().union(*of_all_ranks(zero))
     if anywhere:
         anywhere -= set().union(*of_all_ranks(anywhere & others))
@@ -201,36 +195,11 @@ def _among_zeros(shard: torch.Tensor, decision: Rotated) -> torch.Tensor:
     return whole
 
 
-def _nonzero(values: torch.Tensor, view: MatrixView) -> Iterator[tuple[str, int, bool]]:
-    for part in view.shapes:
-        for index, nonzero in enumerate(view.nonzero(values, part).tolist()):
-            yield part, index, nonzero
-
-
 def _initial_values(param: torch.nn.Parameter) -> torch.Tensor | None:
     """What a parameter starts with, or None where that is not known."""
     if transformer_engine.is_fp8(param):
         return transformer_engine.before_rounding(param)
     return None if param.is_meta else param.detach()
-
-
-def rank() -> int:
-    """This process's number in the run."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def of_all_ranks[T](mine: T) -> list[T]:
-    """Gather an object from every rank of the run, in the ranks' order; a collective."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    everyone = [mine] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def noted(param: torch.Tensor) -> bool:
-    """Whether ``decide`` has seen a parameter."""
-    return hasattr(param, _DECISION)
 
 
 def decided(param: torch.Tensor) -> tuple[ParamInfo, Rotated | Scalar]:
@@ -239,7 +208,7 @@ def decided(param: torch.Tensor) -> tuple[ParamInfo, Rotated | Scalar]:
     Raises:
         RuntimeError: ``decide`` has not seen it.
     """
-    if not noted(param):
+    if not hasattr(param, _DECISION):
         raise RuntimeError(
             "--optimizer pion: get_megatron_optimizer was imported by name before "
             "megatron_patches.apply() ran; call apply() first"
@@ -253,40 +222,5 @@ def is_scalar(param: torch.Tensor) -> bool:
     return isinstance(decided(param)[1], Scalar)
 
 
-def entries(
-    model_chunks: Sequence[torch.nn.Module], params: Sequence[torch.nn.Parameter]
-) -> list[ShardedTensor | ShardedTensorFactory]:
-    """Where each parameter's data lies in the whole model, as Megatron's checkpoints name it.
-
-    Args:
-        model_chunks: as get_megatron_optimizer gets them.
-        params: parameters of these chunks.
-
-    Returns:
-        For each parameter its entry in a checkpoint, whose ``pieces`` are views of the parameter:
-        one, or two for a gated weight.
-
-    Raises:
-        RuntimeError: a parameter is in no chunk's sharded state.
-    """
-    if not params:  # of which Megatron would warn
-        return []
-    sharded = {
-        index: chunk.sharded_state_dict()  # type: ignore[operator]
-        for index, chunk in enumerate(model_chunks)
-    }
-    by_index = get_param_id_to_sharded_param_map(sharded, params)
-    if len(by_index) != len(params):
-        raise RuntimeError(
-            f"{len(params) - len(by_index)} parameters are not in the model's sharded_state_dict()"
-        )
-    return [by_index[index] for index in range(len(params))]
-
-
-def pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The sharded tensors of a model parameter's checkpoint entry."""
-    if isinstance(entry, ShardedTensorFactory):
-        built = entry.build()
-        assert isinstance(built, list), "gated weights build a list of gate and up"
-        return built
-    return [entry]
+# Megatron's key of the parameters that are Adam's.
+NOT_PION = ParamKey(predicate=ParamPredicate(name="not_pion", fn=is_scalar))

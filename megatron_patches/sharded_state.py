@@ -1,4 +1,4 @@
-"""Pion's state in Megatron's torch_dist checkpoints.
+"""Records in Megatron's torch_dist checkpoints: of parameters, and of Pion's moments.
 
 Megatron records state of a weight's own shape. Pion's moments belong to the weight's matrices; they
 are recorded here, by part, with the weight's layer or expert.
@@ -7,19 +7,18 @@ are recorded here, by part, with the weight's layer or expert.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import optimizer as target
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pion_dist import Pion
 from pion_dist.checkpoint import Record
 from pion_dist.state import is_key
-
-from .parameters import pieces
 
 _PREFIX = "optimizer.state."
 # Kept beside the moments and not on them: torch.save would write an attribute of a tensor too.
@@ -86,3 +85,42 @@ class CheckpointedPion(Pion):
 
     def _warn_of_zeros(self, params: Iterable[torch.Tensor]) -> None:
         """Say nothing: ``parameters.decide`` has, of weights whose initial values are known."""
+
+
+def entries(
+    model_chunks: Sequence[torch.nn.Module], params: Sequence[torch.nn.Parameter]
+) -> list[ShardedTensor | ShardedTensorFactory]:
+    """Where each parameter's data lies in the whole model, as Megatron's checkpoints name it.
+
+    Args:
+        model_chunks: as get_megatron_optimizer gets them.
+        params: parameters of these chunks.
+
+    Returns:
+        For each parameter its entry in a checkpoint, whose ``pieces`` are views of the parameter:
+        one, or two for a gated weight.
+
+    Raises:
+        RuntimeError: a parameter is in no chunk's sharded state.
+    """
+    if not params:  # of which Megatron would warn
+        return []
+    sharded = {
+        index: chunk.sharded_state_dict()  # type: ignore[operator]
+        for index, chunk in enumerate(model_chunks)
+    }
+    by_index = get_param_id_to_sharded_param_map(sharded, params)
+    if len(by_index) != len(params):
+        raise RuntimeError(
+            f"{len(params) - len(by_index)} parameters are not in the model's sharded_state_dict()"
+        )
+    return [by_index[index] for index in range(len(params))]
+
+
+def pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The sharded tensors of a model parameter's checkpoint entry."""
+    if isinstance(entry, ShardedTensorFactory):
+        built = entry.build()
+        assert isinstance(built, list), "gated weights build a list of gate and up"
+        return built
+    return [entry]

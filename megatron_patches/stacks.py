@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from .parameters import pieces
+from .sharded_state import pieces
 
 State = dict[int, dict[str, ShardedTensor | ShardedTensorFactory]]
 # By key: the numbers of layers and experts that the stack has room for, and who has a record in it.

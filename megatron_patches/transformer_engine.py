@@ -113,27 +113,6 @@ def _layer_class(module: torch.nn.Module) -> str:
     return next((c.__name__ for c in own), "")
 
 
-def refuse_unwritable(
-    decisions: Sequence[tuple[ParamInfo, torch.nn.Parameter, Rotated | Scalar]], config: Any
-) -> None:
-    """Refuse FP8 weights of Pion's that this run's optimizer could not write.
-
-    Args:
-        decisions: ``parameters.decide`` of the model.
-        config: Megatron's OptimizerConfig.
-
-    Raises:
-        ValueError: names the first such weight, its format and what to do.
-    """
-    for info, p, decision in decisions:
-        if isinstance(decision, Rotated) and is_fp8(p) and not config.use_distributed_optimizer:
-            raise ValueError(
-                f"{info.name} is kept as {type(p).__name__} (--fp8-param-gather), which "
-                "--optimizer pion supports with --use-distributed-optimizer: set it, or leave "
-                "--fp8-param-gather out"
-            )
-
-
 @torch.no_grad()
 def start_from(param: torch.nn.Parameter, value: Tensor, name: str) -> None:
     """Give an FP8 weight another initial value, rounded in it and as it is for its master.

@@ -8,7 +8,6 @@ rank has the same made-up gradients.
 import contextlib
 import sys
 import tempfile
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from megatron.training.training import get_megatron_optimizer_config, get_model
 from pretrain_bytes import add_arguments, model_provider
 
 from megatron_patches import SeamError, transformer_engine
-from megatron_patches.optimizer_state import leaves
+from megatron_patches.distributed_optimizer import leaves
+from megatron_patches.megatron_optimizer import refuse_without_ranges
 from megatron_patches.parameters import decided
 from megatron_patches.transformer_engine import is_fp8
 from pion_dist import PionConfig
@@ -244,9 +244,8 @@ def check_refusals() -> None:
     ):
         with refused(SeamError, says):
             transformer_engine.check([layer], decisions(layer))
-    config = types.SimpleNamespace(bf16=True, use_distributed_optimizer=False)
     with refused(ValueError, "weight is kept as Float8Tensor (--fp8-param-gather), which"):
-        transformer_engine.refuse_unwritable(decisions(fp8), config)
+        refuse_without_ranges(decisions(fp8))
     fp8.weight.clear_high_precision_init_val()
     with refused(ValueError, "weight: --pion-init found no value before rounding"):
         transformer_engine.start_from(fp8.weight, torch.zeros(64, 64), "weight")

@@ -37,8 +37,8 @@ from pretrain_bytes import add_arguments, model_provider
 
 import megatron_patches
 from megatron_patches.arguments import pion_config
+from megatron_patches.process_groups import made_by_all
 from megatron_patches.seams import megatron_version
-from megatron_patches.teams import made_by_all
 from pion_dist import RECIPES, Pion, PionConfig
 from pion_dist.dtensor import version
 
@@ -458,7 +458,7 @@ def check_a_learning_rate_is_logged() -> None:
 
 
 def check_cuda_graphs_of_the_step_are_refused() -> None:
-    from megatron_patches.arguments import check
+    from megatron_patches.parser import check
 
     assert "optimizer_cuda_graph=True" in refusal(setup, optimizer_cuda_graph=True)
     args = argparse.Namespace(**{**vars(ARGS), "optimizer_cuda_graph": True})

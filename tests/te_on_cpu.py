@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import megatron_patches
-from megatron_patches import cpu_device
+from megatron_patches import cpu_device, fused_adam
 
 BLOCK = 128
 TORCH = {"kFloat8E4M3": torch.float8_e4m3fn, "kFloat8E5M2": torch.float8_e5m2}
@@ -76,7 +76,7 @@ def install() -> None:
         if hasattr(utils, kernel.__name__):  # imported by name
             setattr(utils, kernel.__name__, kernel)
     for name, value in (
-        ("FusedAdam", cpu_device.FusedAdam),
+        ("FusedAdam", fused_adam.FusedAdam),
         ("FusedSGD", torch.optim.SGD),
         ("multi_tensor_scale", multi_tensor_scale),
         ("multi_tensor_scale_tensor", multi_tensor_scale),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron_runs import LIMIT_S, ROOT
 
-from megatron_patches.cpu_device import FusedAdam
+from megatron_patches.fused_adam import FusedAdam
 
 
 def python(code: str, *args: str) -> None:
@@ -70,7 +70,7 @@ def test_cuda_is_the_cpu() -> None:
         before = dict(os.environ)
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         import torch
-        from megatron_patches import cpu_device
+        from megatron_patches import cpu_device, fused_adam
         cpu_device.install()
         assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"  # the user's choice stands
         assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
@@ -119,7 +119,7 @@ def test_cuda_is_the_cpu() -> None:
             assert torch.load(buffer, map_location=where)["w"].device.type == "cpu"
 
         from apex.optimizers import FusedAdam
-        assert FusedAdam is cpu_device.FusedAdam
+        assert FusedAdam is fused_adam.FusedAdam
         for name in "apex", "transformer_engine":
             try:
                 __import__(name)

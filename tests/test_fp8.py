@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron_runs import LAUNCHER, MODEL, NO_DROPOUT, PION, SCRIPT, launch, steps, train
 
-from megatron_patches.arguments import add_pion_arguments
+from megatron_patches.parser import add_pion_arguments
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 # What Transformer Engine's is_..._available says of the GPU, for each recipe.

@@ -26,9 +26,9 @@ from megatron_runs import (
 )
 
 from megatron_patches.arguments import FLAGS
+from megatron_patches.checkpoint_checks import _reshardable
 from megatron_patches.distributed_optimizer import PionAndAdam
-from megatron_patches.optimizer_state import _reshardable
-from megatron_patches.registration import _refuse_split_groups
+from megatron_patches.megatron_optimizer import refuse_without_ranges
 from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, classify
 
@@ -149,7 +149,7 @@ def test_a_part_of_a_query_group_needs_the_distributed_optimizer() -> None:
         info = ParamInfo(**shape, tp_axis="rows", tp_size=2 if split else 1, split_groups=split)
         decisions = [(info, None, classify(replace(info, shape=(8, 5)), PionConfig()))]
         with pytest.raises(ValueError, match=says) if says else nullcontext():
-            _refuse_split_groups(decisions)
+            refuse_without_ranges(decisions)
 
 
 def test_a_missing_script_and_a_moved_seam_are_refused(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from megatron_patches.arguments import (
     INIT_OF_RECIPE,
-    add_pion_arguments,
     pion_config,
     recipe_values,
 )
+from megatron_patches.parser import add_pion_arguments
 from pion_dist import RECIPES, PionConfig, recipes
 from pion_dist.recipes import in_bf16
 

@@ -12,10 +12,10 @@ from megatron_patches.arguments import (
     DEFAULT_RECIPE,
     FLAGS,
     Flag,
-    add_pion_arguments,
     follows,
     recipe_values,
 )
+from megatron_patches.parser import add_pion_arguments
 from pion_dist import RECIPES
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from megatron_job import PLAIN_FLAGS
 
-from megatron_patches.arguments import add_pion_arguments
+from megatron_patches.parser import add_pion_arguments
 
 Record = dict[str, Any]
 

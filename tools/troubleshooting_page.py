@@ -21,13 +21,13 @@ a value that the message fills in. In Megatron an option appears as its flag: `t
 """
 KINDS = ("ValueError", "RuntimeError", "TypeError", "SeamError", "LaunchError", "warning", "error")
 TOPICS = {
-    "Flags and options": r"megatron_patches/(arguments|registration)|pion_dist/config",
-    "Starting the ranks": "megatron_patches/(__main__|launch|cpu_device)",
+    "Flags and options": r"megatron_patches/(arguments|parser)|pion_dist/config",
+    "Starting the ranks": "megatron_patches/(__main__|launch|cpu_device|fused_adam)",
     "Versions of Megatron and Transformer Engine": "megatron_patches/(seams|transformer_engine)",
-    "Weights and their matrices": "megatron_patches/(parameters|initialization)|"
+    "Weights and their matrices": "megatron_patches/(parameters|initialization|megatron_optimizer)|"
     "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor)",
-    "Checkpoints": "megatron_patches/(optimizer_state|stacks)|pion_dist/moments",
-    "The optimizer and its steps": "megatron_patches/distributed_optimizer|"
+    "Checkpoints": "megatron_patches/(checkpoint_checks|sharded_state|stacks)|pion_dist/moments",
+    "The optimizer and its steps": "megatron_patches/(distributed_optimizer|process_groups)|"
     "pion_dist/(optimizer|execute|combined|factors|guard|exchange)",
     "Tools": "pion_dist/(doctor|scale)",
 }
