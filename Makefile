@@ -58,11 +58,11 @@ test: $(DEV_STAMP) ## run the tests, the fast ones first (PYTEST_ADDOPTS="-k nam
 test-slurm: $(DEV_STAMP) ## submit examples/slurm to a SLURM of two nodes, here (root installs it with apt-get)
 	@tools/install_slurm.sh
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/with_slurm.sh $(VENV)/slurm python -m pytest \
-		-o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest tests/test_slurm.py
+		-o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest tests/tools/test_slurm.py
 
 test-te: $(TE_STAMP) ## build Transformer Engine into .venv/te, once (20 minutes, 6 GB), and run the tests of FP8
 	@$(TE)/bin/python -m pytest -o cache_dir="$(CACHE)/pytest" --basetemp=$(VENV)/tmp/pytest-te \
-		tests/test_transformer_engine.py tests/test_fp8.py
+		tests/megatron/test_transformer_engine.py tests/megatron/test_fp8.py
 
 # Checks in one process, resumes, a training at TP 2 and DP 2 whose checkpoint moves, and Megatron's
 # own tests of optimizers, with Pion in Adam's place.
@@ -74,9 +74,9 @@ test-megatron: $(DEV_STAMP) ## run some of the tests against another Megatron (S
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" MAKEFLAGS= make --no-print-directory -C "$(SRC)/megatron/core/datasets" \
 		LIBEXT="$$($(RUN) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 	@OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(SRC))" $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" \
-		--basetemp=$(VENV)/tmp/pytest-megatron tests/test_megatron.py tests/test_layouts.py \
+		--basetemp=$(VENV)/tmp/pytest-megatron tests/megatron/test_megatron.py tests/megatron/test_layouts.py \
 		-k "checks_inside or prints_the_same_losses or (float32 and tp2-dp2-dist-opt) or tp2-dp2-dist-opt-to"
-	@cd "$(SRC)" && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests:$(CURDIR):$(abspath $(SRC))" \
+	@cd "$(SRC)" && OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/tests/support:$(CURDIR):$(abspath $(SRC))" \
 		$(abspath $(VENV))/bin/torchrun --standalone --nproc-per-node 1 -m pytest -p megatron_unit_tests \
 		-p no:cacheprovider -q $(addprefix tests/unit_tests/,$(UNIT_TESTS))
 

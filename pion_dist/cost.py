@@ -250,7 +250,7 @@ def traffic(
 # of a small collective's ranks, in a node and beyond it. And bytes that a
 # polar step moves in memory for each element of W and of its r x r matrices; of these, where ranks
 # divide them, for each of a rank's own and of all. Fitted to what pion_dist.scale takes from a
-# trace: tests/test_scale.py compares the seconds.
+# trace: tests/unit/test_scale.py compares the seconds.
 _PRODUCTS = {"highest": 40e12, "high": 250e12, "bf16": 450e12}
 _MEMORY, _NODE, _NETWORK, _NODE_LATENCY, _NETWORK_LATENCY = 2.7e12, 340e9, 37e9, 7e-6, 15e-6
 _BYTES_OF_W, _BYTES_OF_SQUARE, _BYTES_OF_OWN, _BYTES_OF_ALL = 340, 200, 130, 150
