@@ -72,8 +72,7 @@ class Step:
 
 def environment(*first: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    tests = ROOT / "tests" / "unit"  # rank_checks.py imports one
-    paths = [*map(str, (*first, ROOT, tests)), os.environ.get("PYTHONPATH")]
+    paths = [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, paths))
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
 

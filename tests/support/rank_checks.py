@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from reference import MSIGN, PUBLISHED, Array, ReferenceWeight
-from test_reference import (
+from reference_cases import (
     CUT_STEPS,
     TOLERANCE,
     TOLERANCE32,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optimizer_cases import set_grads, weights
 from reference import MSIGN, PUBLISHED
-from test_optimizer import set_grads, weights
 from torch import Tensor, nn
 
 from megatron_patches.diagnostics import _write

@@ -10,33 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from optimizer_cases import CONFIGS, set_grads, weights
 from reference import MSIGN, PUBLISHED
-from test_reference import TOLERANCE
+from reference_cases import TOLERANCE
 from torch import nn
 
 from pion_dist import Pion, PionConfig
 from pion_dist.matrices import stacked
 from pion_dist.plan import BATCH_BYTES
 
-
-def weights(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    torch.manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, dtype=dtype) / shape[1] ** 0.5) for shape in shapes]
-
-
-def set_grads(params: list[nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-CONFIGS = [
-    PionConfig(),
-    PionConfig(**PUBLISHED),
-    PionConfig(**MSIGN),
-    PionConfig(**PUBLISHED | {"momentum": "ambient", "retraction": "cayley"}),
-    PionConfig(direction="momentum", side="out", scaling="none"),
-]
 each_config = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: f"{config.momentum}-{config.direction}"
 )

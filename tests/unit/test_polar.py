@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import Array, ReferencePolar, reference_of
-from test_reference import CUT_VIEWS, SHAPES, distance, draw, error_of, parameters, set_gradients
+from reference_cases import CUT_VIEWS, SHAPES, distance, draw, error_of, parameters, set_gradients
 
 from pion_dist import Pion, PionConfig
 from pion_dist.diagnostics import Diagnostics

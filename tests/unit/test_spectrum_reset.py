@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from optimizer_cases import CONFIGS, set_grads, weights
 from reference import MSIGN
-from test_optimizer import CONFIGS, set_grads, weights
 from torch import Tensor, nn
 
 from pion_dist import Pion, PionConfig
