@@ -35,8 +35,8 @@ def test_nothing_changes_before_install_or_after_megatron() -> None:
         def snapshot():
             owners = torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.accelerator
             owners += dist, dist.distributed_c10d, DataLoader, os
-            found = [{k: id(v) for k, v in vars(owner).items()} for owner in owners]
-            return found, dict(os.environ), [m for m in sys.modules if "apex" in m]
+            attributes = [{k: id(v) for k, v in vars(owner).items()} for owner in owners]
+            return attributes, dict(os.environ), [m for m in sys.modules if "apex" in m]
 
         before = snapshot()
         from megatron_patches.cpu_device import install

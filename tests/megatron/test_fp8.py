@@ -125,9 +125,9 @@ def on_gpu(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
     def losses(*flags: str) -> list[float]:
         output = launch(SCRIPT, *GPU, *data, *flags, launcher=LAUNCHER, timeout=600)
-        found = [float(step.loss) for step in steps(output)]
-        assert len(found) == 50, output[-3000:]
-        return found
+        trained = [float(step.loss) for step in steps(output)]
+        assert len(trained) == 50, output[-3000:]
+        return trained
 
     return losses
 

@@ -30,25 +30,25 @@ def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
 def check_orthogonal(matrix: torch.Tensor, scale: float) -> None:
     m, n = matrix.shape[-2:]
     expected = scale * max(1.0, math.sqrt(m / n))
-    found = torch.linalg.svdvals(matrix.double())
+    sigma = torch.linalg.svdvals(matrix.double())
     # Elements are rounded to float32: 2**-24 of the largest for each singular value, and some.
-    assert (found / expected - 1).abs().max() < 2**-20
+    assert (sigma / expected - 1).abs().max() < 2**-20
     # fan_in's norm: that of m * n elements with a root mean square of scale / sqrt(n).
-    assert found.square().sum(-1).sqrt().numpy() == pytest.approx(scale * math.sqrt(m), rel=1e-6)
+    assert sigma.square().sum(-1).sqrt().numpy() == pytest.approx(scale * math.sqrt(m), rel=1e-6)
 
 
 def check_spectral(matrix: torch.Tensor, scale: float) -> None:
     m, n = matrix.shape[-2:]
-    found = torch.linalg.svdvals(matrix.double())
-    assert found[..., 0].numpy() == pytest.approx(scale * math.sqrt(m / n), rel=1e-6)
+    sigma = torch.linalg.svdvals(matrix.double())
+    assert sigma[..., 0].numpy() == pytest.approx(scale * math.sqrt(m / n), rel=1e-6)
     # A Gaussian's others are spread.
-    assert min(m, n) == 1 or (found[..., -1] < 0.9 * found[..., 0]).all()
+    assert min(m, n) == 1 or (sigma[..., -1] < 0.9 * sigma[..., 0]).all()
 
 
 def check_fan_in(matrix: torch.Tensor, scale: float) -> None:
     # Standard deviation of so many normal numbers: relative error 1 / sqrt(2 * numel), 5 of them.
-    found = matrix.double().square().mean((-2, -1)).sqrt() * math.sqrt(matrix.shape[-1]) / scale
-    assert (found - 1).abs().max() < 5 / math.sqrt(2 * matrix[0].numel())
+    ratio = matrix.double().square().mean((-2, -1)).sqrt() * math.sqrt(matrix.shape[-1]) / scale
+    assert (ratio - 1).abs().max() < 5 / math.sqrt(2 * matrix[0].numel())
 
 
 CHECKS: dict[str, Callable[[torch.Tensor, float], None]] = {
@@ -162,10 +162,10 @@ def test_every_layout_draws_the_same_weights(runs: Runs, name: str) -> None:
     alone = runs.matrices(name, 0)
     assert len(alone) >= 4
     for number in range(1, len(CASES[name].layouts) + 1):
-        found = runs.matrices(name, number)
-        assert found.keys() == alone.keys()
+        drawn = runs.matrices(name, number)
+        assert drawn.keys() == alone.keys()
         for matrix, expected in alone.items():
-            assert torch.equal(found[matrix], expected), (CASES[name].layouts[number - 1], matrix)
+            assert torch.equal(drawn[matrix], expected), (CASES[name].layouts[number - 1], matrix)
 
 
 @slow
@@ -178,11 +178,11 @@ def test_matrices_of_a_model_are_what_the_kind_says(runs: Runs, name: str) -> No
 @slow
 def test_the_drawing_is_of_the_seed_and_the_place(runs: Runs) -> None:
     name = "decoder.layers.self_attention.linear_proj.weight"
-    for layer, found in enumerate(runs.matrices("default", 0)[f"{name}:whole"]):
+    for layer, drawn in enumerate(runs.matrices("default", 0)[f"{name}:whole"]):
         digest = hashlib.sha256(f"1234 module.{name} ({layer},)".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         expected = torch.randn(64, 64, generator=generator) * (SCALE / 8)
-        assert torch.equal(found[0], expected)
+        assert torch.equal(drawn[0], expected)
 
 
 @slow

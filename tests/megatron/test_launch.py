@@ -58,7 +58,7 @@ def changed(env: dict[str, str], *without: str, **values: str) -> dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("found", "env"),
+    ("expected", "env"),
     [
         (None, {}),
         (None, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}),
@@ -79,8 +79,8 @@ def changed(env: dict[str, str], *without: str, **values: str) -> dict[str, str]
         ("MPI", TASK | OPEN_MPI),
     ],
 )
-def test_whose_variables_count(found: str | None, env: dict[str, str]) -> None:
-    assert source(env) == found
+def test_whose_variables_count(expected: str | None, env: dict[str, str]) -> None:
+    assert source(env) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_half_an_environment_is_refused(env: dict[str, str], message: str) -> No
 
 
 def test_torchruns_variables_stay() -> None:
-    found = of_environment(BATCH | TORCHRUN)
-    assert found == Launch("torchrun", 5, 8, 1, 4, "gpu07", 29400)
-    assert found.variables.items() <= TORCHRUN.items()
+    discovered = of_environment(BATCH | TORCHRUN)
+    assert discovered == Launch("torchrun", 5, 8, 1, 4, "gpu07", 29400)
+    assert discovered.variables.items() <= TORCHRUN.items()
 
 
 def test_one_process_by_hand_needs_no_address() -> None:
-    found = of_environment({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
-    assert found == Launch("the environment", 0, 1, 0, None, "127.0.0.1", 0)
-    assert "LOCAL_WORLD_SIZE" not in found.variables
+    discovered = of_environment({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert discovered == Launch("the environment", 0, 1, 0, None, "127.0.0.1", 0)
+    assert "LOCAL_WORLD_SIZE" not in discovered.variables
 
 
 @pytest.mark.parametrize(

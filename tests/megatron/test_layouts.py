@@ -345,9 +345,9 @@ def check(table: Table, record_property: Callable[[str, object], None]) -> Calla
     """Compare a run with what it has to equal, and put it into the printed table."""
 
     def compare(title: str, run: Run, limits: Limits) -> None:
-        found, start = table[run], table[run.start]
-        difference = Difference.between(found, table[run.reference])
-        drift, alone = found.drift_since(start), table[run.one_process].drift_since(start)
+        result, start = table[run], table[run.start]
+        difference = Difference.between(result, table[run.reference])
+        drift, alone = result.drift_since(start), table[run.one_process].drift_since(start)
         values = (*astuple(difference), drift, alone)
         record_property(
             f"{title:36} ranks     loss grad norm  weights   Adam's    embed    drift of one",
@@ -414,12 +414,12 @@ def test_checkpoints_move(check: Callable[..., None], run: Run) -> None:
 def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
     """Reports are one process's, and the last one is of the weights that were saved."""
     check("with reports", run, far(run))
-    found, start, alone = table[run], table[run.start], table[run.one_process]
-    mine = compare_reports(found, alone)
+    result, start, alone = table[run], table[run.start], table[run.one_process]
+    mine = compare_reports(result, alone)
     if run.model == "moe":
         return  # experts' names in checkpoints are others
     resets = far(run) is FAR
-    before, after = start.matrices(run), found.matrices(run)
+    before, after = start.matrices(run), result.matrices(run)
     for name, weights in after.items():
         old, new = singular_values(before[name]), singular_values(weights)
         for kind, change in (("drift", drift(old, new)), ("shift", shift(old, new))):
@@ -440,18 +440,18 @@ def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
         assert all(0.2 < share < 1.0 for share in mine["pion/kept"].values())
 
 
-def compare_reports(found: Result, alone: Result) -> dict[str, dict[int, float]]:
+def compare_reports(result: Result, alone: Result) -> dict[str, dict[int, float]]:
     """What a run wrote to TensorBoard, after it has been found to be one process's."""
     mine, theirs = (
-        {tag: values for tag, values in result.scalars.items() if tag.startswith("pion")}
-        for result in (found, alone)
+        {tag: values for tag, values in each.scalars.items() if tag.startswith("pion")}
+        for each in (result, alone)
     )
     assert mine.keys() == theirs.keys()
     for tag, values in mine.items():
-        assert list(values) == ([15, 20] if found.run.source else [5, 10, 15, 20])
+        assert list(values) == ([15, 20] if result.run.source else [5, 10, 15, 20])
         # Drift is a sum of roundings as well, of 2**-23 in the largest value (see EXACT); relative
         # to the least of values that are apart it can be any number.
-        if "drift" in tag and FLAT not in found.run.options:
+        if "drift" in tag and FLAT not in result.run.options:
             continue
         for iteration, value in values.items():
             assert value == pytest.approx(theirs[tag][iteration], rel=1e-3, abs=2**-22), tag

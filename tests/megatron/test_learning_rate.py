@@ -78,8 +78,8 @@ class Runs:
         return {"name": name, "flags": flags, "steps": str(self.folder / f"{name}.json")}
 
     def steps(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads((self.folder / f"{name}.json").read_text())
-        return found
+        recorded: list[dict[str, Any]] = json.loads((self.folder / f"{name}.json").read_text())
+        return recorded
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_every_group_follows_its_schedule(runs: Runs, way: str) -> None:
             (False, LR): schedule(step["iteration"], LR, MIN_LR),
             (False, DECOUPLED): schedule(step["iteration"], DECOUPLED, MIN_LR),
         }
-        found = {(group["pion"], group["max_lr"]): group["lr"] for group in step["groups"]}
+        used = {(group["pion"], group["max_lr"]): group["lr"] for group in step["groups"]}
         # The same few operations in another order: some units in the last place of a double.
-        assert found == pytest.approx(rates, rel=1e-14)
+        assert used == pytest.approx(rates, rel=1e-14)
         assert step["lr"] == pytest.approx(rates[False, LR], rel=1e-14)  # Megatron's log
 
 
@@ -125,8 +125,8 @@ def test_rates_change_at_a_resume_with_megatron_s_flag(runs: Runs, way: str) -> 
             (False, NEW_LR): schedule(i, NEW_LR, NEW_MIN_LR),
             (False, NEW_DECOUPLED): schedule(i, NEW_DECOUPLED, NEW_MIN_LR),
         }
-        found = {(group["pion"], group["max_lr"]): group["lr"] for group in step["groups"]}
-        assert found == pytest.approx(rates, rel=1e-14)
+        used = {(group["pion"], group["max_lr"]): group["lr"] for group in step["groups"]}
+        assert used == pytest.approx(rates, rel=1e-14)
         assert step["lr"] == pytest.approx(rates[False, NEW_LR], rel=1e-14)
     # With the moments, too: all ways train the same run. Sums in another order differ by 2**-24 a
     # sum, some hundred in a row, which a run of this length passes on hardly enlarged.
@@ -136,11 +136,11 @@ def test_rates_change_at_a_resume_with_megatron_s_flag(runs: Runs, way: str) -> 
 
 def by_rates(step: dict[str, Any], *, pion: bool) -> dict[tuple[float, ...], int]:
     """Elements of Pion's groups or Adam's by their rates and eps."""
-    found: dict[tuple[float, ...], int] = {}
+    elements: dict[tuple[float, ...], int] = {}
     for group in (group for group in step["groups"] if group["pion"] == pion):
         rates = tuple(group[key] for key in ("max_lr", "min_lr", "lr", "eps"))
-        found[rates] = found.get(rates, 0) + group["elements"]
-    return found
+        elements[rates] = elements.get(rates, 0) + group["elements"]
+    return elements
 
 
 @pytest.mark.parametrize("name", MUPS)

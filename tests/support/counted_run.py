@@ -47,10 +47,10 @@ def main() -> None:
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         with Sizes() as sizes:
-            found = original(*args, **kwargs)
+            result = original(*args, **kwargs)
         if torch.distributed.get_rank() == 0:
             print(f"collectives: {json.dumps(sizes.seen)}", flush=True)
-        return found
+        return result
 
     training.train_step = train_step
     pretrain_bytes()

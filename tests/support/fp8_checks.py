@@ -62,13 +62,13 @@ def setup(
 
 def rotated(model: list[Any]) -> dict[str, torch.nn.Parameter]:
     """Pion's weights, by their names in the whole model."""
-    found = {}
+    weights = {}
     for chunk in model:
         for p in chunk.parameters():
             info, decision = decided(p)
             if isinstance(decision, Rotated):
-                found[info.name] = p
-    return found
+                weights[info.name] = p
+    return weights
 
 
 def shard(p: Any) -> tuple[int, int]:
@@ -102,12 +102,12 @@ def masters(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
 
 def trained(model: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
     """The masters of Pion's weights, and Adam's parameters as this rank has them."""
-    found = masters(model, optimizer)
+    values = masters(model, optimizer)
     for p in model[0].parameters():
         info, decision = decided(p)
         if not isinstance(decision, Rotated):
-            found[info.name] = p.detach().clone()
-    return found
+            values[info.name] = p.detach().clone()
+    return values
 
 
 def train(model: list[Any], optimizer: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -156,8 +156,8 @@ def check_bf16(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
     """A recipe is nothing to Pion where the weights are bf16."""
     model, optimizer = setup(recipe, weights="bf16")
     assert not any(is_fp8(p) for p in rotated(model).values()), recipe
-    found = [trained(model, optimizer), *train(model, optimizer)]
-    for step, (mine, theirs) in enumerate(zip(found, plain, strict=True)):
+    states = [trained(model, optimizer), *train(model, optimizer)]
+    for step, (mine, theirs) in enumerate(zip(states, plain, strict=True)):
         assert_equal(mine, theirs, f"{recipe}, weights in bf16: after step {step}")
 
 
@@ -167,16 +167,16 @@ def check_fp8(recipe: str, plain: list[dict[str, torch.Tensor]]) -> None:
     weights = {name: p for name, p in rotated(model).items() if is_fp8(p)}
     assert len(weights) >= len(rotated(model)) // 2, "the model was not built in FP8"
     assert_equal(trained(model, optimizer), plain[0], f"{recipe}: at the start")
-    for step, found in enumerate(train(model, optimizer), 1):
-        assert_equal(found, plain[step], f"{recipe}: after step {step}")
+    for step, state in enumerate(train(model, optimizer), 1):
+        assert_equal(state, plain[step], f"{recipe}: after step {step}")
         for name, p in weights.items():
             what = f"{recipe}: {name} on rank {dist.get_rank()} after step {step}"
-            for have, want in zip(data(p), expected(p, recipe, found[name]), strict=True):
+            for have, want in zip(data(p), expected(p, recipe, state[name]), strict=True):
                 assert torch.equal(have, want), what
             assert torch.equal(transposed(p), data(p)[0].mT), f"{what}: transpose"
             if recipe == "delayed":  # as a forward pass leaves it, for the next step
                 p._get_quantizer().scale.fill_(float(2 ** (step + 4)))
-    check_resume(recipe, model, optimizer, found)
+    check_resume(recipe, model, optimizer, state)
 
 
 def check_resume(
@@ -190,8 +190,8 @@ def check_resume(
         for into in (recipe, None):
             model, optimizer = setup(into)
             wanted = optimizer.sharded_state_dict(model[0].sharded_state_dict(), True)
-            found = dist_checkpointing.load({"optimizer": wanted}, folder[0])["optimizer"]
-            optimizer.load_state_dict(found)
+            loaded = dist_checkpointing.load({"optimizer": wanted}, folder[0])["optimizer"]
+            optimizer.load_state_dict(loaded)
             wanted = {name: straight[name] for name in rotated(model)}
             what = f"{recipe}: resumed with {into or 'bf16'}"
             assert_equal(masters(model, optimizer), wanted, what)
@@ -199,11 +199,11 @@ def check_resume(
 
 
 def assert_equal(
-    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], what: str
+    actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], what: str
 ) -> None:
-    assert found.keys() == wanted.keys(), (what, found.keys() ^ wanted.keys())
+    assert actual.keys() == wanted.keys(), (what, actual.keys() ^ wanted.keys())
     for name, value in wanted.items():
-        assert torch.equal(found[name], value), f"{what}: {name}"
+        assert torch.equal(actual[name], value), f"{what}: {name}"
 
 
 def local_name(name: str) -> str:
@@ -252,11 +252,11 @@ def check_refusals() -> None:
 
 
 def decisions(layer: torch.nn.Module) -> list[tuple[ParamInfo, Any, Any]]:
-    found = []
+    triples = []
     for name, p in layer.named_parameters():
         info = ParamInfo(name=name, shape=tuple(p.shape))
-        found.append((info, p, classify(info, PionConfig())))
-    return found
+        triples.append((info, p, classify(info, PionConfig())))
+    return triples
 
 
 @contextlib.contextmanager

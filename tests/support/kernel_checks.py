@@ -57,9 +57,9 @@ def cases(*sizes: int) -> list[Case]:
     ]
 
 
-def near(found: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+def near(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
     """Within the bound, element by element; NaN never is."""
-    excess = (found.double() - expected).abs() - bound
+    excess = (actual.double() - expected).abs() - bound
     assert bool((excess <= 0).all()), f"{float(excess.max()):.2e} past the bound"
 
 
@@ -176,10 +176,10 @@ def check_skew(run: ModuleType, device: str, d: int, *, cut: float = 0.0) -> Non
     x = torch.randn(2, d, d, generator=torch.Generator().manual_seed(d)).to(device)
     exact = 0.5 * (x.double() - x.double().mT)
     for dtype in (torch.float32, torch.bfloat16):
-        found = run.skew(x.clone(), scale=0.5, dtype=dtype)
-        assert found.dtype == dtype and torch.equal(found, -found.mT)
+        skew = run.skew(x.clone(), scale=0.5, dtype=dtype)
+        assert skew.dtype == dtype and torch.equal(skew, -skew.mT)
         rounding = cut or U[dtype] if dtype == torch.bfloat16 else 0.0
-        near(found, exact, (2 * U[torch.float32] + 1.01 * rounding) * exact.abs())
+        near(skew, exact, (2 * U[torch.float32] + 1.01 * rounding) * exact.abs())
 
 
 def check_elementwise(run: ModuleType, device: str, m: int, n: int, *, cut: float = 0.0) -> None:

@@ -134,13 +134,13 @@ class Result:
         """The model's last weights, whole, by their names in the checkpoint."""
         (*_, last) = sorted((self.folder / "checkpoint").glob("iter_*"))
         reader = dcp.FileSystemReader(last)
-        found = {
+        tensors = {
             name: torch.empty(stored.size, dtype=stored.properties.dtype)
             for name, stored in reader.read_metadata().state_dict_metadata.items()
             if hasattr(stored, "size") and not name.startswith("optimizer.")
         }
-        dcp.load(found, storage_reader=reader, no_dist=True)
-        return found
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors
 
     def matrices(self, run: Run) -> dict[str, torch.Tensor]:
         """What ``run``'s Pion rotates of the weights: a part's matrices [..., m, n] by name."""
@@ -209,19 +209,19 @@ class Difference:
     embedding: float
 
     @classmethod
-    def between(cls, found: Result, expected: Result) -> Difference:
-        """Over the iterations and weights of ``found``, which ``expected`` has too."""
-        pairs = [(step, expected.steps[i]) for i, step in found.steps.items()]
+    def between(cls, result: Result, expected: Result) -> Difference:
+        """Over the iterations and weights of ``result``, which ``expected`` has too."""
+        pairs = [(step, expected.steps[i]) for i, step in result.steps.items()]
         loss, norm = (max(abs(a[k] / b[k] - 1) for a, b in pairs) for k in (0, 1))
-        assert found.weights.keys() == expected.weights.keys()
-        mine, theirs = found.matrices(found.run), expected.matrices(found.run)
+        assert result.weights.keys() == expected.weights.keys()
+        mine, theirs = result.matrices(result.run), expected.matrices(result.run)
         weights = max(
             ((mine[name].double() - x).abs().amax((-2, -1)) / x.abs().amax((-2, -1))).max().item()
             for name, x in ((name, x.double()) for name, x in theirs.items())
         )
         rotated = {name.partition(":")[0] for name in theirs}
         vectors = {
-            name: ((found.weights[name].double() - x).norm() / x.norm()).item()
+            name: ((result.weights[name].double() - x).norm() / x.norm()).item()
             for name, x in ((n, x.double()) for n, x in expected.weights.items())
             if name not in rotated
         }

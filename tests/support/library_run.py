@@ -115,8 +115,8 @@ def check_redrawn(
     for name, p in redrawn.named_parameters():
         if "linear" in name:
             # Standard deviation of n normal numbers: relative error 1/sqrt(2n), 5 of them; bf16.
-            found = p.float().std() * p.shape[1] ** 0.5
-            assert abs(found - 1) < 5 / (2 * p.numel()) ** 0.5 + 2**-9, (name, found)
+            ratio = p.float().std() * p.shape[1] ** 0.5
+            assert abs(ratio - 1) < 5 / (2 * p.numel()) ** 0.5 + 2**-9, (name, ratio)
 
     (pion,) = (o.optimizer for o in optimizer.chained_optimizers if isinstance(o.optimizer, Pion))
     assert pion.config.direction == "polar"
@@ -161,9 +161,9 @@ class Names(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        found = Names(f"{self.__name__}.ops") if name == "ops" else type(name, (), {})
-        setattr(self, name, found)
-        return found
+        value = Names(f"{self.__name__}.ops") if name == "ops" else type(name, (), {})
+        setattr(self, name, value)
+        return value
 
 
 class NoTransformerEngine(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -170,12 +170,12 @@ def check_lr_mult_is_pion_s() -> None:
         optimizer.step()
         return parameters(model)
 
-    found, plain = step(lr=1e-3, min_lr=1e-4, pion_lr_mult=10.0), step(lr=1e-2, min_lr=1e-3)
+    multiplied, plain = step(lr=1e-3, min_lr=1e-4, pion_lr_mult=10.0), step(lr=1e-2, min_lr=1e-3)
     rotated = [n for n, p in plain.items() if n.startswith("decoder") and p.dim() == 2]
-    assert len(rotated) == 16 and all(torch.equal(found[n], plain[n]) for n in rotated)
+    assert len(rotated) == 16 and all(torch.equal(multiplied[n], plain[n]) for n in rotated)
     for norm in (n for n, p in plain.items() if p.dim() == 1):
         # Adam's first step from 1 is lr; half a unit of the weight's last place may be lost.
-        moved = (found[norm].float() - 1).abs().max().item()
+        moved = (multiplied[norm].float() - 1).abs().max().item()
         assert abs(moved - 1e-3) < torch.finfo(plain[norm].dtype).eps, (norm, moved)
 
 
@@ -295,11 +295,11 @@ def check_loaded_weights_are_gone_on_from() -> None:
 
 def everything(model: list, optimizer: object) -> dict[str, torch.Tensor]:
     pion = inner(optimizer)
-    found = {f"model {name}": p for name, p in parameters(model).items() if p.dim() == 2}
+    tensors = {f"model {name}": p for name, p in parameters(model).items() if p.dim() == 2}
     for p, state in pion.state.items():
-        found[f"master {pion._slots[p].name}"] = p
-        found |= {f"{pion._slots[p].name} {key}": moment for key, moment in state.items()}
-    return {name: t.detach().clone() for name, t in found.items() if "layers" in name}
+        tensors[f"master {pion._slots[p].name}"] = p
+        tensors |= {f"{pion._slots[p].name} {key}": moment for key, moment in state.items()}
+    return {name: t.detach().clone() for name, t in tensors.items() if "layers" in name}
 
 
 def check_non_finite_gradients() -> None:

@@ -108,8 +108,8 @@ class Launched:
         """What the ranks raised, or else the end of what was printed."""
         ranks: dict[str, list[str]] = {}
         for line in self.output.splitlines():
-            if found := re.match(r"\[rank(\d+)\]: ", line):
-                ranks.setdefault(found[1], []).append(line)
+            if match := re.match(r"\[rank(\d+)\]: ", line):
+                ranks.setdefault(match[1], []).append(line)
         return "\n".join("\n".join(lines[-40:]) for lines in ranks.values()) or self.output[-8000:]
 
 
@@ -151,13 +151,13 @@ def run(
 
 def end_marked(mark: str) -> list[str]:
     """Kill a launch's processes that do not end by themselves; return what they were."""
-    found = []
+    marked = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("PION_TEST_LAUNCH") == mark:
-                found.append(process)
+                marked.append(process)
     left = []
-    for process in psutil.wait_procs(found, timeout=3)[1]:
+    for process in psutil.wait_procs(marked, timeout=3)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.append(" ".join(process.cmdline()))
             process.kill()

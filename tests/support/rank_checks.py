@@ -142,9 +142,9 @@ class Place:
         return dist.get_world_size(self.group)
 
     def everyones(self, mine: object) -> list[object]:
-        found: list[object] = [None] * self.ranks
-        dist.all_gather_object(found, mine, group=self.group)
-        return found
+        gathered: list[object] = [None] * self.ranks
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return gathered
 
     def all_fail(self, wrong: Sequence[str]) -> None:
         """Fail on every rank where one has something wrong: none then waits for another."""
@@ -368,11 +368,11 @@ def check_moments(run: Run) -> None:
             assert holders == held_by, f"{key} of {w.name} is held by ranks {holders}"
             if run.place.rank in holders:
                 share = moment_share(run, w, key, moment)
-                found = state[key].numpy()
+                kept = state[key].numpy()
                 if key.partition(".")[0] in ("left", "right"):  # unique up to columns' signs
-                    found, share = np.abs(found), np.abs(share)
-                assert found.shape == share.shape, f"{key} of {w.name}: {found.shape}"
-                error = np.abs(found - share).max() / (np.abs(moment).max() or 1.0)
+                    kept, share = np.abs(kept), np.abs(share)
+                assert kept.shape == share.shape, f"{key} of {w.name}: {kept.shape}"
+                error = np.abs(kept - share).max() / (np.abs(moment).max() or 1.0)
                 assert error <= TOLERANCE, f"{key} of {w.name}: {error:.1e}"
         assert set(state) <= set(expected), f"{w.name} has {set(state) - set(expected)}"
 
@@ -668,7 +668,7 @@ def check_reset(place: Place, config: PionConfig) -> None:
 
 def check_diagnostics(place: Place, config: PionConfig) -> None:
     """Ranks report what one process does, each shared matrix once; and what is done by hand."""
-    weights, found = ALL_WEIGHTS, []
+    weights, reports = ALL_WEIGHTS, []
     for each in (place, alone(place)):
         run = Run(each, config, weights, reference=False)
         watch = Diagnostics(run.optimizer)
@@ -678,8 +678,8 @@ def check_diagnostics(place: Place, config: PionConfig) -> None:
         run.optimizer.forget_factors()
         watch.record()
         run.step()
-        found.append([(row.name, astuple(row)[3:]) for row in watch.report()])
-    mine, one = found
+        reports.append([(row.name, astuple(row)[3:]) for row in watch.report()])
+    mine, one = reports
     everyones = [row for rows in place.everyones(mine) for row in rows]
     expected = dict(one)
     whole = {w.name for w in weights if not w.shared}
@@ -914,12 +914,12 @@ def tried_configs(ranks: int) -> Iterator[tuple[Callable[..., None], PionConfig]
 
 def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     """Every check of a launch on so many ranks, by name."""
-    found: dict[str, Callable[[Place], None]] = {}
+    by_name: dict[str, Callable[[Place], None]] = {}
 
     def add(check: Callable[..., None], name: str, *arguments: object) -> None:
         name = f"{check.__name__.removeprefix('check_')}[{name}]"
-        assert name not in found
-        found[name] = lambda place: check(place, *arguments)
+        assert name not in by_name
+        by_name[name] = lambda place: check(place, *arguments)
 
     add(check_counting, "")
     add(check_zeros, "")
@@ -939,7 +939,7 @@ def checks(ranks: int) -> dict[str, Callable[[Place], None]]:
     for what in ("order", "weights", "shape", "axis", "mode", "blocks", "side"):
         add(check_other_plan, what, what)
     add(check_blocks_of_ranks, "")
-    return found
+    return by_name
 
 
 def main(rank: int, ranks: int, port: int) -> None:

@@ -219,19 +219,19 @@ class ReferencePion:
 
         Lie moments have the sign of descent there, and of a side with blocks [N, d/N, d/N].
         """
-        found = {}
+        moments = {}
         for moment, values, sign in (("m", self.m, -1.0), ("v", self.v, 1.0)):
             if moment == "v" and self.config.direction != "adaptive":
                 continue
             for key, value in values.items():
                 if key == "ambient":
-                    found[moment] = value
+                    moments[moment] = value
                 elif self.blocks[key] == 1:
-                    found[f"{moment}_{key}"] = sign * value
+                    moments[f"{moment}_{key}"] = sign * value
                 else:
                     blocks = diagonal_blocks(sign * value, self.blocks[key])
-                    found[f"{moment}_{key}"] = np.stack(blocks)
-        return found
+                    moments[f"{moment}_{key}"] = np.stack(blocks)
+        return moments
 
 
 def polynomial_polar(m: Array) -> Array:
@@ -364,9 +364,9 @@ class ReferenceWeight:
 
     def state(self) -> dict[str, Array]:
         """The moments [B, ...] by the optimizer's keys."""
-        found = {}
+        moments = {}
         for part, batch in self.parts.items():
             states = [reference.state() for reference in batch]
             for moment in states[0]:
-                found[f"{moment}.{part}"] = np.stack([state[moment] for state in states])
-        return found
+                moments[f"{moment}.{part}"] = np.stack([state[moment] for state in states])
+        return moments

@@ -178,8 +178,8 @@ def covering(*options: Sequence[object], together: int = 3) -> list[tuple[object
     return kept
 
 
-def error_of(found: torch.Tensor, expected: Array) -> float:
+def error_of(actual: torch.Tensor, expected: Array) -> float:
     """Largest difference relative to the largest expected entry; where all are 0, none will do."""
-    assert found.shape == expected.shape, f"{tuple(found.shape)}, expected {expected.shape}"
-    difference = np.abs(found.detach().double().numpy() - expected).max()
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)}, expected {expected.shape}"
+    difference = np.abs(actual.detach().double().numpy() - expected).max()
     return float(difference / np.abs(expected).max()) if difference else 0.0

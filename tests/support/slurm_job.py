@@ -48,8 +48,8 @@ def main(moment: str) -> None:
         pretrain_bytes()
     finally:  # Megatron ends with sys.exit where a signal came
         if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-            found = [(s["iteration"], s["losses"]["lm loss"], s["grad_norm"]) for s in steps]
-            print(STEPS + json.dumps(found), flush=True)
+            printed = [(s["iteration"], s["losses"]["lm loss"], s["grad_norm"]) for s in steps]
+            print(STEPS + json.dumps(printed), flush=True)
 
 
 if __name__ == "__main__":

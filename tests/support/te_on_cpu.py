@@ -227,8 +227,8 @@ def fp8_block_scaling_compute_partial_amax(
     assert block == BLOCK
     whole = tensor.new_zeros(rows * cols)
     whole[start : start + tensor.numel()] = tensor.flatten()
-    found = amax_of_blocks(whole.view(rows, cols))
-    amax[:, : found.shape[1]] = found
+    block_amax = amax_of_blocks(whole.view(rows, cols))
+    amax[:, : block_amax.shape[1]] = block_amax
 
 
 def fp8_block_scaling_partial_cast(

@@ -48,10 +48,10 @@ def example(name: str, *arguments: str | Path) -> list[str]:
 def launch(name: str, *flags: str, **more: str) -> str:
     """A launch's --smoke: it trains, and its validation loss is below the first one."""
     output = run([str(EXAMPLES / "megatron" / name), "--smoke", *flags], **more)
-    found = steps(output) or [None]
+    trained = steps(output) or [None]
     first = re.search(r"iteration +1/.*lm loss: (\S+) ", output)
     last = re.search(r"validation loss at iteration 20 .*lm loss value: (\S+)", output)
-    assert first and last and found, output[-3000:]
+    assert first and last and trained, output[-3000:]
     assert float(last[1]) < float(first[1])
     return output
 
@@ -153,8 +153,8 @@ def dataset(prefix: Path) -> list[np.ndarray]:
     """What Megatron reads back."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    found = IndexedDataset(str(prefix))
-    return [found[i].copy() for i in range(len(found))]  # which it has mapped
+    stored = IndexedDataset(str(prefix))
+    return [stored[i].copy() for i in range(len(stored))]  # which it has mapped
 
 
 @pytest.fixture
@@ -173,14 +173,14 @@ def texts(tmp_path: Path) -> Path:
 def test_bytes_of_texts_and_records(texts: Path, tmp_path: Path) -> None:
     prefix = tmp_path / "corpus"
     count = prepare_corpus.prepare(prefix, [texts])
-    found = dataset(prefix)
-    assert sum(each.size for each in found) == count
-    whole = b"".join(each.tobytes() for each in found)
+    documents = dataset(prefix)
+    assert sum(each.size for each in documents) == count
+    whole = b"".join(each.tobytes() for each in documents)
     book = (texts / "book.txt").read_bytes() + b"\0"
     assert sorted(whole.split(b"\0")) == sorted(
         [b"", book[:-1], b"record 0", b"record 1", b"record 2"]
     )
-    pieces = [each.size for each in found if each.size > 20]
+    pieces = [each.size for each in documents if each.size > 20]
     assert pieces == [prepare_corpus.PIECE] * (len(book) // prepare_corpus.PIECE) + [
         len(book) % prepare_corpus.PIECE
     ]
@@ -198,9 +198,9 @@ def test_a_hugging_face_tokenizer_s_dataset_is_megatron_s(texts: Path, tmp_path:
     assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}" in run(command)
     metadata = {"library": "huggingface"}
     megatron = MegatronTokenizer.from_pretrained(tokenizer_path=folder, metadata_path=metadata)
-    found = dataset(prefix)
-    assert found[0].dtype == np.uint16
-    records = [each for each in found if each.size < 20]
+    documents = dataset(prefix)
+    assert documents[0].dtype == np.uint16
+    records = [each for each in documents if each.size < 20]
     assert [each[-1] for each in records] == [megatron.eod] * 3
     assert [megatron.detokenize(each[:-1].tolist()) for each in records] == [
         f"record {i}" for i in range(3)

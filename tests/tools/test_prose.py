@@ -31,8 +31,8 @@ def sentences(page: str) -> list[str]:
 
 
 def mean_length(page: str) -> float:
-    found = sentences(page)
-    return sum(len(re.findall(r"\S*\w\S*", sentence)) for sentence in found) / len(found)
+    lengths = [len(re.findall(r"\S*\w\S*", sentence)) for sentence in sentences(page)]
+    return sum(lengths) / len(lengths)
 
 
 @pytest.mark.parametrize("name", sorted(set(PAGES) - set(EXCEPTIONS)))

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def block(start: str, *, page: str = "README.md") -> str:
     blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    (found,) = (text for text in blocks if text.startswith(start))
-    return found
+    (content,) = (text for text in blocks if text.startswith(start))
+    return content
 
 
 def run(command: list[str], folder: Path) -> str:

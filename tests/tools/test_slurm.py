@@ -48,7 +48,7 @@ def steps(log: str) -> list[Any]:
 
     Not those that Megatron prints: there the second loss of a launch is the mean of its first two.
     """
-    return [step for found in re.findall(f"{STEPS}(.*)", log) for step in json.loads(found)]
+    return [step for line in re.findall(f"{STEPS}(.*)", log) for step in json.loads(line)]
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def cluster(corpus: Path, tmp_path: Path) -> Cluster:
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path) -> list[Any]:
     """The same layout's run without SLURM."""
-    found = steps(launch(JOB, "nothing", *MODEL, *data_flags(corpus), *FLAGS, processes=4))
-    assert [step[0] for step in found] == list(range(1, ITERATIONS + 1))
-    return found
+    trained = steps(launch(JOB, "nothing", *MODEL, *data_flags(corpus), *FLAGS, processes=4))
+    assert [step[0] for step in trained] == list(range(1, ITERATIONS + 1))
+    return trained
 
 
 @pytest.mark.parametrize("name", MULTI_NODE)

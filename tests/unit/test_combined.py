@@ -137,9 +137,9 @@ def test_a_closure_is_called_once() -> None:
 
     def closure() -> float:
         calls.append(torch.is_grad_enabled())
-        found = loss(model, 0)
-        found.backward()
-        return found.item()
+        value = loss(model, 0)
+        value.backward()
+        return value.item()
 
     assert optimizer.step(closure) > 0.0 and calls == [True]
 

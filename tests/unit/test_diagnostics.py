@@ -107,12 +107,12 @@ def test_the_factor_is_read_as_it_is(
     e = after @ np.linalg.pinv(before) if side == "out" else np.linalg.pinv(before) @ after
     angle = np.abs(np.angle(np.linalg.eigvals(e))).max()
     error = np.linalg.norm(e.T @ e - np.eye(len(e)), 2)
-    orthogonality, found, alpha, kept, rms = numbers(report)[0, 2:].tolist()
+    orthogonality, reported, alpha, kept, rms = numbers(report)[0, 2:].tolist()
     assert 0.1 < angle < 1.5
     # The vector ends in the plane of the largest turn to (σ₂/σ₁)^32, which is squared in both; the
     # matrix sign's planes are alike.
     tolerance = 0.02 if direction == "momentum" else 0.15
-    assert (1 - tolerance) * angle <= found <= angle + 1e-12
+    assert (1 - tolerance) * angle <= reported <= angle + 1e-12
     if retraction == "taylor":
         assert error > 1e-6 and 0.3 * error <= orthogonality <= error * (1 + 1e-6) + 1e-14
     else:
@@ -147,10 +147,8 @@ def test_watching_changes_no_bit_and_ends_with_the_step(config: PionConfig) -> N
     other = "alpha" if config.direction == "polar" else "kept"
     measured = ("drift", "shift", "orthogonality", "angle", "alpha", "kept", "update_rms")
     for name in measured:
-        found = column(report, name).values()
-        assert (
-            not any(map(math.isfinite, found)) if name == other else all(map(math.isfinite, found))
-        )
+        finite = [math.isfinite(value) for value in column(report, name).values()]
+        assert not any(finite) if name == other else all(finite)
     set_grads(seen, 3)
     a.step()  # not recorded
     later = numbers(watch.report())
@@ -222,15 +220,15 @@ def test_drift_is_since_the_start_that_a_checkpoint_has(
     resumed = Pion(params, lr=0.1, config=config)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     report = Diagnostics(resumed, exact=exact).report()
-    for p, before, found in zip(params, values, column(report, "drift").values(), strict=True):
+    for p, before, reported in zip(params, values, column(report, "drift").values(), strict=True):
         after = values_of(p)
         if not exact:
             before, after = (
                 np.array([np.linalg.norm(x, q) for q in (2, np.inf)]) for x in (before, after)
             )
         # As in the tests above, of conditions up to 100.
-        assert abs(found - np.abs(after / before - 1).max()) <= 1e-11
-        assert found > 1e-9
+        assert abs(reported - np.abs(after / before - 1).max()) <= 1e-11
+        assert reported > 1e-9
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["values", "norms"])
@@ -288,9 +286,9 @@ def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
         # sqrt((20 · 9e-6 + 60 · 1e-6) / 80)
         "alpha: 5.000E-01 to 2.000E+00 | update rms: 1.732E-03 |"
     )
-    found = scalars(rows)
-    assert (found["pion-drift/a:q"], found["pion-norm-drift/b:whole"]) == (2e-6, 4e-8)
-    assert "pion/kept" not in found
+    by_tag = scalars(rows)
+    assert (by_tag["pion-drift/a:q"], by_tag["pion-norm-drift/b:whole"]) == (2e-6, 4e-8)
+    assert "pion/kept" not in by_tag
     still = [replace(row, angle=math.nan) for row in rows]
     assert line(still, 8).endswith("(b:whole[0]) | no step was taken |")
 
@@ -298,6 +296,6 @@ def test_the_log_s_line_names_the_worst_of_each_kind() -> None:
 def test_the_log_s_line_has_what_polar_keeps_in_alpha_s_place() -> None:
     rows = rows_of(alphas=(math.nan,) * 3, kept=(0.99, 0.97, 0.98))
     assert line(rows, 7).endswith(" | kept: 9.700E-01 (a:q[1]) | update rms: 1.732E-03 |")
-    found = scalars(rows)
-    assert found["pion/kept"] == 0.97 and "pion/alpha-min" not in found
-    assert (found["pion-kept/a:q"], found["pion-kept/b:whole"]) == (0.97, 0.98)
+    by_tag = scalars(rows)
+    assert by_tag["pion/kept"] == 0.97 and "pion/alpha-min" not in by_tag
+    assert (by_tag["pion-kept/a:q"], by_tag["pion-kept/b:whole"]) == (0.97, 0.98)

@@ -77,8 +77,8 @@ def test_a_python_that_is_too_old_prevents(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_crash_is_told(overlay: Path) -> None:
     package(overlay, "triton", "import os; os.abort()")
-    found = doctor.examine(CHECKS["Triton"])
-    assert found.state == "broken" and "crashed: signal 6" in found.lines
+    finding = doctor.examine(CHECKS["Triton"])
+    assert finding.state == "broken" and "crashed: signal 6" in finding.lines
 
 
 def test_a_package_that_hangs_is_told(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,15 +89,15 @@ def test_a_package_that_hangs_is_told(overlay: Path, monkeypatch: pytest.MonkeyP
 
 def test_apex_is_told_from_its_namesake(overlay: Path) -> None:
     package(overlay, "apex", "")
-    found = doctor.examine(CHECKS["apex"])
-    assert found.state == "absent" and "another package" in found.lines[0]
+    finding = doctor.examine(CHECKS["apex"])
+    assert finding.state == "absent" and "another package" in finding.lines[0]
 
 
 def test_mpi4py_without_its_library_is_broken(overlay: Path) -> None:
     package(overlay, "mpi4py", "class rc: pass")
     (overlay / "mpi4py" / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
-    found = doctor.examine(CHECKS["mpi4py"])
-    assert found.state == "broken" and found.lines[0] == "RuntimeError: cannot load MPI library"
+    finding = doctor.examine(CHECKS["mpi4py"])
+    assert finding.state == "broken" and finding.lines[0] == "RuntimeError: cannot load MPI library"
 
 
 def test_a_message_of_several_lines_is_shown_without_the_traceback() -> None:

@@ -68,10 +68,10 @@ def test_folding_of_thin_factors_is_that_of_their_product() -> None:
     """To the rounding of 2r products and their sum, and of X − Xᵀ: 2 (2r + 1) u of the terms."""
     u, v = torch.randn(2, 3, 40, 5)
     terms = u.abs() @ v.mT.abs() + v.abs() @ u.mT.abs()
-    found, exact = fold_product(u, v, matmul=torch.bmm), fold_skew(u.double() @ v.double().mT)
-    assert ((found - exact).abs() <= 2 * 11 * 2.0**-24 * fold(terms)).all()
+    folded, exact = fold_product(u, v, matmul=torch.bmm), fold_skew(u.double() @ v.double().mT)
+    assert ((folded - exact).abs() <= 2 * 11 * 2.0**-24 * fold(terms)).all()
     x = kernels.outer(u, v, matmul=torch.bmm)
-    assert torch.equal(x, found)
+    assert torch.equal(x, folded)
     wide = u.mT, v.mT  # r > d
     assert torch.equal(kernels.outer(*wide, matmul=torch.bmm), torch.bmm(wide[0], v))
 
@@ -110,7 +110,7 @@ def test_layouts_agree_bit_for_bit() -> None:
     for d in (1, 2, 9, 32):
         dense, x = skew_normal(d, 1, "cpu"), torch.randn(2, d, d)
         moments = [(dense, dense.square()), (fold(dense), fold(dense.square()))]
-        found = [
+        angles = [
             reference.lie_moments(
                 x,
                 m.clone(),
@@ -124,8 +124,8 @@ def test_layouts_agree_bit_for_bit() -> None:
             )
             for m, v in moments
         ]
-        assert found[0] is not None and found[1] is not None
-        assert torch.equal(found[0], found[1])
+        assert angles[0] is not None and angles[1] is not None
+        assert torch.equal(angles[0], angles[1])
 
 
 def test_without_a_gpu_torch_computes() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import MSIGN, PUBLISHED
-from test_optimizer import set_grads, weights
+from optimizer_cases import set_grads, weights
 from torch import nn
 
 from pion_dist import Pion, PionConfig, execute

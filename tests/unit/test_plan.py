@@ -79,8 +79,8 @@ def test_divided_state_is_a_share(options: dict[str, object]) -> None:
     kept = sum(x.nbytes(4) for x in moments(2, 4, 6, plan.config, None).values())
     for x in plan.matrices:
         if len(x.team) > 1:  # every rank has all of the smaller factor and of Σ
-            found = moments(x.batch, x.m, x.n, plan.config, x.along)
-            kept += sum(moment.nbytes(4) for moment in found.values() if moment.dim is None)
+            shapes = moments(x.batch, x.m, x.n, plan.config, x.along)
+            kept += sum(moment.nbytes(4) for moment in shapes.values() if moment.dim is None)
     assert 2 * (plan.state_bytes([0]) - kept) == alone.state_bytes([0]) - kept
 
 
@@ -102,9 +102,9 @@ def test_a_rank_is_told_what_it_computes_and_how_long() -> None:
 
 def test_blocks_shrink_one_side() -> None:
     config = PionConfig(**PUBLISHED, blocks=4)
-    found = moments(1, 16, 8, config, "rows")
-    assert found["m_out"].shape == (1, 4, 4, 4) and found["m_in"].shape == (1, 8, 8)
-    assert found["m_out"].local(2) == (1, 2, 4, 4) and found["m_in"].local(2) == (1, 8, 8)
+    shapes = moments(1, 16, 8, config, "rows")
+    assert shapes["m_out"].shape == (1, 4, 4, 4) and shapes["m_in"].shape == (1, 8, 8)
+    assert shapes["m_out"].local(2) == (1, 2, 4, 4) and shapes["m_in"].local(2) == (1, 8, 8)
     assert moments(1, 16, 8, config, None)["m_out"].shape == (1, 16, 16)
 
 
@@ -132,7 +132,8 @@ def test_a_plan_of_a_thousand_ranks_is_the_same_on_all(ranks: int) -> None:
 def test_a_difference_is_named() -> None:
     mine, other = plan_of(2).lines(0), plan_of(2, betas=(0.9, 0.95)).lines(0)
     assert differences(mine, [mine, mine]) == ""
-    assert "rank 1" in (found := differences(mine, [mine, other])) and "betas=(0.9, 0.95)" in found
+    message = differences(mine, [mine, other])
+    assert "rank 1" in message and "betas=(0.9, 0.95)" in message
     assert "w3" in differences(mine, [mine[:-1]]) and "nothing" in differences(mine, [mine[:-1]])
 
 
@@ -183,8 +184,8 @@ def test_a_given_size_is_the_largest() -> None:
         for n in (5, 7)
     ]
     odd = MatrixPlan(weight="odd", part="p", batch=1, m=6, n=5, group=0, cut=2, along="rows")
-    found = build_plan([*matrices, odd], [GroupSizes(4, (1, 2, 4))], config).matrices
-    assert [len(x.team) for x in found] == [4, 4, 2]
+    planned = build_plan([*matrices, odd], [GroupSizes(4, (1, 2, 4))], config).matrices
+    assert [len(x.team) for x in planned] == [4, 4, 2]
 
 
 def test_large_matrices_have_larger_teams() -> None:
@@ -204,11 +205,11 @@ def test_large_matrices_have_larger_teams() -> None:
         )
         for i, (m, n) in enumerate(shapes)
     ]
-    found = build_plan(matrices, [GroupSizes(16, (1, 2, 4, 8), 8)], config).matrices
-    assert len(found[0].team) > 1 and all(len(x.team) == 1 for x in found[1:])
+    planned = build_plan(matrices, [GroupSizes(16, (1, 2, 4, 8), 8)], config).matrices
+    assert len(planned[0].team) > 1 and all(len(x.team) == 1 for x in planned[1:])
     # The members are neighbours, from a multiple of their number on.
-    first, size = found[0].team[0], len(found[0].team)
-    assert found[0].team == tuple(range(first, first + size)) and first % size == 0
+    first, size = planned[0].team[0], len(planned[0].team)
+    assert planned[0].team == tuple(range(first, first + size)) and first % size == 0
 
 
 PIECES = st.tuples(
@@ -266,11 +267,11 @@ def test_polar_divides_the_rows_of_the_larger_side() -> None:
         (8, 8, "rows", 4, 8),
         (8, 8, "cols", 8, 4),
     ):
-        found = moments(3, m, n, config, divided_axis(m, n, config, axis), 2)
+        shapes = moments(3, m, n, config, divided_axis(m, n, config, axis), 2)
         r = min(m, n)
-        assert found["left"].local(2) == (3, left, r) and found["right"].local(2) == (3, right, r)
-        assert found["m"].local(2) == (3, left if left < m else m, right if right < n else n)
-        assert found["sigma"].local(2) == (3, r)
+        assert shapes["left"].local(2) == (3, left, r) and shapes["right"].local(2) == (3, right, r)
+        assert shapes["m"].local(2) == (3, left if left < m else m, right if right < n else n)
+        assert shapes["sigma"].local(2) == (3, r)
 
 
 def test_heads_are_dealt_and_not_cut() -> None:
@@ -287,11 +288,11 @@ def test_part_of_a_query_group_is_seen_in_the_whole_weight() -> None:
     info = ParamInfo(
         name="w", shape=(4, 5), qkv=qkv, head_dim=2, tp_axis="rows", tp_size=2, split_groups=True
     )
-    found, alone = (
+    shard, alone = (
         classify(info, PionConfig()),
         classify(ParamInfo(name="w", shape=(8, 5), qkv=qkv, head_dim=2), PionConfig()),
     )
-    assert found.of_whole and found.ranks == 2 and found.view == alone.view
+    assert shard.of_whole and shard.ranks == 2 and shard.view == alone.view
     assert not alone.of_whole
 
 

@@ -147,15 +147,15 @@ def test_the_scale_of_the_gradient_does_not_matter(power: int, dtype: torch.dtyp
     rng = np.random.default_rng(4)
     shapes = [(8, 8), (12, 5), (5, 12)]
     weights, gradients = draw(rng, shapes, 0.2), [draw(rng, shapes, 1.0) for _ in range(3)]
-    found = []
+    stepped = []
     for scale in (1.0, 2.0 ** round(power * np.log2(10))):
         params = parameters(weights, dtype)
         optimizer = Pion(params, lr=0.05, config=POLAR)
         for each in gradients:
             set_gradients(params, [scale * g for g in each])
             optimizer.step()
-        found.append(params)
-    for p, q in zip(*found, strict=True):
+        stepped.append(params)
+    for p, q in zip(*stepped, strict=True):
         assert (p - q).abs().max() <= 100 * torch.finfo(dtype).eps * p.abs().max()
 
 

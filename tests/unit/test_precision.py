@@ -48,9 +48,9 @@ def test_split_products_lose_what_their_pieces_lose() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(3, 24, 40, generator=generator) * torch.logspace(-6, 6, 40)
     b = torch.randn(3, 16, 40, generator=generator).mT / torch.logspace(-6, 6, 40)[:, None]
-    found, terms = Split()(a, b), a.double().abs() @ b.double().abs()
-    error = (found.double() - a.double() @ b.double()).abs()
-    assert found.dtype == torch.float32
+    product, terms = Split()(a, b), a.double().abs() @ b.double().abs()
+    error = (product.double() - a.double() @ b.double()).abs()
+    assert product.dtype == torch.float32
     assert (error <= (3 * 2.0**-18 + 120 * 2.0**-24) * terms).all()
     assert torch.equal(Split()(a.double(), b.double()), a.double() @ b.double())
 

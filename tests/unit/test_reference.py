@@ -327,9 +327,9 @@ def test_float32_products_are_ieee_whatever_the_process_asks_for(
     for name, ask in ASKED.items():
         ask()
         before = precision_settings()
-        found = three_float32_steps(config, device)
+        stepped = three_float32_steps(config, device)
         assert precision_settings() == before, name
-        for p, q in zip(found, expected, strict=True):
+        for p, q in zip(stepped, expected, strict=True):
             assert torch.equal(p, q), name
         torch.set_float32_matmul_precision("highest")
 

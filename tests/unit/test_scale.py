@@ -144,12 +144,12 @@ def test_elementwise_bytes_are_read_and_written() -> None:
         retraction="taylor", degree=2,
     )  # fmt: skip
     m, n = 24, 16
-    found = kernels(1, m, n, config, None)
+    operations = kernels(1, m, n, config, None)
     # where(grads_finite, g, m) and lerp(m, it); D times half the angle, plus W, and A's product
     # with it times the angle; plus W; where into W.
     of_weights = (3 + 3) + (2 + 3 + 2) + 3 + 3
     of_generators = 3  # X - X^T
-    moved = sum(k.read + k.written for k in found if k.kind == "other")
+    moved = sum(k.read + k.written for k in operations if k.kind == "other")
     # Scalars, of a few bytes each, are not in this count.
     assert 0 <= moved - 4 * (of_weights * m * n + of_generators * n * n) < 64
 
@@ -160,8 +160,8 @@ def test_products_read_what_they_multiply_and_add() -> None:
         direction="msign", momentum="ambient", nesterov=False, side="in", scaling="none"
     )
     d = 16
-    found = kernels(1, d, d, config, None)
-    read = [k.read / (4 * d * d) for k in found if k.kind == "float32"]
+    operations = kernels(1, d, d, config, None)
+    read = [k.read / (4 * d * d) for k in operations if k.kind == "float32"]
     assert read == [2, *(2, 2, 3), *(2, 3, 3), *(2, 3, 3), 2, 2]
 
 
@@ -194,8 +194,8 @@ def test_traffic_within_teams_is_what_cost_counts(options: dict[str, object]) ->
             for step in (1, 2):
                 along = divided_axis(m, n, config, w.rotated.view.axis)
                 assert along is not None
-                found = traffic(batch, m, n, config, along, ranks=2, step=step)
-                for op, size in found.bytes.items():
+                moved = traffic(batch, m, n, config, along, ranks=2, step=step)
+                for op, size in moved.bytes.items():
                     expected[f"team {op}"] = expected.get(f"team {op}", 0.0) + size / 2
     assert {op: size for op, size in p.moved.items() if op.startswith("team ")} == expected
     # Every rank has its blocks; polar divides the longer dimension, whichever is cut.
@@ -224,26 +224,26 @@ def test_bytes_and_state_are_the_plans_on_every_rank(
     busiest: Counter[str] = Counter()
     states = [0] * layout.gpus
     for pool in pools(model, layout, config):
-        found, most = planned(pool, config, H100.node), Counter()
+        pool_plan, most = planned(pool, config, H100.node), Counter()
         ranks = range(pool.tp * pool.ranks)
         for step in (1, 2):
-            works, _ = step_of(pool, found, H100, step)
+            works, _ = step_of(pool, pool_plan, H100, step)
             each = []
             for rank in ranks:
-                place = ranks_of(pool, found.names, rank)
-                each.append(handed(found, place, works[rank]))
+                place = ranks_of(pool, pool_plan.names, rank)
+                each.append(handed(pool_plan, place, works[rank]))
                 by_op: Counter[str] = Counter()
                 for op, size in each[-1].items():
                     by_op[op.split()[1]] += size
-                counted = found.plan.collectives(place, step)
+                counted = pool_plan.plan.collectives(place, step)
                 assert {op: size for op, size in by_op.items() if size} == {
                     op: moved.bytes for op, moved in counted.items() if moved.bytes
                 }
             most += {op: max(x[op] for x in each) / 2 for x in each for op in x}
         busiest += most
         for rank in range(layout.gpus):
-            place = ranks_of(pool, found.names, rank * pool.tp // pool.apart)
-            states[rank] += found.plan.state_bytes(place)
+            place = ranks_of(pool, pool_plan.names, rank * pool.tp // pool.apart)
+            states[rank] += pool_plan.plan.state_bytes(place)
     assert p.state_max == max(states) and p.state_mean == sum(states) / len(states)
     adamw = predict(model, layout, H100, Method(optimizer="adamw")).moved
     assert p.moved == adamw | dict(busiest)
@@ -285,8 +285,8 @@ def test_an_exchange_leaves_the_node_where_its_ranks_do(gpus: int, ep: int, leav
     config, layout = PionConfig(), Layout(gpus=gpus, ep=ep, batch=gpus)
     _, experts = pools(MIXED, layout, config)
     slow = replace(H100, network=H100.network / 2)
-    found = [step_of(experts, planned(experts, config, c.node), c, 1)[1] for c in (H100, slow)]
-    assert (found[0] < found[1]) == leaves
+    seconds = [step_of(experts, planned(experts, config, c.node), c, 1)[1] for c in (H100, slow)]
+    assert (seconds[0] < seconds[1]) == leaves
 
 
 def test_the_real_70b_is_dealt_and_works_as_one_process_does() -> None:
@@ -388,9 +388,9 @@ def test_weights_lie_in_buffers_as_megatron_lays_them(
                 theirs.param_index_map, place, first
             )
             own = {
-                i: (found["param"].start, found["param"].end)
+                i: (param_range["param"].start, param_range["param"].end)
                 for i, p in enumerate(params)
-                if (found := stored.get(p))
+                if (param_range := stored.get(p))
             }
             assert own == {
                 i: each[rank]
@@ -421,19 +421,19 @@ def test_weights_lie_in_buffers_as_megatron_lays_them(
 
 def test_where_there_are_more_ranks_than_matrices_ranks_idle_and_it_is_said() -> None:
     layouts = [Layout(gpus=gpus, batch=256) for gpus in (2, 8, 32, 64, 256)]
-    found = [predicted(SMALL, layout, team_size=1) for layout in layouts]
+    pion = [predicted(SMALL, layout, team_size=1) for layout in layouts]
     adamw = [predict(SMALL, layout, H100, Method(optimizer="adamw")) for layout in layouts]
     # Of each of 4 layers Q, K, V, the projection, gate, up and fc2.
-    assert [p.idle for p in found] == [0.0, 0.0, 1 - 28 / 32, 1 - 28 / 64, 1 - 28 / 256]
-    for fewer, more in pairwise(found):
+    assert [p.idle for p in pion] == [0.0, 0.0, 1 - 28 / 32, 1 - 28 / 64, 1 - 28 / 256]
+    for fewer, more in pairwise(pion):
         assert more.state_max <= fewer.state_max and more.state_mean < fewer.state_mean
         assert more.mean < fewer.mean and more.busiest <= fewer.busiest * (1 + 1e-9)
-    for p, other in zip(found, adamw, strict=True):
+    for p, other in zip(pion, adamw, strict=True):
         # Gradients and parameters travel and lie as AdamW's do.
         assert (p.buffers, p.exposed, p.model) == (other.buffers, other.exposed, other.model)
         assert all(p.moved[op] == size for op, size in other.moved.items())
         assert other.idle == other.exchange == 0.0 and other.imbalance == 1.0
-    said = limits(found[-1], adamw[-1])
+    said = limits(pion[-1], adamw[-1])
     assert any("89% of the ranks compute no matrix" in line for line in said), said
     assert any("more memory than AdamW's" in line for line in said), said
     assert limits(adamw[0], adamw[0]) == []
@@ -441,15 +441,15 @@ def test_where_there_are_more_ranks_than_matrices_ranks_idle_and_it_is_said() ->
 
 def test_the_best_flags_are_exact_and_fit() -> None:
     model, layout = MODELS["llama-70b"], Layout(gpus=512, tp=8, pp=4)
-    found = {
+    predictions = {
         name: (method, predict(model, layout, H100, method))
         for name, method in methods(layout, PionConfig(matmul_precision="bf16"), 8).items()
     }
-    chosen = best(found, H100, among="exact")
+    chosen = best(predictions, H100, among="exact")
     assert chosen is not None and exact(chosen[1])
-    assert chosen[2].share == min(p.share for method, p in found.values() if exact(method))
+    assert chosen[2].share == min(p.share for method, p in predictions.values() if exact(method))
     full = replace(H100, capacity=chosen[2].memory - 1)
-    other = best(found, full, among="exact")
+    other = best(predictions, full, among="exact")
     assert other is None or other[0] != chosen[0]
 
 
@@ -493,10 +493,10 @@ def test_large_products_take_their_arithmetic() -> None:
     A quarter more, most of it the angles' in torch operations, of which Triton makes one pass.
     """
     config = PionConfig(matmul_precision="high")
-    found = kernels(1, 8192, 8192, config, None)
+    operations = kernels(1, 8192, 8192, config, None)
     rates = {"float32": H100.fp32, "tf32": H100.tf32, "bf16": H100.bf16}
-    least = sum(k.flop / (rates[k.kind] * H100.matmul) for k in found if k.flop)
-    assert least < priced(found, H100) < 1.3 * least
+    least = sum(k.flop / (rates[k.kind] * H100.matmul) for k in operations if k.flop)
+    assert least < priced(operations, H100) < 1.3 * least
 
 
 @pytest.mark.parametrize(
@@ -579,8 +579,8 @@ def test_data_parallel_bytes_are_those_that_megatron_moves(corpus: Path) -> None
             assert abs(more - size * others / ranks) < size * 384 / ranks, (op, more)
     # What Pion adds is what its plan says, but that the first step also decomposes the weights.
     (plan,) = re.findall(r"rank 0[,:].* of Adam's .*; moves (.*)", output)
-    found = re.findall(r"(\d+) ([a-z-]+) of ([\d,]+) bytes", plan)
-    printed = {op: (int(calls), int(size.replace(",", ""))) for calls, op, size in found}
+    moves = re.findall(r"(\d+) ([a-z-]+) of ([\d,]+) bytes", plan)
+    printed = {op: (int(calls), int(size.replace(",", ""))) for calls, op, size in moves}
     pions, adams = seen["pion"][1], seen["adam"][1]
     added = Counter(pions["all_reduce"]) - Counter(adams["all_reduce"])
     assert printed.pop("all-reduce") == (added.total(), sum(added.elements()))

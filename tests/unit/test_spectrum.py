@@ -64,11 +64,11 @@ def test_restored_has_the_values_and_is_the_nearest() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     values = singular_values(x) * torch.tensor([1.1, 0.9, 1.2, 0.8])
-    found = restored(x, values)
+    result = restored(x, values)
     # Sums of up to 6 of values around 3.
     torch.testing.assert_close(
-        singular_values(found), values.sort(-1, descending=True)[0], rtol=1e-13, atol=0
+        singular_values(result), values.sort(-1, descending=True)[0], rtol=1e-13, atol=0
     )
     # No matrix with these values is nearer than their distance (Mirsky 1960).
     nearest = (values - singular_values(x)).norm(dim=-1)
-    torch.testing.assert_close((found - x).norm(dim=(-2, -1)), nearest, rtol=1e-12, atol=0)
+    torch.testing.assert_close((result - x).norm(dim=(-2, -1)), nearest, rtol=1e-12, atol=0)
