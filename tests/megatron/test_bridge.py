@@ -1,4 +1,4 @@
-"""Pion from libraries that drive Megatron by its configs: without any, and Megatron-Bridge."""
+"""Pion trains where a library gives Megatron configs and no arguments, as Megatron-Bridge does."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""The CPU device layer: each test that installs it does so in a process of its own."""
+"""On the CPU layer Megatron's cuda is the CPU, and nothing changes before it is installed."""
 
 import os
 import subprocess

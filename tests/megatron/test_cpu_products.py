@@ -1,4 +1,4 @@
-"""bf16 products on a CPU without bf16 units, which oneDNN's own variable takes away here."""
+"""bf16 products on a CPU without bf16 units are float32's, rounded once."""
 
 from __future__ import annotations
 

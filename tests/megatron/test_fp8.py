@@ -1,4 +1,4 @@
-"""FP8: what is accepted and refused, everywhere; and a training next to bf16, on a GPU."""
+"""Weights in a supported FP8 train as in bf16, and any others are refused."""
 
 import argparse
 import importlib.util

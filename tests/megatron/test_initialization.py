@@ -1,4 +1,4 @@
-"""--pion-init: what each kind promises of singular values, and the same weights in every layout."""
+"""--pion-init draws the singular values that each kind promises, the same in every layout."""
 
 from __future__ import annotations
 

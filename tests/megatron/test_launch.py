@@ -1,4 +1,4 @@
-"""Discovery: tables of environments, and MPICH's mpirun. SLURM itself is in test_slurm.py."""
+"""The launcher finds the rank that torchrun, SLURM or MPI gave, and refuses contradictions."""
 
 from __future__ import annotations
 

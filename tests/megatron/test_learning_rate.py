@@ -1,4 +1,4 @@
-"""Learning rates of Pion's groups and Adam's in real Megatron: --pion-lr-mult and --use-mup."""
+"""Every group of Pion's and Adam's follows its own schedule, with --pion-lr-mult and --use-mup."""
 
 from __future__ import annotations
 

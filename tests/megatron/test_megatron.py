@@ -1,4 +1,4 @@
-"""--optimizer pion in real, unmodified Megatron: resume, data parallelism, layouts, refusals."""
+"""Unmodified Megatron trains with --optimizer pion, resumes exactly, and refuses bad flags."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""torch_dist checkpoints of another optimizer or of other matrices: refused, with the fix."""
+"""torch_dist checkpoints of another optimizer or of other matrices are refused, with the fix."""
 
 from __future__ import annotations
 

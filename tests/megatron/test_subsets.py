@@ -1,4 +1,4 @@
-"""Models of which layers, experts or stages do not all have the same state: saved, loaded, read.
+"""Checkpoints move between layouts also where layers, experts or stages differ in their state.
 
 Some of a model is excluded from Pion, some frozen, or nothing is Pion's at all. What a checkpoint
 of one layout goes on to in another equals the straight run.

@@ -1,4 +1,4 @@
-"""The real Transformer Engine: its names, its FP8 tensors, and Pion with its layers on the CPU."""
+"""On the real Transformer Engine FP8 weights are the rounded masters, on every rank."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""The examples run: Megatron launches, data preparation, fine-tuning and reinforcement."""
+"""The examples run as documented: Megatron launches, datasets, fine-tuning and reinforcement."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The scripts of examples/slurm/, submitted to a SLURM of two nodes on this machine."""
+"""Jobs of examples/slurm/ on two nodes train one node's run, requeue, and fail with a rank."""
 
 from __future__ import annotations
 

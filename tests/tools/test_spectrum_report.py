@@ -1,4 +1,4 @@
-"""tools/spectrum_report.py on checkpoints that Megatron wrote: every layout and optimizer."""
+"""The report's numbers are NumPy's of the whole weights, for checkpoints of every layout."""
 
 from __future__ import annotations
 

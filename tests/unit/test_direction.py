@@ -1,4 +1,4 @@
-"""Polar factors, and the inverse roots that make them of Gram matrices."""
+"""Polar factors have singular values near one, by Newton-Schulz and from Gram matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: what it says of this machine, and of packages that are broken."""
+"""The doctor names what is broken on a machine, and one broken package hides no other."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Who may import whom (CONTRIBUTING.md), read from the sources and tried without torch."""
+"""Rooms import only from their own floor or a lower one, and the lowest two without torch."""
 
 import ast
 import re

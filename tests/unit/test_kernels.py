@@ -1,4 +1,4 @@
-"""The folded layout, the kernels in plain torch, and in Triton as far as the machine goes."""
+"""Kernels in Triton and in torch compute the same, and folded moments are the dense ones."""
 
 from __future__ import annotations
 

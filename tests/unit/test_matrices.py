@@ -1,4 +1,4 @@
-"""Views: merge is the inverse of split, rows are where Megatron stores them, tilings tile."""
+"""Merging inverts splitting, and a view's rows are where Megatron stores them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pion as a torch optimizer: groups, schedulers, state, refusals, and steps that must not move."""
+"""Pion is a torch optimizer: it resumes exactly, and a refused step or state changes nothing."""
 
 import copy
 import io

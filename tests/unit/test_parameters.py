@@ -1,4 +1,4 @@
-"""Which parameters of a PyTorch model are Pion's, and that the two lists train it."""
+"""Hidden matrices are Pion's and the rest Adam's; the two lists train a PyTorch model."""
 
 import logging
 from collections.abc import Callable, Iterator

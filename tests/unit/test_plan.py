@@ -1,4 +1,4 @@
-"""The plan: who has and does what, what moves, and how evenly it is dealt."""
+"""A plan is the same on all ranks, and shares work, state and traffic evenly."""
 
 import math
 from dataclasses import replace

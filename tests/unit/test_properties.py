@@ -1,4 +1,4 @@
-"""What holds of every Pion step, whatever the matrix, the gradient and the options.
+"""Generators are skew and singular values stay, whatever the matrix, gradient and options.
 
 Steps are taken by the public ``Pion`` in float64; the reference tells the angles of a step, and is
 itself the subject where a property is of generators or retractions alone.

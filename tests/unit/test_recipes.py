@@ -1,4 +1,4 @@
-"""--pion-recipe: what each sets, and what wins over it."""
+"""A recipe sets exactly its options, and a flag that is given wins over it."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Pion against the float64 reference, over every option and every kind of shape."""
+"""Every option equals the float64 reference, on every kind of shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions at scale: their counts are the plan's, the step's and Megatron's."""
+"""Predictions at scale count what the plan, the step and Megatron do."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""spectrum_reset_interval: every matrix gets its first singular values back, each in its turn."""
+"""spectrum_reset_interval gives each matrix its first singular values back, in its turn."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""How moments are held: the layout changes nothing, the dtype nothing but rounding."""
+"""The layout of moments changes nothing, their dtype only the rounding."""
 
 from __future__ import annotations
 
