@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.glob("pion_dist/**/*.py"))
 FLOORS = (
     ("config", "recipes", "iterations", "matrices", "classify"),
     ("state", "cost", "plan", "teams", "checkpoint"),
-    ("kernels", "update", "storage", "guard", "spectrum", "initialization"),
+    ("kernels", "update", "storage", "offload", "guard", "spectrum", "initialization"),
     ("exchange", "dtensor"),
     (
         "factors",

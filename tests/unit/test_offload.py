@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import MSIGN, PUBLISHED
 from optimizer_cases import set_grads, weights
+from reference import MSIGN, PUBLISHED
 from torch import nn
 
 from pion_dist import Pion, PionConfig, execute
