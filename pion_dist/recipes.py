@@ -23,6 +23,7 @@ _PAPER_1_3B = PionConfig(
     matmul_precision="highest",
     state_layout="packed",
     state_dtype="fp32",
+    offload_state=False,
     team_size="auto",
     blocks=1,
     spectrum_reset_interval=0,

@@ -88,6 +88,7 @@ GIVEN = {
     "--pion-matmul-precision bf16": {"pion_matmul_precision": "bf16"},
     "--pion-state-layout dense": {"pion_state_layout": "dense"},
     "--pion-state-dtype bf16": {"pion_state_dtype": "bf16"},
+    "--pion-offload-state": {"pion_offload_state": True},
     "--pion-team-size 2": {"pion_team_size": 2},
     "--pion-blocks 2": {"pion_blocks": 2},
     "--pion-spectrum-reset-interval 5": {"pion_spectrum_reset_interval": 5},
