@@ -17,17 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hf import (
-    Scheduled,
-    join,
-    leave,
-    load_model,
-    mean_of_ranks,
-    prompt_text,
-    ranks,
-    read_pairs,
-    save_trained,
-)
+from hf import load_model, prompt_text, read_pairs, save_trained
+from loop import Scheduled, join, leave, mean_of_ranks, ranks
 from transformers import AutoTokenizer
 
 from pion_dist import RECIPES

@@ -19,19 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hf import (
-    Scheduled,
-    join,
-    leave,
     load_model,
     prompt_text,
-    ranks,
     read_pairs,
-    resume,
-    save,
     save_trained,
     tiny_model,
     tiny_sums,
 )
+from loop import Scheduled, join, leave, ranks, resume, save
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 

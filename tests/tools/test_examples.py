@@ -23,6 +23,8 @@ from pion_dist import Pion, split_parameters  # noqa: E402
 
 slow = pytest.mark.slow
 LOSS = re.compile(r"step (\d+)/\d+  loss (\S+)")
+# Of losses printed with 6 decimals, from gradients summed in another order, in float32.
+SUMMED_OTHERWISE = {"rel": 1e-4, "abs": 1e-6}
 
 
 def run(command: list[str], **more: str) -> str:
@@ -300,8 +302,8 @@ def stop(command: list[str], line: str, how: int) -> None:
     assert job.returncode != 0
 
 
-def on_two_ranks(command: list[str]) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def on_ranks(count: int, command: list[str]) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return [command[0], *torchrun, *command[1:]]
 
 
@@ -353,15 +355,14 @@ def test_fine_tuning_in_the_trainer_goes_on_from_its_checkpoint(tmp_path: Path) 
 def test_fine_tuning_on_two_ranks(tmp_path: Path) -> None:
     """What a sharded run has saved goes on unsharded, to the losses of an unsharded run."""
     flags = ["--smoke", "--steps", "30", "--log-every", "1", "--save-every", "10", "--out"]
-    straight = losses(run(on_two_ranks(example("sft.py", *flags, tmp_path / "straight"))))
+    straight = losses(run(on_ranks(2, example("sft.py", *flags, tmp_path / "straight"))))
     assert len(straight) == 30 and float(straight[30]) < 0.5 * float(straight[1])
-    sharded = on_two_ranks(example("sft.py", "--shard", *flags, tmp_path / "stopped"))
+    sharded = on_ranks(2, example("sft.py", "--shard", *flags, tmp_path / "stopped"))
     stop(sharded, "step 15/", signal.SIGTERM)  # at which torchrun stops its ranks
-    resumed = losses(run(on_two_ranks(example("sft.py", *flags, tmp_path / "stopped"))))
+    resumed = losses(run(on_ranks(2, example("sft.py", *flags, tmp_path / "stopped"))))
     assert min(resumed) in (11, 21) and max(resumed) == 30
     for step, loss in resumed.items():
-        # Printed with 6 decimals; gradients are summed in another order, in float32.
-        assert float(loss) == pytest.approx(float(straight[step]), rel=1e-4, abs=1e-6)
+        assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
 
 
 @slow
@@ -369,9 +370,61 @@ def test_fine_tuning_on_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
 def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
     command = example("rl.py", "--smoke", "--out", tmp_path)
-    output = run(on_two_ranks([*command, "--shard"]) if shard else command)
+    output = run(on_ranks(2, [*command, "--shard"]) if shard else command)
     before, after = (
         float(re.search(rf"right {when}: (\S+)", output)[1]) for when in ("before", "after")
     )
     # Of a hundred sums about a third before, over four fifths after, seed by seed.
     assert after > before + 0.2, output
+
+
+@slow
+def test_a_loop_like_torchtitan_s_goes_on_in_another_layout(tmp_path: Path) -> None:
+    """What FSDP2 has saved on two ranks goes on on one, to the losses of tensor parallelism."""
+    command = example("titan.py", "--smoke", "--save-every", "10", "--out")
+    straight = losses(run(on_ranks(2, [*command, str(tmp_path / "straight"), "--tp", "2"])))
+    assert len(straight) == 30 and float(straight[30]) < 0.6 * float(straight[1])
+    command.append(str(tmp_path / "stopped"))
+    stop(on_ranks(2, command), "step 15/", signal.SIGTERM)
+    resumed = losses(run(on_ranks(1, command)))
+    assert min(resumed) in (11, 21) and max(resumed) == 30
+    for step, loss in resumed.items():
+        assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--tp", "3"], "--tp 3: must divide the 1 ranks"),
+        (["--batch", "0"], "--batch 0: must be a positive multiple of 1"),
+        ([], "start it with torchrun"),
+    ],
+)
+def test_a_loop_like_torchtitan_s_says_what_does_not_fit(
+    flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import titan
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["titan.py", *flags])
+    with pytest.raises(SystemExit):
+        titan.main()
+    assert says in capsys.readouterr().err
+
+
+@slow
+@pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
+def test_lightning_goes_on_from_its_checkpoint(tmp_path: Path, shard: bool) -> None:
+    """To the same losses; what FSDP2 has saved goes on by tensor parallelism, to rounding."""
+    pytest.importorskip("lightning", reason="no lightning: pip install '.[examples]'")
+    command = example("lightning_module.py", "--smoke", "--save-every", "20", "--out", tmp_path)
+    straight = losses(run(on_ranks(2, command) if shard else command))
+    assert len(straight) == 30 and float(straight[30]) < 0.6 * float(straight[1])
+    resumed = losses(run(on_ranks(2, [*command, "--tp", "2"]) if shard else command))
+    assert list(resumed) == list(range(21, 31))
+    for step, loss in resumed.items():
+        if shard:
+            assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
+        else:
+            assert loss == straight[step]
