@@ -399,30 +399,6 @@ def check_whole_state(mesh: DeviceMesh, data: Any) -> None:
     assert train(model, [pion], range(2, 4), data) == expected
 
 
-def check_flattened_state(mesh: DeviceMesh, data: Any, folder: Path) -> None:
-    """A state whose keys are names alone, as torchtitan saves it, goes on to the same losses."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-
-    def fresh() -> tuple[Model, torch.optim.Optimizer]:
-        model = sharded(made(), mesh)
-        return model, *optimizers_of(model, ONE_OBJECT)
-
-    def states(model: Model, both: torch.optim.Optimizer) -> dict[str, Any]:
-        optimizer = get_optimizer_state_dict(model, both, options=options)
-        return {"model": get_model_state_dict(model), "optimizer": optimizer}
-
-    model, both = fresh()
-    train(model, [both], range(2), data)
-    dcp.save(states(model, both), checkpoint_id=folder)
-    expected = train(model, [both], range(2, 4), data)
-    model, both = fresh()
-    saved = states(model, both)
-    dcp.load(saved, checkpoint_id=folder)
-    set_model_state_dict(model, saved["model"])
-    set_optimizer_state_dict(model, both, saved["optimizer"], options=options)
-    assert train(model, [both], range(2, 4), data) == expected
-
-
 def checks(ranks: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     if ranks == 1:
         yield "checkpoints", partial(check_checkpoints, "alone", None, None, folder)
@@ -435,8 +411,6 @@ def checks(ranks: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]
         if name != "tp":
             yield f"{name}, checkpoints", partial(check_checkpoints, name, mesh, data, folder)
             yield f"{name}, whole state", partial(check_whole_state, mesh, data)
-            own = folder / f"flattened, {name} {ranks}"
-            yield f"{name}, flattened state", partial(check_flattened_state, mesh, data, own)
             yield f"{name}, mixed precision", partial(check_mixed_precision, mesh, data)
         yield f"{name}, collectives", partial(check_collectives, mesh)
         yield f"{name}, changed weights", partial(check_changed_weights, mesh)
