@@ -143,6 +143,13 @@ class LocalPlan:
             for name, moment in self.moments_of(x).items()
         }
 
+    def elsewhere(self, p: Tensor) -> dict[str, Tensor]:
+        """An empty tensor for each moment of a DTensor, which this rank may have none of, by key.
+
+        torch's flat state dicts ask each rank's ``optimizer.state`` for the keys.
+        """
+        return {key: torch.empty(0, device=p.device) for key in self.spreads(p)}
+
     def zeros(self, moment: state.Moment, ranks: int, p: Tensor) -> Tensor:
         """Allocate a moment where the options say; see ``storage.zeros``."""
         return storage.zeros(moment, ranks, p, on_host=self.plan.config.offload_state)

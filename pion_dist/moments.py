@@ -48,7 +48,7 @@ def take(
     if spreads := local.spreads(p):
         some = {key: spread for key, spread in spreads.items() if key in shown}
         shown = {key: spread.gather(shown[key]) for key, spread in some.items()}
-    held, lacking = {}, []
+    held, lacking = local.elsewhere(p), []
     for key, (moment, ranks) in local.moments(p).items():
         held[key] = local.zeros(moment, ranks, p)
         value = shown.get(key)

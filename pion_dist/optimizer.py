@@ -270,10 +270,9 @@ class Pion(torch.optim.Optimizer):
             raise RuntimeError("add or convert sharded parameters before the first step")
         self._compare()
         for p in params:
-            self.state[p] = {
-                key: self.state[p][key]
-                if key in self.state[p]
-                else self._local.zeros(moment, ranks, p)
+            held = {key: x for key, x in self.state[p].items() if x.numel()}
+            self.state[p] = self._local.elsewhere(p) | {
+                key: held[key] if key in held else self._local.zeros(moment, ranks, p)
                 for key, (moment, ranks) in self._local.moments(p).items()
             }
 

@@ -19,7 +19,7 @@ OF_A_MESH = (
     *("polar", "published", "msign", "one object", "replaced"),
     *("collectives", "changed weights"),
 )
-OF_DATA = ("checkpoints", "whole state", "mixed precision")
+OF_DATA = ("checkpoints", "whole state", "flat state", "mixed precision")
 
 
 @pytest.fixture(scope="module")

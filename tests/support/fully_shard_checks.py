@@ -399,6 +399,26 @@ def check_whole_state(mesh: DeviceMesh, data: Any) -> None:
     assert train(model, [pion], range(2, 4), data) == expected
 
 
+def check_flat_state(mesh: DeviceMesh, data: Any, folder: Path) -> None:
+    """Both optimizers' state in torch's flat form, as torchtitan saves it."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = sharded(made(), mesh)
+    both = optimizers(model, PionConfig())
+    train(model, both, range(2), data)
+    weights = get_model_state_dict(model)
+    state = get_optimizer_state_dict(model, both, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / f"flat {mesh.ndim}")
+    expected = train(model, both, range(2, 4), data)
+    model = sharded(made(), mesh)
+    both = optimizers(model, PionConfig())
+    weights = get_model_state_dict(model)
+    state = get_optimizer_state_dict(model, both, options=options)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / f"flat {mesh.ndim}")
+    set_model_state_dict(model, weights)
+    set_optimizer_state_dict(model, both, state, options=options)
+    assert train(model, both, range(2, 4), data) == expected
+
+
 def checks(ranks: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     if ranks == 1:
         yield "checkpoints", partial(check_checkpoints, "alone", None, None, folder)
@@ -411,6 +431,7 @@ def checks(ranks: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]
         if name != "tp":
             yield f"{name}, checkpoints", partial(check_checkpoints, name, mesh, data, folder)
             yield f"{name}, whole state", partial(check_whole_state, mesh, data)
+            yield f"{name}, flat state", partial(check_flat_state, mesh, data, folder)
             yield f"{name}, mixed precision", partial(check_mixed_precision, mesh, data)
         yield f"{name}, collectives", partial(check_collectives, mesh)
         yield f"{name}, changed weights", partial(check_changed_weights, mesh)
