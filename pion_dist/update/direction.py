@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..config import PionConfig
 from ..iterations import NEWTON_SCHULZ
 from .precision import Products
 from .squares import Squares
@@ -17,6 +20,58 @@ def adapted(first: Tensor, second: Tensor, *, eps: float) -> Tensor:
     The result is skew where ``first`` is skew and ``second`` symmetric.
     """
     return first / second.sqrt().add_(eps)
+
+
+@dataclass(frozen=True)
+class LieMoments:
+    """A side's Lie moments, with the arguments that average them.
+
+    Attributes:
+        m: average of the generators. (modified in place)
+        v: average of their squares; None unless the direction is adaptive. (modified in place)
+        config: the run's options.
+        grads_finite: boolean scalar; where it is False the moments stay.
+        wanted: whether to return the direction.
+    """
+
+    m: Tensor
+    v: Tensor | None
+    config: PionConfig
+    grads_finite: Tensor
+    wanted: bool
+
+    def flat(self) -> LieMoments:
+        """Merge matrices and blocks, [B, N, ...], into one batch, [B N, ...]."""
+        v = self.v.flatten(0, 1) if self.v is not None else None
+        return replace(self, m=self.m.flatten(0, 1), v=v)
+
+    def averaged(self, x: Tensor) -> Tensor | None:
+        """Average the generators of ``kernels.outer``'s result; return the direction if wanted."""
+        config = self.config
+        return kernels.lie_moments(
+            x,
+            self.m,
+            self.v,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            eps=config.eps,
+            nesterov=config.nesterov,
+            grads_finite=self.grads_finite,
+            wanted=self.wanted,
+        )
+
+    def averaged_rows(self, k: Tensor) -> Tensor | None:
+        """Average rows [B, ., d] of generators; rows have no triangle, so moments are dense."""
+        (beta1, beta2), nesterov = self.config.betas, self.config.nesterov and self.wanted
+        a = kernels.average(
+            self.m, k, beta=beta1, nesterov=nesterov, grads_finite=self.grads_finite
+        )
+        if self.v is not None:
+            v = kernels.average(
+                self.v, k.square(), beta=beta2, nesterov=False, grads_finite=self.grads_finite
+            )
+            a = adapted(a, v, eps=self.config.eps) if self.wanted else a
+        return a if self.wanted else None
 
 
 def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
@@ -53,14 +108,13 @@ def msign(k: Tensor, *, eps: float, direction_products: Products) -> Tensor:
     return kernels.skew(x, scale=0.5, dtype=k.dtype)
 
 
-def polar(unit: list[Tensor], *, direction_products: Products, squares: Squares) -> Tensor:
+def polar(unit: list[Tensor], *, squares: Squares) -> Tensor:
     """Compute the polar factor X (XᵀX)^(−1/2) of tall matrices by the iteration of ``msign``.
 
     Args:
         unit: a list of one tensor: X [B, m, n], or this rank's rows of it, of Frobenius norm 1 or
             zero. X is taken out of the list, so that its memory is free while the next iterate is
             made. (its values are lost)
-        direction_products: the products to use.
         squares: the algebra of n x n matrices, over the ranks that divide the rows.
 
     Returns:
@@ -69,10 +123,10 @@ def polar(unit: list[Tensor], *, direction_products: Products, squares: Squares)
     x = unit.pop()
     batch, _, n = x.shape
     dtype = x.dtype
-    x = direction_products.rounded(x)
+    x = squares.products.rounded(x)
     poly = x.new_empty(batch, n, n)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        gram = squares.gram(x, direction_products)
+        gram = squares.gram(x, squares.products)
         if step == 0:
             squares.mirrored(poly, gram, gram, sign=1)
             r = spectral_bound_scale(kernels.frobenius(poly), pairs=False)
@@ -80,7 +134,7 @@ def polar(unit: list[Tensor], *, direction_products: Products, squares: Squares)
             poly.mul_((c * r**4).to(x.dtype)).add_(gram.mul_((b * r**2).to(x.dtype)))
         else:
             squares.mirrored(poly, gram, gram, sign=1, add=gram, beta=b, alpha=c)
-        x = direction_products.into(torch.empty_like(x), x, poly, add=x, beta=a)
+        x = squares.products.into(torch.empty_like(x), x, poly, add=x, beta=a)
     return x.to(dtype)
 
 

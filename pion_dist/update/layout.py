@@ -11,74 +11,29 @@ all layouts. Let W be cut along its rows, W = [W_1; ...; W_N] (columns are the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import PionConfig, Side
+from ..config import Side
 from ..iterations import NEWTON_SCHULZ
-from .direction import adapted, msign, spectral_bound_scale
-from .generators import Dense, Generator, Matmul, factors, generator
+from .direction import LieMoments, msign, spectral_bound_scale
+from .generators import (
+    DIM,
+    Blocked,
+    Dense,
+    Generator,
+    Matmul,
+    Shard,
+    cut_blocks,
+    factors,
+    generator,
+)
 from .peers import Peers
 from .precision import Products
-
-_DIM: dict[Side, int] = {"out": 1, "in": 2}  # the dimension of X [B, m, n] that a side multiplies
-
-
-@dataclass(frozen=True)
-class LieMoments:
-    """A side's Lie moments, with the arguments that average them.
-
-    Attributes:
-        m: average of the generators. (modified in place)
-        v: average of their squares; None unless the direction is adaptive. (modified in place)
-        config: the run's options.
-        grads_finite: boolean scalar; where it is False the moments stay.
-        wanted: whether to return the direction.
-    """
-
-    m: Tensor
-    v: Tensor | None
-    config: PionConfig
-    grads_finite: Tensor
-    wanted: bool
-
-    def flat(self) -> LieMoments:
-        """Merge matrices and blocks, [B, N, ...], into one batch, [B N, ...]."""
-        v = self.v.flatten(0, 1) if self.v is not None else None
-        return replace(self, m=self.m.flatten(0, 1), v=v)
-
-    def averaged(self, x: Tensor) -> Tensor | None:
-        """Average the generators of ``kernels.outer``'s result; return the direction if wanted."""
-        config = self.config
-        return kernels.lie_moments(
-            x,
-            self.m,
-            self.v,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            eps=config.eps,
-            nesterov=config.nesterov,
-            grads_finite=self.grads_finite,
-            wanted=self.wanted,
-        )
-
-    def averaged_rows(self, k: Tensor) -> Tensor | None:
-        """Average rows [B, ., d] of generators; rows have no triangle, so moments are dense."""
-        (beta1, beta2), nesterov = self.config.betas, self.config.nesterov and self.wanted
-        a = kernels.average(
-            self.m, k, beta=beta1, nesterov=nesterov, grads_finite=self.grads_finite
-        )
-        if self.v is not None:
-            v = kernels.average(
-                self.v, k.square(), beta=beta2, nesterov=False, grads_finite=self.grads_finite
-            )
-            a = adapted(a, v, eps=self.config.eps) if self.wanted else a
-        return a if self.wanted else None
 
 
 class Layout(Protocol):
@@ -194,7 +149,7 @@ class Blocks:
         if side != self.side:
             k = generator(w, s, side=side, matmul=direction_products)
             return self.peers.all_reduce_sum(k) if self.peers is not None else k
-        blocks = [_blocks(x, side=side, count=self.count) for x in (w, s)]
+        blocks = [cut_blocks(x, side=side, count=self.count) for x in (w, s)]
         k = generator(blocks[0], blocks[1], side=side, matmul=direction_products)
         return torch.unflatten(k, 0, (-1, self.count))
 
@@ -203,7 +158,7 @@ class Blocks:
     ) -> Tensor | None:
         """Average generators; return directions [B, count, d, d], or [B, d, d], if wanted."""
         if side == self.side:
-            w, g = (_blocks(x, side=side, count=self.count) for x in (w, g))
+            w, g = (cut_blocks(x, side=side, count=self.count) for x in (w, g))
             lie = lie.flat()
         a, b = factors(w, g, side=side)
         x = direction_products(a, b.mT)
@@ -255,7 +210,7 @@ class Divided:
     def gather(self, x: Tensor) -> Tensor:
         """Join the shards of X; the result is kept until the next one, since W is needed twice."""
         if self._last is None or self._last[0] is not x:
-            self._last = (x, self.peers.all_gather(x, _DIM[self.side]))
+            self._last = (x, self.peers.all_gather(x, DIM[self.side]))
         return self._last[1]
 
     def generator_matrix(
@@ -300,64 +255,15 @@ class Divided:
         if side != self.side:
             return Dense(side, self.peers.all_gather(k, 1))
         # X A needs columns of A, which are its negated rows: A is skew.
-        return Shard(side, k if side == "out" else -k.mT, self)
+        return Shard(side, k if side == "out" else -k.mT, self.peers, self.gather)
 
     def norm(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the norm over all ranks' shards."""
         return _norm(x, y, self.peers)
 
 
-@dataclass(frozen=True)
-class Blocked:
-    """A generator stored as the blocks [B, N, d, d] of a block-diagonal matrix."""
-
-    side: Side
-    matrix: Tensor
-
-    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """Multiply: X A for the in side, A X for the out side."""
-        count, blocks = self.matrix.shape[1], self.matrix.flatten(0, 1)
-        x = _blocks(x_Bmn, side=self.side, count=count)
-        y = matmul(x, blocks) if self.side == "in" else matmul(blocks, x)
-        y = torch.unflatten(y, 0, (-1, count))
-        return y.flatten(1, 2) if self.side == "out" else y.transpose(1, 2).flatten(2, 3)
-
-    def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Blocked:
-        """Replace each block A by ``function(A, a)``, with a [B, 1, 1]."""
-        count = self.matrix.shape[1]
-        each = function(self.matrix.flatten(0, 1), angle.repeat_interleave(count, 0))
-        return Blocked(self.side, each.view_as(self.matrix))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A generator stored as the rows (out) or columns (in) that give this rank's shard."""
-
-    side: Side
-    matrix: Tensor
-    layout: Divided
-
-    def apply(self, x_Bmn: Tensor, *, matmul: Matmul) -> Tensor:
-        """Compute this rank's shard of X A for the in side, of A X for the out side."""
-        x = self.layout.gather(x_Bmn)
-        return matmul(x, self.matrix) if self.side == "in" else matmul(self.matrix, x)
-
-    def mapped(self, function: Callable[[Tensor, Tensor], Tensor], angle: Tensor) -> Shard:
-        """Replace A by ``function(A, a)``, computed from all rows of A, with a [B, 1, 1]."""
-        peers, dim = self.layout.peers, _DIM[self.side]
-        each = function(peers.all_gather(self.matrix, dim), angle)
-        return Shard(self.side, each.chunk(peers.size, dim)[peers.rank], self.layout)
-
-
-def _blocks(x_Bmn: Tensor, *, side: Side, count: int) -> Tensor:
-    """Cut X into blocks along the dimension of a side: [B count, m/count, n] for out."""
-    if side == "out":
-        return x_Bmn.reshape(-1, x_Bmn.shape[1] // count, x_Bmn.shape[2])
-    return torch.unflatten(x_Bmn, 2, (count, -1)).transpose(1, 2).flatten(0, 1)
-
-
 def _share(x: Tensor, side: Side, peers: Peers) -> Tensor:
-    return x.chunk(peers.size, _DIM[side])[peers.rank]
+    return x.chunk(peers.size, DIM[side])[peers.rank]
 
 
 def _norm(x: Tensor, y: Tensor | None, peers: Peers) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ def _lacks_units(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16_units()
 
 
+class Terms(TypedDict, total=False):
+    """The options of ``Products.into``: alpha a @ b + beta add."""
+
+    add: Tensor
+    beta: float
+    alpha: float
+
+
 @dataclass(frozen=True)
 class Products:
     """Products of batches of matrices [B, ., .] at one precision; float64 stays float64.
@@ -127,27 +135,23 @@ class Products:
             return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
 
     def mirrored(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        sign: Literal[1, -1],
-        add: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
+        self, out: Tensor, a: Tensor, b: Tensor, *, sign: Literal[1, -1], **terms: Unpack[Terms]
     ) -> Tensor:
         """Do the same as ``into`` for a symmetric (``sign`` 1) or skew (-1) result.
 
         Only panels up to the diagonal are computed; the elements above them are mirrored.
         """
         for low, high in panels(out.shape[-1], out.device.type):
-            rows = slice(low, high), slice(high)
-            added = None if add is None else add[:, *rows]
-            self.into(
-                out[:, *rows], a[:, rows[0]], b[..., :high], add=added, beta=beta, alpha=alpha
-            )
+            self.panel(out[:, low:high, :high], a, b, low, high, **terms)
         return _mirror(out, sign)
+
+    def panel(
+        self, out: Tensor, a: Tensor, b: Tensor, low: int, high: int, **terms: Unpack[Terms]
+    ) -> None:
+        """Write rows ``low`` to ``high`` of the result of ``into``, up to column ``high``."""
+        if "add" in terms:
+            terms["add"] = terms["add"][:, low:high, :high]
+        self.into(out, a[:, low:high], b[..., :high], **terms)
 
     def added(self, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
         """Add alpha a @ b to ``total``. (modified in place)"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import kernels
 from ..iterations import divides_squares
 from .peers import Peers
-from .precision import Products
+from .precision import Products, Terms
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Squares:
     A "whole" matrix has all rows and is rounded for products.
 
     Attributes:
-        products: of square matrices.
+        products: those of the direction, of square matrices and others.
         peers: the ranks that divide U's rows, whose matrices are summed; None for one rank.
     """
 
@@ -74,18 +74,10 @@ class Squares:
         return self.products.symmetric(left, right, sign=sign)
 
     def mirrored(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        sign: Literal[1, -1],
-        add: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
+        self, out: Tensor, a: Tensor, b: Tensor, *, sign: Literal[1, -1], **terms: Unpack[Terms]
     ) -> Tensor:
         """Do as ``Products.mirrored``, with whole matrices."""
-        return self.products.mirrored(out, a, b, sign=sign, add=add, beta=beta, alpha=alpha)
+        return self.products.mirrored(out, a, b, sign=sign, **terms)
 
     def transposed(self, rows: Tensor) -> Tensor:
         """Return rows of the transpose."""
@@ -151,15 +143,7 @@ class DividedSquares(Squares):
         return self.products(left, right)
 
     def mirrored(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        sign: Literal[1, -1],
-        add: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
+        self, out: Tensor, a: Tensor, b: Tensor, *, sign: Literal[1, -1], **terms: Unpack[Terms]
     ) -> Tensor:
         """Do as ``Products.mirrored``, with whole matrices; a rank computes its two block rows."""
         peers = self._others()
@@ -171,11 +155,7 @@ class DividedSquares(Squares):
             (peers.rank, mine[..., :end]),
             (count - 1 - peers.rank, mine[..., end:]),
         ):
-            low, high = row * size, (row + 1) * size
-            added = None if add is None else add[:, low:high, :high]
-            self.products.into(
-                packed, a[:, low:high], b[..., :high], add=added, beta=beta, alpha=alpha
-            )
+            self.products.panel(packed, a, b, row * size, (row + 1) * size, **terms)
         blocks = torch.unflatten(peers.all_gather(mine.unsqueeze(0), 0), -1, (count + 1, size))
         return _unpack(blocks.permute(0, 3, 1, 2, 4), out, sign=sign)
 

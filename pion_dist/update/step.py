@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from .. import kernels
 from ..config import PionConfig, Side
-from .direction import adapted
-from .generators import Dense, Generator, Outer, factors
-from .layout import Blocked, Layout, LieMoments, Shard, Whole
+from .direction import LieMoments, adapted
+from .generators import Blocked, Dense, Generator, Outer, Shard, factors
+from .layout import Layout, Whole
 from .precision import DIRECTION_PRODUCTS, Products, choose_weight_products, float32_precision
 from .readings import Turning, read
 from .retraction import Known, Polynomial, coefficients, factor, rotate
@@ -55,29 +55,18 @@ def step(
     direction_products = DIRECTION_PRODUCTS[config.matmul_precision]
     weight_products = choose_weight_products(config.matmul_precision, w_Bmn.device)
     layout = Whole() if layout is None else layout
-    if config.momentum == "lie":
-        generators = _from_lie(
-            w_Bmn,
-            g_Bmn,
-            moments,
-            layout,
-            config=config,
-            active=active,
-            grads_finite=grads_finite,
-            direction_products=direction_products,
-        )
-    else:
-        generators = _from_average(
-            w_Bmn,
-            g_Bmn,
-            moments,
-            layout,
-            config=config,
-            active=active,
-            forms=forms,
-            grads_finite=grads_finite,
-            direction_products=direction_products,
-        )
+    by_average = functools.partial(_from_average, forms=forms)
+    make: Callable[..., list[Generator]] = _from_lie if config.momentum == "lie" else by_average
+    generators = make(
+        w_Bmn,
+        g_Bmn,
+        moments,
+        layout,
+        config=config,
+        active=active,
+        grads_finite=grads_finite,
+        direction_products=direction_products,
+    )
     rms = config.scaling == "rms"
     known = [a.apply(w_Bmn, matmul=weight_products) if rms else None for a in generators]
     alphas = _alphas(w_Bmn, [term for term in known if term is not None], layout, config=config)

@@ -26,7 +26,7 @@ def drawn(m: int, n: int, *, values: Tensor | None = None) -> Tensor:
 
 
 def polar_of(x: Tensor, matmul: Products = exact) -> Tensor:
-    return polar([x.clone()], direction_products=matmul, squares=Squares(matmul))
+    return polar([x.clone()], squares=Squares(matmul))
 
 
 def inverse_root_of(gram: Tensor, matmul: Products = exact) -> tuple[Tensor, Tensor]:

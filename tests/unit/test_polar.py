@@ -15,7 +15,7 @@ from reference_cases import CUT_VIEWS, SHAPES, distance, draw, error_of, paramet
 
 from pion_dist import Pion, PionConfig
 from pion_dist.diagnostics import Diagnostics
-from pion_dist.update import polar
+from pion_dist.update import muon
 
 POLAR = PionConfig(direction="polar", betas=(0.95, 0.95))
 # Relative to max|W|. A step is a chain of about 20 products of inner length k ≤ 40, each wrong by
@@ -44,7 +44,7 @@ def test_every_shape_is_the_definition(
 ) -> None:
     """Both ways to Muon's step, whichever is the cheaper; learning rates change on the way."""
     if gram is not None:
-        monkeypatch.setattr(polar, "uses_gram", lambda rows, r: gram and rows != r)
+        monkeypatch.setattr(muon, "uses_gram", lambda rows, r: gram and rows != r)
     config = PionConfig(direction="polar", betas=(0.8, 0.8), nesterov=nesterov)
     params, references, rng = random_run((*SHAPES, (16, 12), (12, 16)), config)
     optimizer = Pion(params, config=config)
