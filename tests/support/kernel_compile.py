@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pion_dist.kernels import triton_kernels as kernels
+from pion_dist.kernels.triton_kernels import elementwise, tiles, turns
 
 CAPABILITIES = (90, 100)
 FLOAT, BF16 = "*fp32", "*bf16"
-TILE, BLOCK = {"TILE": kernels.TILE}, {"BLOCK": kernels.BLOCK}
+TILE, BLOCK = {"TILE": tiles.TILE}, {"BLOCK": elementwise.BLOCK}
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -31,7 +31,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     one = {name: 1 for name in even}
     for out, sizes in ((FLOAT, even), (BF16, even), (FLOAT, odd), (FLOAT, one)):
         args = {"x_ptr": FLOAT, "a_ptr": out, "scale": "fp32", **sizes, **TILE}
-        yield kernels._skew, args, kernels.TILE_WARPS
+        yield tiles._skew, args, tiles.TILE_WARPS
     for m, v, a, folded, nesterov, sizes in (
         (FLOAT, FLOAT, FLOAT, True, False, even),
         (BF16, BF16, FLOAT, True, True, odd),
@@ -51,7 +51,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         }
         args |= {"weight1": "fp32", "weight2": "fp32", "eps": "fp32"}
         args |= {"FOLDED": folded, "NESTEROV": nesterov, **TILE}
-        yield kernels._lie_moments, args, kernels.TILE_WARPS
+        yield tiles._lie_moments, args, tiles.TILE_WARPS
     for m, s, nesterov, size in (
         (FLOAT, FLOAT, True, "i32*"),
         (FLOAT, None, False, 1),
@@ -59,7 +59,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     ):
         args = {"m_ptr": m, "g_ptr": FLOAT, "s_ptr": s, "grads_finite_ptr": "*u8", "weight": "fp32"}
         args |= {"m_batch": size, "g_batch": size, "size": size, "NESTEROV": nesterov, **BLOCK}
-        yield kernels._average, args, 4
+        yield elementwise._average, args, 4
     for transposed, sizes in (
         (None, {"b_batch": "i32*", "transposed_batch": 0, "rows": "i32*", "r": "i32*", "first": 0}),
         (
@@ -70,16 +70,16 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         names = ("b_ptr", "sigma_ptr", "scale_ptr", "x_ptr", "y_ptr", "c_ptr")
         args = {**dict.fromkeys(names, FLOAT), "transposed_ptr": transposed}
         args |= {"first": "i32", **sizes, **TILE}
-        yield kernels._angles, args, kernels.TILE_WARPS
+        yield turns._angles, args, tiles.TILE_WARPS
     args = {"w_ptr": FLOAT, "change_ptr": FLOAT, "grads_finite_ptr": "*u8", **BLOCK}
-    yield kernels._moved, args | {"w_batch": "i32*", "change_batch": "i32*", "size": "i32*"}, 4
+    yield elementwise._moved, args | {"w_batch": "i32*", "change_batch": "i32*", "size": "i32*"}, 4
     for y in (None, FLOAT):
-        args = {"x_ptr": FLOAT, "y_ptr": y, "sums_ptr": FLOAT, "BLOCK": kernels.SUM_BLOCK}
+        args = {"x_ptr": FLOAT, "y_ptr": y, "sums_ptr": FLOAT, "BLOCK": elementwise.SUM_BLOCK}
         args |= {"x_batch": "i32*", "y_batch": "i32*", "size": "i32*"}
-        yield kernels._square_sums, args, kernels.SUM_WARPS
+        yield elementwise._square_sums, args, elementwise.SUM_WARPS
     for count in ("i32", 1):
         args = {"sums_ptr": FLOAT, "norm_ptr": FLOAT, "count": count, **BLOCK}
-        yield kernels._roots, args, 4
+        yield elementwise._roots, args, 4
 
 
 def compiled(kernel: Any, args: dict[str, Any], warps: int, capability: int) -> dict[str, int]:
