@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -26,13 +27,20 @@ ERROR_LINES = 6
 AT_ONCE = 4  # programs that import torch, of half a GB each
 ABSENT = 3  # exit status of a check whose package is not here
 PYTHON = (3, 12)
+WITHOUT_TRITON = "Pion works in torch operations; pip install triton for kernels on a GPU"
+WITHOUT_EMERGING = "Megatron needs it for optimizers that are not Adam or SGD"
+WITHOUT_TE = (
+    "no FP8 and no context parallelism; Megatron needs --transformer-impl local and\n"
+    "more: PLAIN_FLAGS in examples/megatron_job.py"
+)
 DRIFT = 1e-5  # in two steps: 3e-8 in float32 (measured); TF32 rounds by 2**-11
 
 
-def absent(meaning: str) -> None:
+def need(module: str, meaning: str) -> None:
     """End the check of a package that is not here."""
-    print(meaning)
-    sys.exit(ABSENT)
+    if find_spec(module) is None:
+        print(meaning)
+        sys.exit(ABSENT)
 
 
 def check_python() -> None:
@@ -44,8 +52,7 @@ def check_python() -> None:
 
 def check_torch() -> None:
     """Torch, CUDA, the GPUs and nccl."""
-    if find_spec("torch") is None:
-        absent("all of this needs it")
+    need("torch", "all of this needs it")
     import torch
 
     from .update.precision import cpu_bf16_products
@@ -100,34 +107,22 @@ def check_pion() -> None:
         print("moments, skew parts and norms are computed in torch, as always without a GPU")
 
 
-def check_triton() -> None:
-    """Triton, which has the kernels."""
-    if find_spec("triton") is None:
-        absent("Pion works in torch operations; pip install triton for kernels on a GPU")
-    importlib.import_module("triton")
-    print(version("triton"))
+def check_import(module: str, meaning: str) -> None:
+    """A package that only has to import."""
+    need(module, meaning)
+    importlib.import_module(module)
+    print(version(module))
 
 
 def check_megatron() -> None:
     """Megatron, seam by seam; by ``megatron_patches``, which knows them."""
-    if find_spec("megatron") is None:
-        absent("Pion works in plain PyTorch; --optimizer pion is a flag of Megatron's")
+    need("megatron", "Pion works in plain PyTorch; --optimizer pion is a flag of Megatron's")
     runpy.run_module("megatron_patches.check", run_name="__main__")
-
-
-def check_emerging_optimizers() -> None:
-    """What Megatron makes its other optimizers with."""
-    if find_spec("emerging_optimizers") is None:
-        absent("Megatron needs it for optimizers that are not Adam or SGD")
-    importlib.import_module("emerging_optimizers")
-    print(version("emerging-optimizers"))
 
 
 def check_transformer_engine() -> None:
     """Transformer Engine: a layer on a GPU; without one it imports and can do no more."""
-    if find_spec("transformer_engine") is None:
-        print("no FP8 and no context parallelism; Megatron needs --transformer-impl local and")
-        absent("more: PLAIN_FLAGS in examples/megatron_job.py")
+    need("transformer_engine", WITHOUT_TE)
     import torch
 
     te = importlib.import_module("transformer_engine.pytorch")
@@ -145,9 +140,8 @@ def check_transformer_engine() -> None:
 
 def check_apex() -> None:
     """Apex, told from the package of that name on the index, which is something else."""
-    if find_spec("amp_C") is None:
-        other = "; the installed `apex` is another package" if find_spec("apex") else ""
-        absent(f"not needed: Megatron takes Adam from Transformer Engine, apex or torch{other}")
+    other = "; the installed `apex` is another package" if find_spec("apex") else ""
+    need("amp_C", f"not needed: Megatron takes Adam from Transformer Engine, apex or torch{other}")
     importlib.import_module("torch")  # its libraries come first
     importlib.import_module("amp_C")
     importlib.import_module("apex.multi_tensor_apply")
@@ -156,8 +150,7 @@ def check_apex() -> None:
 
 def check_mpi4py() -> None:
     """mpi4py with its library, not started: that can end a process which mpirun did not start."""
-    if find_spec("mpi4py") is None:
-        absent("only to start ranks with mpirun: pip install -e '.[mpi]'")
+    need("mpi4py", "only to start ranks with mpirun: pip install -e '.[mpi]'")
     importlib.import_module("mpi4py").rc.initialize = False
     mpi = importlib.import_module("mpi4py.MPI")  # RuntimeError without libmpi
     print(f"{version('mpi4py')}, {mpi.Get_library_version().strip().splitlines()[0].strip()}")
@@ -168,7 +161,8 @@ def check_slurm() -> None:
     commands = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name)]
     job = os.environ.get("SLURM_JOB_ID")
     if not commands and job is None:
-        absent("only to start ranks with srun or sbatch")
+        print("only to start ranks with srun or sbatch")
+        sys.exit(ABSENT)
     if commands:
         told = subprocess.run([commands[0], "--version"], capture_output=True, text=True)
         if told.returncode:  # without a slurm.conf
@@ -203,13 +197,15 @@ class Check:
 
 
 INSTALL = "pip install -e . -c constraints.txt in pion_dist's folder brings the tested one"
+TRITON = partial(check_import, "triton", WITHOUT_TRITON)
+EMERGING = partial(check_import, "emerging_optimizers", WITHOUT_EMERGING)
 CHECKS = (
     Check("Python", check_python, "another Python, in a new environment"),
     Check("torch", check_torch, INSTALL),
     Check("Pion", check_pion, "it says why above"),
-    Check("Triton", check_triton),
+    Check("Triton", TRITON),
     Check("Megatron", check_megatron, INSTALL),
-    Check("emerging-optimizers", check_emerging_optimizers, INSTALL),
+    Check("emerging-optimizers", EMERGING, INSTALL),
     Check("Transformer Engine", check_transformer_engine),
     Check("apex", check_apex),
     Check("mpi4py", check_mpi4py),

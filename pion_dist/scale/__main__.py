@@ -12,8 +12,10 @@ from typing import Any
 from ..config import choices
 from ..recipes import RECIPES, in_bf16
 from . import report
-from .describe import CLUSTERS, MODELS, Cluster, Layout, Model, named
+from .describe import Cluster, Layout, Model
+from .plot import plot
 from .predict import predict
+from .presets import CLUSTERS, MODELS, named
 
 # Llama 3's largest batch, arXiv 2407.21783: 16M tokens.
 LARGEST_BATCH = 2048
@@ -104,7 +106,7 @@ def _print(args: argparse.Namespace) -> None:
         else:
             _one(model, layout, cluster, predictions)
     if args.plot is not None:
-        report.plot(drawn, cluster, args.plot)
+        plot(drawn, cluster, args.plot)
         print(f"\nwritten: {args.plot}")
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from .dealing import ALIGNMENT, BUCKET_ALIGNMENT, Pool, Weight, bucket_numel, up
+from .dealing import ALIGNMENT, BUCKET_ALIGNMENT, bucket_numel, up
 from .describe import Cluster
 from .rates import AROUND, MASTER, Group, Stepped, streamed
+from .stage import Pool, Weight
 
 Path = Literal["buffers", "lists"]
 """Buffers of whole weights in shards, or (--no-use-layer-wise-param-layout) lists of weights."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from .. import cost
 from ..config import Axis, PionConfig
 from ..plan import StepPlan
-from .dealing import Planned, Pool, Wave, apart, ranks_of
+from .dealing import Planned, Wave, apart, ranks_of
 from .describe import Cluster
 from .rates import AROUND, MASTER, Group, Stepped, priced, streamed
+from .stage import Pool
 from .trace import kernels
 
 # Bytes read and written for one that travels. Two copies make what is sent, one the matrices of

@@ -10,9 +10,10 @@ from typing import Literal
 from ..config import PionConfig
 from ..state import divided_axis, divides
 from . import muon, pion
-from .dealing import Pool, buffer, planned, pools
+from .dealing import buffer, planned
 from .describe import Cluster, Layout, Model
 from .rates import GRAD, MASTER, PARAM, Group, Stepped, streamed
+from .stage import Pool, pools
 
 Optimizer = Literal["pion", "muon", "adamw"]
 

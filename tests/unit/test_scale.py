@@ -20,13 +20,15 @@ from pion_dist.cost import step_flop, traffic
 from pion_dist.iterations import NEWTON_SCHULZ
 from pion_dist.recipes import in_bf16
 from pion_dist.scale.__main__ import main
-from pion_dist.scale.dealing import buffer, planned, pools, ranks_of, weights
-from pion_dist.scale.describe import CLUSTERS, MODELS, Layout, Model
+from pion_dist.scale.dealing import buffer, planned, ranks_of
+from pion_dist.scale.describe import Layout, Model
 from pion_dist.scale.muon import listed, packed
 from pion_dist.scale.pion import Work, handed, matrices_work, pipelined, step_of
 from pion_dist.scale.predict import Method, Prediction, predict
+from pion_dist.scale.presets import CLUSTERS, MODELS
 from pion_dist.scale.rates import Group, priced
 from pion_dist.scale.report import best, exact, limits, methods
+from pion_dist.scale.stage import pools, weights
 from pion_dist.scale.trace import kernels
 from pion_dist.state import divided_axis
 
