@@ -142,9 +142,8 @@ def check_apex() -> None:
     """Apex, told from the package of that name on the index, which is something else."""
     other = "; the installed `apex` is another package" if find_spec("apex") else ""
     need("amp_C", f"not needed: Megatron takes Adam from Transformer Engine, apex or torch{other}")
-    importlib.import_module("torch")  # its libraries come first
-    importlib.import_module("amp_C")
-    importlib.import_module("apex.multi_tensor_apply")
+    for module in ("torch", "amp_C", "apex.multi_tensor_apply"):  # torch's libraries come first
+        importlib.import_module(module)
     print("amp_C and apex.multi_tensor_apply import")
 
 
