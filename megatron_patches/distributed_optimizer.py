@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from pion_dist import Pion
 from pion_dist.classify import Rotated
-from pion_dist.plan import ranges
+from pion_dist.dealing import ranges
 from pion_dist.slots import Storage
 
 from . import seams

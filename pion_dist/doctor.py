@@ -281,8 +281,7 @@ def main() -> None:
     """Print the report; exit status 1 if ``--optimizer pion`` could not run."""
     parser = argparse.ArgumentParser(
         prog="python -m pion_dist.doctor",
-        description="Say what is installed here, whether it works, and what that means; exit "
-        "status 1 if --optimizer pion could not run.",
+        description="Say what is installed here, whether it works, and what that means.",
     )
     checks = {check.key: check for check in CHECKS}
     parser.add_argument("--check", choices=checks, help="one check alone, in this process")

@@ -10,9 +10,10 @@ from torch import Tensor
 from . import dtensor, exchange, state, storage
 from .checkpoint import Record
 from .config import PionConfig
-from .exchange import GroupPeers, ProcessGroup, Route, in_a_node
+from .exchange import GroupPeers, ProcessGroup, in_a_node
 from .matrices import as_rows
-from .plan import MatrixPlan
+from .matrix_plan import MatrixPlan
+from .route import Route
 from .slots import Slot
 from .storage import compute_dtype
 from .teams import GroupSizes, build_plan

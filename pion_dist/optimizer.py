@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,18 +19,12 @@ from .factors import Factors
 from .guard import Guard
 from .local_plan import LocalPlan
 from .matrices import MatrixView
+from .param_groups import refuse_options
 from .plan import StepPlan
 from .slots import Slot, Storage, check_dtype, slot_of
 
 logger = logging.getLogger("pion_dist")
 
-_OPTIONS = {field.name for field in dataclasses.fields(PionConfig)}
-_OPTIONS_OF_OTHERS = {
-    name
-    for each in vars(torch.optim).values()
-    if inspect.isclass(each) and issubclass(each, torch.optim.Optimizer)
-    for name in inspect.signature(each).parameters
-} - {"params", "lr", "defaults"}
 # What a copy takes over. It makes its plan, its guard and its readings anew.
 _COPIED = ("config", "_names", "_views", "_slots", "_started")
 
@@ -131,7 +123,7 @@ class Pion(torch.optim.Optimizer):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         named = [p if isinstance(p, tuple) else (None, p) for p in params]
         place = f"of group {len(self.param_groups)}"
-        _refuse_options(group, place)
+        refuse_options(group, place)
         slots = {
             p: slot_of(
                 p,
@@ -522,19 +514,3 @@ class Pion(torch.optim.Optimizer):
         for group, params in zip(groups, mine, strict=True):
             for p, index in zip(params, group["params"], strict=True):
                 moments.refuse_others(self._local, p, state_dict["state"].get(index, {}))
-
-
-def _refuse_options(group: Mapping[str, Any], place: str) -> None:
-    for name, value in group.items():
-        if name in _OPTIONS:
-            raise ValueError(
-                f"{name}={value!r} {place}: Pion's options are the same in all groups; give "
-                f"config=PionConfig({name}=...)"
-            )
-        if name == "weight_decay" and value:
-            raise ValueError(
-                f"weight_decay={value!r} {place}: decay would change the spectrum, so that Pion "
-                "has none; set it to 0, or give the parameters to torch.optim.AdamW"
-            )
-        if name in _OPTIONS_OF_OTHERS and value:
-            raise ValueError(f"{name}={value!r} {place}: Pion has no such option; leave it out")

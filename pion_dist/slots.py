@@ -14,7 +14,7 @@ from .config import Axis, PionConfig
 from .dtensor import division, is_dtensor, local
 from .exchange import ProcessGroup
 from .matrices import MatrixView, as_rows, shape_of_rows, stacked, whole
-from .plan import MatrixPlan
+from .matrix_plan import MatrixPlan
 from .state import Moment, divided_axis, unfit
 from .storage import compute_dtype
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import PionConfig
-from .plan import MatrixPlan, StepPlan, deal, loads_of
+from .dealing import deal, loads_of
+from .matrix_plan import MatrixPlan
+from .plan import StepPlan
 from .state import divides
 
 # Ranks of the largest team that `auto` chooses: four nodes of eight.

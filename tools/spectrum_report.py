@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pion_dist import PionConfig
 from pion_dist.classify import Scalar
-from pion_dist.plan import matrix_name
+from pion_dist.matrix_plan import matrix_name
 from pion_dist.spectrum import drift, singular_values
 
 POINTS = 64  # singular values at most that are kept of a matrix, for plots and JSON

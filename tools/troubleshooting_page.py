@@ -28,7 +28,7 @@ TOPICS = {
     "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor)",
     "Checkpoints": "megatron_patches/(checkpoint_checks|sharded_state|stacks)|pion_dist/moments",
     "The optimizer and its steps": "megatron_patches/(distributed_optimizer|process_groups)|"
-    "pion_dist/(optimizer|execute|combined|factors|guard|exchange)",
+    "pion_dist/(optimizer|param_groups|execute|combined|factors|guard|exchange)",
     "Tools": "pion_dist/(doctor|scale)",
 }
 AS_IT_SAYS = "as the message says"

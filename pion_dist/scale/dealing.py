@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import PionConfig
-from ..plan import MatrixPlan, StepPlan, ranges
+from ..dealing import ranges
+from ..matrix_plan import MatrixPlan
+from ..plan import StepPlan
 from ..state import divided_axis
 from ..teams import GroupSizes, build_plan, team_sizes
 from .stage import Pool

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .. import cost
 from ..config import Axis, PionConfig
 from ..plan import StepPlan
+from ..traffic import traffic
 from .dealing import Planned, Wave, apart, ranks_of
 from .describe import Cluster
 from .rates import AROUND, MASTER, Group, Stepped, priced, streamed
@@ -212,12 +212,10 @@ def matrices_work(
     if ranks == 1:
         return Work(compute)
     assert axis is not None, "a divided matrix has an axis"
-    traffic = cost.traffic(batch, m, n, config, axis, ranks=ranks, step=step)
+    moved = traffic(batch, m, n, config, axis, ranks=ranks, step=step)
     group = Group(ranks, cluster, between)
-    seconds = sum(
-        group.seconds(op, traffic.bytes[op], calls) for op, calls in traffic.calls.items()
-    )
-    return Work(compute, seconds, moved=traffic.bytes)
+    seconds = sum(group.seconds(op, moved.bytes[op], calls) for op, calls in moved.calls.items())
+    return Work(compute, seconds, moved=moved.bytes)
 
 
 def _states(planned: Planned) -> dict[int | None, list[int]]:

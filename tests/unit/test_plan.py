@@ -15,7 +15,9 @@ from pion_dist import PionConfig
 from pion_dist.classify import ParamInfo, Scalar, classify
 from pion_dist.config import Axis
 from pion_dist.cost import step_flop
-from pion_dist.plan import WAVES, MatrixPlan, StepPlan, deal, differences, loads_of
+from pion_dist.dealing import deal, loads_of
+from pion_dist.matrix_plan import MatrixPlan
+from pion_dist.plan import WAVES, StepPlan, differences
 from pion_dist.state import divided_axis, divides, moments, unfit
 from pion_dist.teams import GroupSizes, build_plan, neighbours, team_sizes
 

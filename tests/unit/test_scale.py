@@ -14,9 +14,9 @@ import torch
 from megatron_runs import MODEL, NO_DROPOUT, PION, ROOT, launch
 from reference import PUBLISHED
 
-from pion_dist import Pion, PionConfig, cost, iterations
+from pion_dist import Pion, PionConfig, cost, iterations, traffic
 from pion_dist.config import Axis, TeamSize
-from pion_dist.cost import step_flop, traffic
+from pion_dist.cost import step_flop
 from pion_dist.iterations import NEWTON_SCHULZ
 from pion_dist.recipes import in_bf16
 from pion_dist.scale.__main__ import main
@@ -196,7 +196,7 @@ def test_traffic_within_teams_is_what_cost_counts(options: dict[str, object]) ->
             for step in (1, 2):
                 along = divided_axis(m, n, config, w.rotated.view.axis)
                 assert along is not None
-                moved = traffic(batch, m, n, config, along, ranks=2, step=step)
+                moved = traffic.traffic(batch, m, n, config, along, ranks=2, step=step)
                 for op, size in moved.bytes.items():
                     expected[f"team {op}"] = expected.get(f"team {op}", 0.0) + size / 2
     assert {op: size for op, size in p.moved.items() if op.startswith("team ")} == expected
@@ -352,7 +352,7 @@ def test_teams_are_chosen_by_about_the_predicted_seconds(
     """The counts behind ``auto`` are coarse, but a size of team changes more than a tenth."""
     config = in_bf16("pretrain")
     along = divided_axis(*shape, config, None)
-    counted = cost.seconds(1, *shape, config, along, ranks=ranks, near=8, travels=0)
+    counted = traffic.seconds(1, *shape, config, along, ranks=ranks, near=8, travels=0)
     predicted = matrices_work(1, *shape, config, along, ranks, 1, H100).total
     assert counted == pytest.approx(predicted, rel=0.1)
 
