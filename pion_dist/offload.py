@@ -36,7 +36,7 @@ class Offloaded:
     """The moments of a step's batches, which a device computes one after the other.
 
     Attributes:
-        buffers: bytes on the device, [size of the largest batch] each.
+        buffers: bytes on the device: of every other batch, those of the largest.
     """
 
     def __init__(self, batches: Sequence[Batch], device: torch.device) -> None:
@@ -47,9 +47,10 @@ class Offloaded:
             device: that computes them. (On a CPU the copies are as many, and have no use.)
         """
         self._batches, self._device, self._used = batches, device, 0
-        size = max(map(_nbytes, batches), default=0)
         self.buffers = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(batches)))
+            torch.empty(max(map(_nbytes, own)), dtype=torch.uint8, device=device)
+            for own in (batches[::2], batches[1::2])
+            if own
         ]
         self._arrived: list[torch.cuda.Event | None] = [None] * len(self.buffers)
         if device.type == "cuda":

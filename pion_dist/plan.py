@@ -187,8 +187,8 @@ class StepPlan:
         """
         if not self.config.offload_state:
             return self.state_bytes(ranks)
-        parts = list(self.in_order(ranks, device))
-        return min(2, len(parts)) * max(map(self.part_bytes, parts), default=0)
+        sizes = list(map(self.part_bytes, self.in_order(ranks, device)))
+        return sum(max(own) for own in (sizes[::2], sizes[1::2]) if own)
 
     def part_bytes(self, part: Part) -> int:
         """Bytes of the moments of what is computed at once."""

@@ -70,7 +70,7 @@ def test_the_digits_are_the_same(
 
 @each_config
 def test_two_batches_are_on_the_device(monkeypatch: pytest.MonkeyPatch, config: PionConfig) -> None:
-    """As many bytes as the plan says: twice those of the largest batch."""
+    """As many bytes as the plan says: of every other batch, those of the largest."""
     used: list[Offloaded] = []
 
     class Counted(Offloaded):
@@ -87,8 +87,9 @@ def test_two_batches_are_on_the_device(monkeypatch: pytest.MonkeyPatch, config: 
     plan = optimizer.plan
     counted = sum(x.nbytes for x in offloaded.buffers)
     assert counted == plan.state_bytes_on([], "cpu") < plan.state_bytes([])
-    assert counted == 2 * max(map(plan.part_bytes, plan.in_order([], "cpu")))
-    assert plan.state_bytes([]) == sum(map(plan.part_bytes, plan.in_order([], "cpu")))
+    sizes = list(map(plan.part_bytes, plan.in_order([], "cpu")))
+    assert counted == max(sizes[::2]) + max(sizes[1::2])
+    assert plan.state_bytes([]) == sum(sizes)
     assert f"{counted:,} at a time on the device" in optimizer.totals()
 
 
