@@ -244,17 +244,18 @@ CARRIED = (
     ("pion_override_scheduler", "override_opt_param_scheduler", False),
 )
 
-# Megatron's options that Pion cannot train with, by their fields in args and in OptimizerConfig.
-UNSUPPORTED = (
-    "fp16",
-    "optimizer_cpu_offload",
-    "optimizer_cuda_graph",  # would freeze the learning rate, the count of steps and the sides
-    "fp4_param_gather",
-    "use_precision_aware_optimizer",
-    "use_megatron_fsdp",
-    "use_torch_fsdp2",
-    "overlap_param_gather_with_optimizer_step",
-)
+# Megatron's options that Pion cannot train with, by their fields in args, in OptimizerConfig and
+# in DistributedDataParallelConfig; and the options to use in their place, if there are any.
+UNSUPPORTED = {
+    "fp16": "bf16",
+    "optimizer_cpu_offload": "pion_offload_state",
+    "optimizer_cuda_graph": "",  # would freeze the learning rate, the count of steps and the sides
+    "fp4_param_gather": "",
+    "use_precision_aware_optimizer": "pion_state_dtype",
+    "use_megatron_fsdp": "use_distributed_optimizer",
+    "use_torch_fsdp2": "use_distributed_optimizer",
+    "overlap_param_gather_with_optimizer_step": "",
+}
 
 
 def recipe_values(name: str) -> dict[str, Any]:

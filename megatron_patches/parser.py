@@ -122,10 +122,7 @@ def check(args: argparse.Namespace) -> None:
         return
     pion_config(args)
     _check_spectrum(args)
-    if given := [option for option in UNSUPPORTED if getattr(args, option, False)]:
-        flag = f"--{given[0].replace('_', '-')}"
-        instead = "use --pion-offload-state" if "offload" in flag else "leave it out"
-        raise ValueError(f"--optimizer pion does not support {flag}: {instead}")
+    _check_unsupported(args)
     _check_lr_mult(args)
     if args.pion_blocks > 1 and args.pion_blocks % args.tensor_model_parallel_size:
         raise ValueError(
@@ -140,6 +137,20 @@ def check(args: argparse.Namespace) -> None:
     elif getattr(args, "fp8_param_gather", False):
         raise ValueError(
             "--optimizer pion with --fp8-param-gather needs --use-distributed-optimizer: set it"
+        )
+
+
+def _check_unsupported(args: argparse.Namespace) -> None:
+    """Refuse what Pion cannot train with."""
+    for option, instead in UNSUPPORTED.items():
+        if getattr(args, option, False):
+            flag, other = (f"--{name.replace('_', '-')}" for name in (option, instead))
+            then = f"use {other}" if instead else "leave it out"
+            raise ValueError(f"--optimizer pion does not support {flag}: {then}")
+    if args.pion_offload_state and getattr(args, "async_save", False):
+        raise ValueError(
+            "--async-save writes moments in the background, and with --pion-offload-state the next "
+            "step changes them: leave one out"
         )
 
 
@@ -171,17 +182,25 @@ def _check_positive(args: argparse.Namespace, name: str) -> None:
 
 
 def check_config(options: PionConfig, config: Any, model_chunks: Sequence[Any]) -> None:
-    """Repeat the argument checks for configs that are built in code.
+    """Refuse, in configs that are built in code, what the flags cannot say either.
 
     Raises:
         ValueError: says what to set.
     """
-    if unsupported := [option for option in UNSUPPORTED if getattr(config, option, False)]:
-        raise ValueError(f"optimizer='pion' does not support {unsupported[0]}=True")
+    ddp = [x for chunk in model_chunks if (x := getattr(chunk, "ddp_config", None)) is not None]
+    for option, instead in UNSUPPORTED.items():
+        if any(getattr(each, option, False) for each in (config, *ddp)):
+            then = f"set {instead}" if instead else "leave it out"
+            raise ValueError(f"optimizer='pion' does not support {option}=True: {then}")
     name = config.pion_recipe
-    # These follow bf16 by themselves.
-    given = dataclasses.replace(options, matmul_precision="highest", state_dtype="fp32")
-    if given == PionConfig() != RECIPES[name]:
+    if name not in RECIPES:
+        raise ValueError(f"pion_recipe={name!r}: must be one of {', '.join(map(repr, RECIPES))}")
+    default, given, recipe = (
+        {option: x for option, x in dataclasses.asdict(each).items() if option not in FOLLOWING}
+        for each in (PionConfig(), options, RECIPES[name])
+    )
+    sets = [option for option, value in recipe.items() if value != default[option]]
+    if sets and all(given[option] == default[option] for option in sets):
         raise ValueError(
             f"pion_recipe={name!r} alone sets nothing in a config: "
             f"OptimizerConfig(**megatron_patches.recipe({name!r}), ...)"
@@ -191,7 +210,6 @@ def check_config(options: PionConfig, config: Any, model_chunks: Sequence[Any]) 
             "optimizer='pion' with use_layer_wise_distributed_optimizer=True: set it to False, and "
             "use_distributed_optimizer=True here and in DistributedDataParallelConfig"
         )
-    ddp = (getattr(chunk, "ddp_config", None) for chunk in model_chunks)
     sharded = any(getattr(each, "use_distributed_optimizer", False) for each in ddp)
     if sharded != config.use_distributed_optimizer:
         raise ValueError(

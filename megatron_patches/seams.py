@@ -109,13 +109,13 @@ CORE = (
     Seam(
         "megatron.core.optimizer",
         "get_mup_config_overrides",
-        "leaves Pion's learning rates alone",
+        "sets Pion's learning rates under muP",
         parameters=("config", "mup_width_mult", "optimizer_type"),
     ),
     Seam(
         "megatron.core.optimizer.optimizer_config",
         "ParamWithNamePredicate",
-        "leaves Pion's learning rates alone",
+        "sets Pion's learning rates under muP",
         parameters=("name", "fn"),
     ),
     Seam(

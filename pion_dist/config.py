@@ -78,7 +78,8 @@ class PionConfig:
             to 0.95.
         offload_state: keep all moments in host memory, pinned where a GPU computes, and bring each
             batch of matrices' to the device while the batch before is computed (``offload.py``).
-            The digits are the same.
+            The digits are the same. Read moments from a new ``state_dict``, which waits for the
+            copies. Clone what is to outlast the next step, which writes into them.
         team_size: how many of the ranks that together store a matrix compute it together, at most,
             each its rows of the longer dimension; a power of two. ``auto``: as many as make the
             busiest rank's step shortest, by a count of FLOP and bytes. The result is the same.

@@ -49,7 +49,7 @@ class Step:
 
     @property
     def plan(self) -> StepPlan:
-        """Of ``local``."""
+        """The plan of ``local``."""
         return self.local.plan
 
     def take(self) -> None:

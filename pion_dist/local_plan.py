@@ -149,7 +149,10 @@ class LocalPlan:
 
         torch's flat state dicts ask each rank's ``optimizer.state`` for the keys.
         """
-        return {key: torch.empty(0, device=p.device) for key in self.spreads(p)}
+        if self.slots[p].group is None or not dtensor.is_dtensor(p):
+            return {}
+        named = ((part, name) for part, x in self._parts(p).items() for name in self.moments_of(x))
+        return {state.key(name, part): torch.empty(0, device=p.device) for part, name in named}
 
     def zeros(self, moment: state.Moment, ranks: int, p: Tensor) -> Tensor:
         """Allocate a moment where the options say; see ``storage.zeros``."""

@@ -74,12 +74,12 @@ class Offloaded:
         yield self._views(number)
         with self._copying():
             for host, device in self._pairs(number):
-                host.copy_(device, non_blocking=True)
+                host.copy_(device, non_blocking=self._device.type == "cuda")
 
     def _bring(self, number: int) -> None:
         with self._copying():
             for host, device in self._pairs(number):
-                device.copy_(host, non_blocking=True)
+                device.copy_(host, non_blocking=self._device.type == "cuda")
             if self._device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
@@ -102,7 +102,10 @@ class Offloaded:
             )
 
     def _views(self, number: int) -> dict[str, Tensor]:
-        """A batch's moments in its buffer: the widest and largest first, which aligns all."""
+        """A batch's moments in its buffer: the widest and largest first.
+
+        This aligns each to its elements, and to 16 bytes where dimensions are multiples of 8.
+        """
         batch, buffer = self._batches[number], self.buffers[number % 2]
         count, start, views = sum(_counts(batch)), 0, {}
         for name, x in sorted(batch[0].items(), key=lambda item: _width(item[1]), reverse=True):
@@ -110,6 +113,21 @@ class Offloaded:
             views[name] = buffer[start:stop].view(x.dtype).view(count, *x.shape[1:])
             start = stop
         return views
+
+
+def at_home(x: Tensor, device: torch.device) -> Tensor:
+    """Return a moment in host memory; a copy, where a trainer has moved it or not pinned it.
+
+    Lightning moves all of an optimizer's state to the device, and ``copy.deepcopy`` pins nothing.
+
+    Args:
+        x: the moment.
+        device: that computes it.
+    """
+    pinned = device.type == "cuda"
+    if not x.numel() or (x.device.type == "cpu" and (x.is_pinned() or not pinned)):
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=pinned).copy_(x)
 
 
 def wait(device: torch.device) -> None:

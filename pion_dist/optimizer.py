@@ -165,6 +165,10 @@ class Pion(torch.optim.Optimizer):
         now = self._params()
         if list(map(id, now)) != list(map(id, self._slots)):
             self._replace(now)
+        if self.config.offload_state:
+            for p in now:
+                for key, x in self.state[p].items():
+                    self.state[p][key] = offload.at_home(x, p.device)
         if self._kinds == self._kinds_now():
             return
         for p, slot in self._slots.items():
@@ -207,7 +211,8 @@ class Pion(torch.optim.Optimizer):
         """Wait for the devices, and report steps that were not taken."""
         self._guard.report()
         if self.config.offload_state:
-            for device in {p.device for p in self._slots}:
+            # Parameters may have been converted since the last step, whose copies are elsewhere.
+            for device in {device for device, _ in (*self._kinds, *self._kinds_now())}:
                 offload.wait(device)
 
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
@@ -355,8 +360,7 @@ class Pion(torch.optim.Optimizer):
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
         p, part = self._local.places[i]
-        if self.config.offload_state:
-            offload.wait(p.device)
+        self._wait()
         sigma = self.state[p].get(state.key(state.SIGMA, part))
         if sigma is not None:
             return sigma.to(p.device, torch.float64) if sigma.any() else None
@@ -447,7 +451,7 @@ class Pion(torch.optim.Optimizer):
 
         Moments that are held packed or coded are in it as matrices, so that it is the same for each
         ``state_layout`` and ``int8`` can be loaded as ``fp32``; they are made on the CPU, since
-        devices may not have room for all.
+        devices may not have room for all. Those of DTensors are on the device.
         """
         self._follow()
         self._wait()

@@ -26,15 +26,15 @@ ADAM_STATE_BYTES = 8  # exp_avg and exp_avg_sq in float32
 BATCH_ELEMENTS = 1 << 26
 
 
-# Bytes that a batch of whole matrices may work in. A CPU's caches larger ones fall out of, smaller
-# ones are many calls. At 1, 4, 8, 64 MiB a step with adaptive Lie moments of 24 heads of 64 x 512
-# takes 86, 76, 79 and 90 ms, of 96 of 8 x 256 49, 37, 39 and 75 (tools/bench_batch.py's cases, CPU
-# time of one thread, torch 2.13). On other devices (not measured) a kernel's launch of 5 us should
-# be short beside what it does: at 3 TB/s it moves 15 MB in that time.
+# Bytes that a batch of whole matrices may work in. Larger batches do not fit a CPU's caches, and
+# smaller ones need more calls. At 1, 4, 8, 64 MiB a step with adaptive Lie moments of 24 heads of
+# 64 x 512 takes 86, 76, 79 and 90 ms, of 96 of 8 x 256 49, 37, 39 and 75 (tools/bench_batch.py's
+# cases, CPU time of one thread, torch 2.13). On other devices (not measured) a kernel's launch of
+# 5 us should be short beside what it does: at 3 TB/s it moves 15 MB in that time.
 BATCH_BYTES = {"cpu": 4 << 20}
 BATCH_BYTES_OF_OTHERS = 256 << 20
 
-# Of an exchange: 2 hide half of what travels behind the other half's computation.
+# Waves of an exchange: 2 hide half of what travels behind the other half's computation.
 WAVES = 2
 
 Part = dict[int, range]

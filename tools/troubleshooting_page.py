@@ -44,7 +44,11 @@ ADVICE = {
     "must be a positive number": "Give a number above 0.",
     "needs --ckpt-format torch_dist": "Add `--ckpt-format torch_dist`.",
     "needs --use-distributed-optimizer": "Add it, or leave `--fp8-param-gather` out.",
-    "--optimizer pion does not support …": "Leave the flag out ([why](layouts.md#refused)).",
+    "--optimizer pion does not support …": (
+        "Take the flag that the message names, or leave it out ([why](layouts.md#refused))."
+    ),
+    "pion_recipe=…: must be one of": "Take a recipe that the message lists.",
+    "--async-save writes moments": "Leave one of the two flags out.",
     "has a part of a query group": (
         "Set `--use-distributed-optimizer`, or leave the weight to Adam with "
         "`--pion-exclude linear_qkv`."
@@ -53,7 +57,9 @@ ADVICE = {
     "alone sets nothing": "Unpack `megatron_patches.recipe(NAME)` ([how](integrations.md)).",
     "with use_distributed_optimizer=": "Change both configs ([how](integrations.md)).",
     "with use_layer_wise_distributed": "Change both configs ([how](integrations.md)).",
-    "optimizer='pion' does not support": "Set the field to False ([why](layouts.md#refused)).",
+    "optimizer='pion' does not support": (
+        "Set the field that the message names in its place ([why](layouts.md#refused))."
+    ),
     "no such script": "Give the path of a training script after the launcher's own flags.",
     "must run before megatron.core": "Start the script with `python -m megatron_patches --cpu`.",
     "capturable=True needs": "Leave `capturable` out on the CPU.",

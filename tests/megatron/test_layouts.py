@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_table import FLAT, Difference, Result, Run, Table
+from layout_table import FLAT, SHALLOW, Difference, Result, Run, Table
 from megatron_runs import PUBLISHED_FLAGS
 
 from pion_dist.spectrum import drift, shift, singular_values
@@ -36,7 +36,6 @@ EP2 = ("--expert-model-parallel-size", "2")
 WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
 CUT_EXPERTS = ("--expert-tensor-parallel-size", "2")
 DIST_OPT = ("--use-distributed-optimizer",)
-ASYNC = ("--async-save",)
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 INSTANCES = ("--num-distributed-optimizer-instances", "2")
 HEADS = ("--pion-qkv", "head")
@@ -116,10 +115,6 @@ BF16_DP2 = [
     Run("bf16 dp2", 2, options=BF16),
     Run("bf16 dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP), options=BF16),
 ]
-BF16_ASYNC = [
-    Run("bf16 one process, async saves", 1, ASYNC, options=BF16),
-    Run("bf16 dp2 dist-opt, async saves", 2, (*DIST_OPT, *ASYNC), options=BF16),
-]
 # From equal singular values: drift is relative to each, and rounding to the largest.
 WATCHED = ("--pion-spectrum-interval", "5", FLAT)
 # Factors that stretch by the fourth power of the angle, so that spectra drift until they are put
@@ -175,11 +170,11 @@ FLOAT32 = [
     M_BLOCKS,
     Run("dp2 dist-opt overlap, msign", 2, (*DIST_OPT, *OVERLAP), options=MSIGN),
     PP2_RUN,
-    Run("pp2 vpp2", 2, (*PP2, *VPP2)),
+    Run("pp2 vpp2", 2, (*PP2, *VPP2), "deep"),
     Run("dp2", 2),
     Run("dp4", 4),
     DIST_OPT_RUN,
-    Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP)),
+    Run("dp2 dist-opt overlap", 2, (*DIST_OPT, *OVERLAP, "--micro-batch-size", "2")),
     TP2_DIST_OPT,
     OFFLOADED,
     Run("dp4 dist-opt", 4, DIST_OPT),
@@ -188,7 +183,7 @@ FLOAT32 = [
     MOE_TEAMS2,
     SPLIT_GROUP,
     Run("one query group, tp2 sp heads", 2, tp(2, SP, *DIST_OPT), "one group", options=HEADS),
-    Run("pp2 vpp2 dist-opt", 2, (*PP2, *VPP2, *DIST_OPT)),
+    Run("pp2 vpp2 dist-opt", 2, (*PP2, *VPP2, *DIST_OPT), "deep"),
     Run("dp4 dist-opt, 2 instances", 4, (*DIST_OPT, *INSTANCES)),
     Run("tp2 dp2", 4, tp(2)),
     Run("tp2 pp2", 4, tp(2, *PP2)),
@@ -263,7 +258,6 @@ MOVES = [
     P_FEW.moved_to(P_FEW),
     MOE_DIST_OPT[-1].moved_to(MOE_EP2_DIST_OPT),
     BF16_DP2[1].moved_to(BF16_DP2[1].one_process),
-    *(run.moved_to(BF16_DP2[1]) for run in BF16_ASYNC),
 ]
 
 
@@ -430,7 +424,8 @@ def test_reports(check: Callable[..., None], table: Table, run: Run) -> None:
                 exact = 1e-12 if resets else 2**-24 * (1 + 1e-6)
                 assert mine[tag][20] == pytest.approx(value, rel=1e-6, abs=exact), tag
     # Polar has no alpha, generators no share that is kept.
-    assert len(mine) == (7 + 4 * 4 * 7 if resets else 6 + 5 * 4 * 7)
+    matrices = int(SHALLOW[1]) * 7
+    assert len(mine) == (7 + 4 * matrices if resets else 6 + 5 * matrices)
     assert mine["pion/drift"][20] == max(mine[tag][20] for tag in mine if "drift/" in tag) > 0
     if resets:
         assert mine["pion/drift"][20] > 1e-7

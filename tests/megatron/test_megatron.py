@@ -110,6 +110,8 @@ def test_resume_prints_the_same_losses(
         (["--pion-beta1", "1.5"], ["--pion-beta1"]),
         (["--pion-exclude", "("], ["--pion-exclude", "regular expression"]),
         (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload", "--pion-offload-state"]),
+        (["--async-save", "--pion-offload-state"], ["--async-save", "--pion-offload-state"]),
+        (["--fp16"], ["--fp16", "use --bf16"]),
         (["--pion-blocks", "4"], ["--pion-blocks=4", "direction='polar'"]),
         (["--pion-team-size", "3"], ["--pion-team-size=3", "'auto' or a power of two"]),
         (["--pion-team-size", "all"], ["--pion-team-size='all'", "'auto' or a power of two"]),

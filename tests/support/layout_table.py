@@ -32,8 +32,11 @@ MANY_RUNS = ROOT / "tests" / "support" / "many_runs.py"
 FLAT = "--pion-init=orthogonal"
 OF_THE_START = ("--bf16", FLAT)  # options that decide the first weights
 FEW = "linear_(qkv|fc1)"  # is Adam's
+# Two layers, a pipeline stage each, show what four do in half of the time.
+SHALLOW = ("--num-layers", "2")
 MODELS = {
     "llama": LLAMA,
+    "deep": [*LLAMA, "--num-layers", "4"],  # 2 pipeline stages of 2 chunks
     "few": [*LLAMA, "--num-layers", "1", "--pion-exclude", FEW],  # two of Pion's
     "one group": [*LLAMA, "--num-query-groups", "1"],  # of which TP 2 has a half
     "plain": [],  # multi-head attention, plain MLP, LayerNorm, biases
@@ -298,7 +301,10 @@ class Table:
         return {"name": name, "flags": self._flags(run, result.folder), "steps": str(result.file)}
 
     def _flags(self, run: Run, folder: Path) -> list[Any]:
-        flags = [*COMMON, *MODELS[run.model], *self.common, *run.options, *run.layout]
+        flags = [*COMMON, *SHALLOW, *MODELS[run.model], *self.common, *run.options]
+        if run.processes == 2 and "--bf16" not in run.options:
+            flags += ["--micro-batch-size", "4"]  # see test_layouts.tp
+        flags += run.layout
         flags += ["--save", str(folder / "checkpoint"), "--save-interval", "10"]
         if "--pion-spectrum-interval" in run.options:
             flags += ["--tensorboard-dir", str(folder / "tensorboard")]

@@ -142,11 +142,16 @@ def check_refusals(
         "use_layer_wise_distributed_optimizer=True: set it": {
             "use_layer_wise_distributed_optimizer": True
         },
-        "optimizer_cpu_offload": {"optimizer_cpu_offload": True},
+        "optimizer_cpu_offload=True: set pion_offload_state": {"optimizer_cpu_offload": True},
+        "pion_recipe='other': must be one of 'pretrain'": {"pion_recipe": "other"},
+        "pion_recipe='paper-1.3b' alone": {"pion_recipe": "paper-1.3b", "pion_team_size": 2},
+        "use_megatron_fsdp=True: set use_distributed_optimizer": {},
     }
     for says, fields in refused.items():
+        chunk = model()
+        chunk.ddp_config.use_megatron_fsdp = "fsdp" in says  # of the wrapper's config alone
         try:
-            optimizer_of(config_class(**COMMON, **fields), model())
+            optimizer_of(config_class(**COMMON, **fields), chunk)
         except ValueError as error:
             assert says in str(error), error
         else:

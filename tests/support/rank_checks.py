@@ -865,8 +865,15 @@ TRIED: tuple[tuple[Callable[..., None], Sequence[dict[str, object]]], ...] = (
 )
 # Of what these check nothing depends on how many ranks there are, so two are enough.
 AT_TWO = (check_nan, check_reset, check_nothing_shared, check_conversion)
-# These depend on the kind of state, of which the first three of FEW have one each.
-FIRST_AT_FOUR = (check_diagnostics, check_stored_state)
+# These depend on the kind of state, of which the first three of FEW have one each. (All of their
+# options at four took half of the launch.)
+FIRST_AT_FOUR = (
+    check_resume,
+    check_collectives,
+    check_diagnostics,
+    check_stored,
+    check_stored_state,
+)
 
 
 def modes(ranks: int, cut: int, *, halves: bool) -> Iterator[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Moments in host memory: the same digits, and two batches of them on the device."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,12 @@ def test_a_gpu_has_two_batches_and_the_same_digits(config: PionConfig) -> None:
     for offload_state in (False, True):
         params, optimizer = trained(replace(config, offload_state=offload_state), "cuda")
         for number in range(6):
+            if offload_state and number == 3:  # as Lightning does
+                for p in params:
+                    for key, x in optimizer.state[p].items():
+                        optimizer.state[p][key] = x.cuda()
+            if offload_state and number == 4:  # a copy, whose moments are not pinned
+                params, optimizer = copy.deepcopy((params, optimizer))
             step(params, optimizer, number)
         moments = [x for p in params for x in optimizer.state[p].values()]
         assert all(x.is_pinned() == offload_state for x in moments)
