@@ -45,7 +45,7 @@ PIP = TMPDIR="$(CURDIR)/$(VENV)/tmp" $(1) -m pip install --quiet --no-cache-dir
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: $(DEMO_STAMP) ## train a small GPT with Pion and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
+demo: $(DEMO_STAMP) ## train a small GPT with Pion, Muon and AdamW in Megatron, draw OUT/demo.png (OUT=folder TEXT="files or folders" DEMO_ARGS="--iterations 100")
 	@$(RUN) examples/demo.py --out "$(OUT)" $(if $(TEXT),--text $(TEXT)) $(DEMO_ARGS)
 
 # Side by side, since most launches keep one core busy. A file's tests share launches and stay together.

@@ -1,11 +1,11 @@
-"""Write docs/troubleshooting.md, the page of all refusals and warnings, from the code.
+"""Write docs/troubleshooting.md, the page of refusals and warnings, from the code.
 
 python tools/troubleshooting_page.py
 """
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import megatron_patches
@@ -14,18 +14,21 @@ ROOT = Path(megatron_patches.__file__).parent.parent
 PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 ABOUT = """# Troubleshooting
 
-Every refusal and warning of `megatron_patches` and `pion_dist`, by topic. `…` stands for a name or
-a value that the message fills in. In Megatron an option appears as its flag: `team_size=` is
-`--pion-team-size=`. The reasons of most refusals are in [Teams and layouts](layouts.md#refused).
-`tools/troubleshooting_page.py` writes this page from the code.
+Refusals and warnings of `megatron_patches` and `pion_dist`, by topic. `…` stands for a name or a
+value that the message fills in: search for the words around it. In Megatron an option appears as
+its flag: `team_size=` is `--pion-team-size=`. Reasons of many refusals are in
+[Teams and layouts](layouts.md#refused). `tools/troubleshooting_page.py` writes this page from the
+code.
 """
+# A parameter's reason for a refusal, see `ParamInfo`.
+REASONS = ("unsupported",)
 KINDS = ("ValueError", "RuntimeError", "TypeError", "SeamError", "LaunchError", "warning", "error")
 TOPICS = {
     "Flags and options": r"megatron_patches/(arguments|parser)|pion_dist/config",
     "Starting the ranks": "megatron_patches/(__main__|launch|cpu_device|fused_adam)",
     "Versions of Megatron and Transformer Engine": "megatron_patches/(seams|transformer_engine)",
     "Weights and their matrices": "megatron_patches/(parameters|initialization|megatron_optimizer)|"
-    "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor)",
+    "pion_dist/(classify|matrices|parameters|kernels|slots|dtensor|state)",
     "Checkpoints": "megatron_patches/(checkpoint_checks|sharded_state|stacks)|pion_dist/moments",
     "The optimizer and its steps": "megatron_patches/(distributed_optimizer|process_groups)|"
     "pion_dist/(optimizer|param_groups|execute|combined|factors|guard|exchange)",
@@ -49,6 +52,7 @@ ADVICE = {
     ),
     "pion_recipe=…: must be one of": "Take a recipe that the message lists.",
     "--async-save writes moments": "Leave one of the two flags out.",
+    "rows of all of Mamba's projections": "Add `--pion-exclude in_proj`.",
     "has a part of a query group": (
         "Set `--use-distributed-optimizer`, or leave the weight to Adam with "
         "`--pion-exclude linear_qkv`."
@@ -102,27 +106,48 @@ ADVICE = {
 }
 
 
-def text(node: ast.expr | None) -> str:
+def text(node: ast.expr | None, constants: Mapping[str, ast.expr]) -> str:
     """A message's own words, with … for what is filled in."""
     match node:
         case ast.Constant(value=str(words)):
             return re.sub(r"%[sd]|%\.\w+", "…", words)
         case ast.JoinedStr(values=parts):
-            return "".join(text(part) for part in parts)
+            return "".join(text(part, constants) for part in parts)
+        case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name) if name in constants:
+            return text(constants[name], constants)
         case ast.BinOp(left=left, right=right):
-            return text(left) + text(right)
+            return text(left, constants) + text(right, constants)
     return "…"
+
+
+def expressions(tree: ast.Module) -> Iterator[ast.expr]:
+    """What a module's messages are made of: those of errors, and reasons for others to raise."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=func, args=[message, *_]):
+                if getattr(func, "id", getattr(func, "attr", "")) in KINDS:
+                    yield message
+            case ast.FunctionDef() if (ast.get_docstring(node) or "").startswith("Why "):
+                returns = [n for n in ast.walk(node) if isinstance(n, ast.Return)]
+                yield from (each.value for each in returns if each.value is not None)
+            case ast.Assign(targets=[ast.Subscript(slice=ast.Constant(value=key))], value=reason):
+                if key in REASONS:
+                    yield reason
 
 
 def messages() -> Iterator[tuple[str, str]]:
     """Each module's messages of two words or more."""
     for package in ("megatron_patches", "pion_dist"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-            for call in sorted(calls, key=lambda call: call.lineno):
-                name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-                words = " ".join(text(call.args[0]).split()) if call.args else ""
-                if name in KINDS and len(re.findall("[A-Za-z]{2,}", words)) > 1:
+            tree = ast.parse(path.read_text())
+            constants = {
+                node.targets[0].id: node.value
+                for node in tree.body
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            }
+            for message in sorted(expressions(tree), key=lambda each: each.lineno):
+                words = " ".join(text(message, constants).split())
+                if len(re.findall("[A-Za-z]{2,}", words)) > 1:
                     yield path.relative_to(ROOT).as_posix(), words
 
 
