@@ -108,6 +108,12 @@ CORE = (
     ),
     Seam(
         "megatron.core.optimizer",
+        "get_standard_config_overrides",
+        "gives Adam's parameters the weight decay that they have in AdamW's run",
+        parameters=("config",),
+    ),
+    Seam(
+        "megatron.core.optimizer",
         "get_mup_config_overrides",
         "sets Pion's learning rates under muP",
         parameters=("config", "mup_width_mult", "optimizer_type"),
@@ -147,6 +153,17 @@ CORE = (
         "load",
         "refuses state of another optimizer or of other matrices",
         parameters=("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing",
+        "load_common_state_dict",
+        "refuses state of another optimizer or of other matrices",
+        parameters=("checkpoint_dir",),
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.dict_utils",
+        "nested_values",
+        "refuses state of another optimizer or of other matrices",
     ),
     Seam(
         "megatron.core.dist_checkpointing.strategies.torch",

@@ -23,6 +23,9 @@ class PionWithAdamW(torch.optim.Optimizer):
     decides what is Pion's: make the optimizer when the model has its initial weights, and load a
     checkpoint afterwards.
 
+    A gradient that is not finite stops Pion's part of a step alone. AdamW takes its part, as it
+    does without Pion.
+
     Args:
         model: it may be wrapped; see ``split_parameters``.
         lr: AdamW's learning rate.
