@@ -37,16 +37,19 @@ def save_trained(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Prompt and response of every line of a .jsonl file."""
+    """Prompt and response of every line of a .jsonl file that is not blank."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            pairs.append((str(record["prompt"]), str(record["response"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path}, line {number}: must be an object with prompt and response: {error!r}"
-            ) from error
+    with path.open(encoding="utf-8") as lines:  # splitlines() would also cut JSON at U+2028
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                pairs.append((str(record["prompt"]), str(record["response"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(
+                    f"{path}, line {number}: must be an object with prompt and response: {error!r}"
+                ) from error
     return pairs
 
 

@@ -5,7 +5,8 @@
     python examples/lightning_module.py --smoke --out OUT    # a tiny model, on the CPU, offline
 
 Text, steps and options are titan.py's. A run that was stopped goes on from Lightning's last
-checkpoint when it is started again; one that torchrun starts may have another --tp then.
+checkpoint when it is started again; one that torchrun starts may have another --tp then. It keeps
+the checkpoint's learning rates, whatever --lr and --adam-lr say.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    train(parse(arguments()))
+    train(parse(arguments(__doc__)))
     leave()
 
 

@@ -51,10 +51,15 @@ def ranks() -> tuple[int, int]:
 
 def mean_of_ranks(x: torch.Tensor) -> float:
     """The mean of a scalar over all ranks."""
-    total = x.detach().clone()
+    return sum_of_ranks(x.detach()).item() / ranks()[1]
+
+
+def sum_of_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks."""
+    total = x.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
-    return total.item() / ranks()[1]
+    return total
 
 
 def shard_layers(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:

@@ -145,7 +145,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-6, help="Pion's; default: %(default)s")
     parser.add_argument("--adam-lr", type=float, default=1e-6, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=32, help="a step; default: %(default)s")
+    parser.add_argument(
+        "--prompts", type=int, default=32, help="a step and rank; default: %(default)s"
+    )
     parser.add_argument("--group", type=int, default=8, help="answers each; default: %(default)s")
     parser.add_argument("--length", type=int, default=256, help="of answers; default: %(default)s")
     parser.add_argument(
@@ -165,7 +167,9 @@ def smoke(args: argparse.Namespace) -> None:
     """Fine-tune the tiny model for a moment, and set the options to go on from there."""
     import sft
 
-    first = sft.arguments().parse_args(["--smoke", "--out", str(args.out / "sft"), "--steps", "20"])
+    first = sft.arguments(sft.__doc__).parse_args(
+        ["--smoke", "--out", str(args.out / "sft"), "--steps", "20"]
+    )
     sft.smoke(first)
     sft.train(first)
     if dist.is_initialized():

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 examples/titan.py --smoke --out OUT    # tiny, on the CPU, offline
 
 The default text is Python's own library. A run that was stopped goes on from its last checkpoint
-when it is started again, on any number of ranks and with any --tp.
+when it is started again, on any number of ranks and with any --tp. It then keeps the checkpoint's
+learning rates, whatever --lr and --adam-lr say.
 """
 
 import argparse
@@ -82,8 +83,9 @@ def train(args: argparse.Namespace) -> None:
             save(checkpoint, training, step + 1)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options, under the first line of a script's docstring."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="files or folders")
     parser.add_argument("--out", type=Path, default=Path("titan_out"), help="default: %(default)s")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
@@ -114,7 +116,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> None:
-    parser = arguments()
+    parser = arguments(__doc__)
     args = parse(parser)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun, on one rank too")

@@ -3,15 +3,15 @@
     python examples/trainer.py --model MODEL --data pairs.jsonl --out OUT
     python examples/trainer.py --smoke --out OUT        # a tiny model, on the CPU, offline
 
-MODEL, the data and the loss are sft.py's. A run that was stopped goes on from the Trainer's last
-checkpoint when it is started again; the trained model is in OUT/model.
+MODEL, the data, the batch and the loss are sft.py's. A run that was stopped goes on from the
+Trainer's last checkpoint when it is started again. It then keeps the checkpoint's learning rates,
+whatever --lr and --adam-lr say. The trained model is in OUT/model.
 """
 
 import argparse
 
 import torch
-from hf import read_pairs
-from sft import IGNORED, arguments, batch_of, encode, smoke
+from sft import arguments, batch_of, divided, read_examples, smoke, steps_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,16 +24,26 @@ from transformers.trainer_utils import get_last_checkpoint
 from pion_dist import RECIPES, PionWithAdamW
 
 
-def train(args: argparse.Namespace) -> None:
+def settings(args: argparse.Namespace) -> TrainingArguments:
+    """The Trainer's options; each device's batch and the steps are still to come."""
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(args.out / "trainer"),
+        bf16=gpu,
+        use_cpu=not gpu,
+        save_steps=args.save_every,
+        logging_steps=args.log_every,
+        report_to="none",
+    )
+
+
+def train(args: argparse.Namespace, training: TrainingArguments) -> None:
     """Train and save the model."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    examples = [encode(tokenizer, *pair, args.max_length) for pair in read_pairs(args.data)]
-    examples = [each for each in examples if any(label != IGNORED for label in each[1])]
-    if not examples:
-        raise SystemExit(f"{args.data}: no response within --max-length {args.max_length}")
-    steps = args.steps or max(1, args.epochs * len(examples) // args.batch)
+    examples = read_examples(tokenizer, args)
+    training.max_steps = steps = steps_of(args, len(examples))
     optimizer = PionWithAdamW(
         model, args.adam_lr, pion_lr_mult=args.lr / args.adam_lr, config=RECIPES[args.recipe]
     )
@@ -44,19 +54,9 @@ def train(args: argparse.Namespace) -> None:
         num_training_steps=steps,
         scheduler_specific_kwargs={"min_lr_rate": 0.1},
     )
-    gpu = torch.cuda.is_available()
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(args.out / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=args.batch,
-            bf16=gpu,
-            use_cpu=not gpu,
-            save_steps=args.save_every,
-            logging_steps=args.log_every,
-            report_to="none",
-        ),
+        args=training,
         train_dataset=examples,
         data_collator=lambda some: batch_of(some, pad, torch.device("cpu")),
         optimizers=(optimizer, schedule),
@@ -69,12 +69,18 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    parser = arguments(__doc__)
+    args = parser.parse_args()
+    if args.shard:
+        parser.error("--shard is of sft.py; the Trainer shards by the fsdp of TrainingArguments")
+    training = settings(args)  # joins torchrun's ranks
+    devices = training.world_size * max(1, training.n_gpu)  # a process may have several GPUs
     if args.smoke:
         smoke(args)
-    elif not args.model or not args.data:
-        raise SystemExit("--model and --data are needed, or --smoke")
-    train(args)
+    elif not (args.model and args.data):
+        parser.error("give --model and --data, or --smoke")
+    training.per_device_train_batch_size = divided(parser, args.batch, devices)
+    train(args, training)
 
 
 if __name__ == "__main__":

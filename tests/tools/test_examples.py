@@ -1,18 +1,23 @@
 """The examples run as documented: Megatron launches, datasets, fine-tuning and reinforcement."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
 import torch
-from megatron_runs import ROOT, environment, steps
+from megatron_runs import FORKS, LIMIT_S, ROOT, environment, steps
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -47,49 +52,78 @@ def example(name: str, *arguments: str | Path) -> list[str]:
 # ---------------------------------------------------------------------------- Megatron
 
 
-def launch(name: str, *flags: str, **more: str) -> str:
-    """A launch's --smoke: it trains, and its validation loss is below the first one."""
-    output = run([str(EXAMPLES / "megatron" / name), "--smoke", *flags], **more)
-    trained = steps(output) or [None]
+def command_line(folder: Path, name: str, *flags: str, **more: str) -> list[str]:
+    """The words with which a launch calls Python for the training."""
+    python = folder / "python"
+    python.write_text("#!/bin/bash\n[[ $1 == -c ]] || printf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    launch = str(EXAMPLES / "megatron" / name)
+    return run([launch, *flags], **{**more, "PYTHON": str(python)}).splitlines()
+
+
+def smoke(folder: Path, corpus: Path, name: str, *flags: str, processes: int) -> str:
+    """What a launch's --smoke prints, in one process that need not import Megatron again.
+
+    Of more processes it is the first alone, with all the data.
+    """
+    words = command_line(folder, name, "--smoke", *flags, DATA=str(corpus))
+    assert words[words.index("--nproc-per-node") + 1] == str(processes)
+    code, output = FORKS.run(*words[words.index("megatron_patches") + 1 :])
+    assert code == 0, output[-8000:]
+    return assert_learns(output)
+
+
+def assert_learns(output: str) -> str:
+    """A run trains, and its validation loss is below the first one; what it printed."""
     first = re.search(r"iteration +1/.*lm loss: (\S+) ", output)
     last = re.search(r"validation loss at iteration 20 .*lm loss value: (\S+)", output)
-    assert first and last and trained, output[-3000:]
+    assert first and last and steps(output), output[-3000:]
     assert float(last[1]) < float(first[1])
     return output
 
 
+def layers(output: str) -> list[str]:
+    """The lines of a printed plan on the layers' weights."""
+    return [line for line in output.splitlines() if re.match(r"  decoder\S+ ", line)]
+
+
 @slow
-def test_llama_60m_starts_and_runs_as_published(tmp_path: Path) -> None:
+def test_llama_60m_runs_as_published(corpus: Path, tmp_path: Path) -> None:
     weights = tmp_path / "initial.pt"
-    output = launch("llama_60m.sh", "--pion-print-plan", "--save-initial", str(weights))
+    flags = ("--pion-print-plan", "--save-initial", str(weights))
+    output = smoke(tmp_path, corpus, "llama_60m.sh", *flags, processes=1)
     assert "recipe paper-60m: " in output
     assert re.search(r"iteration +20/.* learning rate: 1\.0+E-05 ", output)
-    layers = {n: p for n, p in torch.load(weights).items() if p.dim() == 2 and "layers" in n}
-    assert len(layers) == 8
-    for name, p in layers.items():  # output projections too, which Megatron starts at a half here
+    matrices = {n: p for n, p in torch.load(weights).items() if p.dim() == 2 and "layers" in n}
+    assert len(matrices) == 8
+    for name, p in matrices.items():  # output projections too, which Megatron starts at a half here
         # Standard deviation of n normal numbers: relative error 1/sqrt(2n), 5 of them; bf16.
         assert abs(p.float().std() / 0.02 - 1) < 5 / (2 * p.numel()) ** 0.5 + 2**-9, name
 
 
 @slow
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("llama_1.3b.sh", "recipe paper-1.3b: "),
-        ("qwen3_moe.sh", "recipe pretrain: "),
-        ("norm_free.sh", "recipe pretrain: "),
-    ],
-)
-def test_launches(name: str, says: str, corpus: Path) -> None:
-    output = launch(name, "--pion-print-plan", DATA=str(corpus))
-    assert says in output
-    layers = [line for line in output.splitlines() if re.match(r"  decoder\S+ ", line)]
-    if name == "qwen3_moe.sh":
-        # 2 layers, 8 experts, 4 on each of 2 ranks, 2 weights.
-        experts = [line for line in layers if "experts.local_experts" in line]
-        assert len(experts) == 2 * 8 * 2 and all("Pion: " in line for line in experts)
-    if name == "norm_free.sh":
-        assert layers and not any("norm" in line for line in layers)
+def test_llama_1_3b_runs(corpus: Path, tmp_path: Path) -> None:
+    """Its two ranks with overlap are among the trainings of test_layouts.py."""
+    output = smoke(tmp_path, corpus, "llama_1.3b.sh", "--pion-print-plan", processes=2)
+    assert "recipe paper-1.3b: " in output
+
+
+@slow
+def test_norm_free_runs_without_norms(corpus: Path, tmp_path: Path) -> None:
+    output = smoke(tmp_path, corpus, "norm_free.sh", "--pion-print-plan", processes=1)
+    assert "recipe pretrain: " in output
+    assert layers(output) and not any("norm" in line for line in layers(output))
+
+
+@slow
+def test_a_mixture_of_experts_starts_as_documented() -> None:
+    """The whole launch: it makes its data, and torchrun starts two ranks."""
+    launch = str(EXAMPLES / "megatron" / "qwen3_moe.sh")
+    output = assert_learns(run([launch, "--smoke", "--pion-print-plan"]))
+    assert "recipe pretrain: " in output
+    # 2 layers, 8 experts, 4 on each of 2 ranks, 2 weights.
+    experts = [line for line in layers(output) if "experts.local_experts" in line]
+    assert len(experts) == 2 * 8 * 2 and all("Pion: " in line for line in experts)
 
 
 PUBLISHED = {  # docs/results.md
@@ -115,11 +149,7 @@ PUBLISHED_IN_COMMON = {
 def test_published_settings(name: str, tmp_path: Path) -> None:
     for end in (".bin", ".idx"):
         (tmp_path / f"corpus{end}").touch()
-    python = tmp_path / "python"  # prints the command line of the launch
-    python.write_text("#!/bin/bash\n[[ $1 == -c ]] || printf '%s\\n' \"$@\"\n")
-    python.chmod(0o755)
-    more = {"PYTHON": str(python), "DATA": str(tmp_path / "corpus"), "GPUS": "8"}
-    words = run([str(EXAMPLES / "megatron" / name)], **more).split()
+    words = command_line(tmp_path, name, DATA=str(tmp_path / "corpus"), GPUS="8")
     for flag, value in {**PUBLISHED_IN_COMMON, **PUBLISHED[name]}.items():
         assert words.count(f"--{flag}") == 1, flag
         given = words[words.index(f"--{flag}") + 1]
@@ -239,6 +269,22 @@ def transformers() -> None:
     pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
 
 
+def test_pairs_are_lines_and_nothing_else_that_separates(tmp_path: Path) -> None:
+    """A text may have U+2028 in it; blank lines are no records, but they count."""
+    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+    from hf import read_pairs
+
+    path = tmp_path / "pairs.jsonl"
+    pairs = [("a\u2028b", "c\u0085d"), ("e\x1cf", "g\u2029")]
+    lines = [json.dumps({"prompt": p, "response": r}, ensure_ascii=False) for p, r in pairs]
+    path.write_text("\n  \n".join(lines) + "\n\n", encoding="utf-8")
+    assert read_pairs(path) == pairs
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "no response"}\n')
+    with pytest.raises(SystemExit, match="line 5: must be an object with prompt and response"):
+        read_pairs(path)
+
+
 def losses(output: str) -> dict[int, str]:
     return {int(step): loss for step, loss in LOSS.findall(output)}
 
@@ -292,85 +338,201 @@ def spectra(folder: Path) -> dict[str, torch.Tensor]:
     return {n: torch.linalg.svdvals(w.double()) for n, w in weights.items() if "_proj" in n}
 
 
-def stop(command: list[str], line: str, how: int) -> None:
-    """Send a command a signal once it prints a line that begins so."""
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdout is not None
-        for printed in job.stdout:
-            if printed.startswith(line):
-                os.kill(job.pid, how)
-    assert job.returncode != 0
+# A process of these has imported what takes longer than most runs; each rank is a fork of it.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "lightning.pytorch.strategies",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+        "pytest",
+        "psutil",
+    ]
+)
 
 
-def on_ranks(count: int, command: list[str]) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return [command[0], *torchrun, *command[1:]]
+class Killing:
+    """A stream that kills its process once a line is printed that begins so."""
+
+    def __init__(self, stream: TextIO, line: str) -> None:
+        self.stream, self.line = stream, line
+
+    def write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+        if text.startswith(self.line):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def as_rank(words: list[str], ranks: dict[str, str], printed: Path, killed_at: str) -> None:
+    """Run an example in this process, as one of torchrun's if there are ranks."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(ranks)
+    torch.set_num_threads(1)
+    file = printed.open("a")
+    for number in (1, 2):
+        os.dup2(file.fileno(), number)
+    sys.stdout = sys.stderr = Killing(file, killed_at) if killed_at else file
+    sys.argv = words
+    runpy.run_path(str(EXAMPLES / words[0]), run_name="__main__")
+
+
+def forked(
+    printed: Path, name: str, *arguments: str | Path, ranks: int = 0, killed_at: str = ""
+) -> str:
+    """What an example prints, alone or on ranks; it succeeds, or is killed at a line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    each = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)] or [{}]
+    for rank in each:
+        rank.update({"TORCHELASTIC_RUN_ID": "none"} if ranks else {})
+    words = [name, *map(str, arguments)]
+    printed.unlink(missing_ok=True)
+    jobs = [SERVER.Process(target=as_rank, args=(words, rank, printed, killed_at)) for rank in each]
+    for job in jobs:
+        job.start()
+    jobs[0].join(LIMIT_S)
+    for job in jobs:
+        if killed_at:  # as torchrun does when a rank has died
+            job.kill()
+        job.join(LIMIT_S)
+    codes = [job.exitcode for job in jobs]
+    for job in jobs:
+        job.kill()
+    text = printed.read_text()
+    assert codes == [-signal.SIGKILL if killed_at else 0] * len(jobs), f"{words}\n{text[-4000:]}"
+    return text
+
+
+def assert_same(resumed: dict[int, str], straight: dict[int, str], taken: range) -> None:
+    """Losses of some steps are those of a run in another layout."""
+    assert list(resumed) == list(taken)
+    for step, loss in resumed.items():
+        assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
+
+
+SFT = ("--smoke", "--steps", "40", "--log-every", "1", "--save-every", "10", "--out")
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fine-tuning in one process, which was not stopped."""
+    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+    folder = tmp_path_factory.mktemp("sft")
+    forked(folder / "printed", "sft.py", *SFT, folder)
+    return folder
 
 
 @slow
-@pytest.mark.usefixtures("transformers")
-def test_fine_tuning_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        flags = ["--steps", "60", "--log-every", "1", "--save-every", "10"]
-        return example("sft.py", "--smoke", "--out", out, *flags)
+def test_fine_tuning_goes_on_where_it_was_killed(fine_tuned: Path, tmp_path: Path) -> None:
+    straight = losses((fine_tuned / "printed").read_text())
+    assert list(straight) == list(range(1, 41))
+    assert float(straight[40]) < 0.3 * float(straight[1])
+    before = spectra(fine_tuned / "tiny")
+    for name, now in spectra(fine_tuned / "model").items():
+        # Rounding to float32 at each of 40 steps, 6e-8 of the weight's norm, which may add up.
+        assert (now - before[name]).abs().max() < 40 * 1e-7 * before[name].max(), name
+    forked(tmp_path / "printed", "sft.py", *SFT, tmp_path, killed_at="step 25/")
+    resumed = losses(forked(tmp_path / "printed", "sft.py", *SFT, tmp_path))
+    assert resumed == {step: loss for step, loss in straight.items() if step > 20}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint").iterdir()}
+    assert not losses(forked(tmp_path / "printed", "sft.py", *SFT, tmp_path))
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint").iterdir()}
 
-    straight = losses(run(command(tmp_path / "straight")))
-    assert len(straight) == 60
-    assert float(straight[60]) < 0.2 * float(straight[1])
-    before = spectra(tmp_path / "straight" / "tiny")
-    for name, now in spectra(tmp_path / "straight" / "model").items():
-        # Rounding to float32 at each of 60 steps, 6e-8 of the weight's norm, which may add up.
-        assert (now - before[name]).abs().max() < 60 * 1e-7 * before[name].max(), name
-    stop(command(tmp_path / "killed"), "step 35/", signal.SIGKILL)
-    resumed = losses(run(command(tmp_path / "killed")))
-    # It was killed once step 35 was printed, and printing may have been ahead of it.
-    first = min(resumed)
-    assert first in (31, 41, 51)
-    assert resumed == {step: loss for step, loss in straight.items() if step >= first}
+
+@slow
+def test_fine_tuning_goes_on_with_other_ranks(fine_tuned: Path, tmp_path: Path) -> None:
+    """From 2 ranks to 2 shards to one process, to the losses of one process."""
+    straight = losses((fine_tuned / "printed").read_text())
+    ranks = forked(tmp_path / "a", "sft.py", *SFT, tmp_path, ranks=2, killed_at="step 15/")
+    flags = ("--shard", *SFT, tmp_path)
+    shards = forked(tmp_path / "b", "sft.py", *flags, ranks=2, killed_at="step 25/")
+    # The rates are the checkpoint's, and the steps are those of the epochs.
+    data = ("--model", tmp_path / "tiny", "--data", tmp_path / "sums.jsonl", "--out", tmp_path)
+    flags = ("--batch", "20", "--epochs", "8", "--lr", "1", "--adam-lr", "1", "--log-every", "1")
+    alone = forked(tmp_path / "c", "sft.py", *data, *flags)
+    assert_same(losses(ranks), straight, range(1, 16))
+    assert_same(losses(shards), straight, range(11, 26))
+    assert_same(losses(alone), straight, range(21, 41))
 
 
 @slow
 @pytest.mark.usefixtures("transformers")
 def test_fine_tuning_in_the_trainer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    command = example("trainer.py", "--smoke", "--steps", "60", "--save-every", "30")
-    last = tmp_path / "trainer" / "checkpoint-60"
+    flags = ("--smoke", "--steps", "40", "--save-every", "20", "--out", tmp_path)
+    last = tmp_path / "trainer" / "checkpoint-40"
 
-    def history() -> dict[int, float]:
+    def history(ranks: int) -> dict[int, float]:
         """Losses by step, of this run and those that it goes on from."""
-        run([*command, "--out", str(tmp_path)])
+        forked(tmp_path / "printed", "trainer.py", *flags, ranks=ranks)
         logged = json.loads((last / "trainer_state.json").read_text())["log_history"]
         return {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
 
-    straight = history()
-    assert list(straight) == [10, 20, 30, 40, 50, 60] and straight[60] < 0.1 * straight[10]
+    straight = history(0)
+    assert list(straight) == [10, 20, 30, 40] and straight[40] < 0.2 * straight[10]
     shutil.rmtree(last)
     before = spectra(tmp_path / "tiny")
     for name, now in spectra(tmp_path / "model").items():
-        assert (now - before[name]).abs().max() < 60 * 1e-7 * before[name].max(), name
-    assert history() == straight
+        assert (now - before[name]).abs().max() < 40 * 1e-7 * before[name].max(), name
+    assert history(0) == straight
+    shutil.rmtree(last)
+    assert history(2) == pytest.approx(straight, **SUMMED_OTHERWISE)
 
 
-@slow
+def refused(
+    name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What an example that must not start prints."""
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name.removesuffix(".py")).main()
+    return capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("transformers")
-def test_fine_tuning_on_two_ranks(tmp_path: Path) -> None:
-    """What a sharded run has saved goes on unsharded, to the losses of an unsharded run."""
-    flags = ["--smoke", "--steps", "30", "--log-every", "1", "--save-every", "10", "--out"]
-    straight = losses(run(on_ranks(2, example("sft.py", *flags, tmp_path / "straight"))))
-    assert len(straight) == 30 and float(straight[30]) < 0.5 * float(straight[1])
-    sharded = on_ranks(2, example("sft.py", "--shard", *flags, tmp_path / "stopped"))
-    stop(sharded, "step 15/", signal.SIGTERM)  # at which torchrun stops its ranks
-    resumed = losses(run(on_ranks(2, example("sft.py", *flags, tmp_path / "stopped"))))
-    assert min(resumed) in (11, 21) and max(resumed) == 30
-    for step, loss in resumed.items():
-        assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("sft.py", ["--shard", "--smoke"], "--shard divides the model over ranks"),
+        ("sft.py", [], "give --model and --data, or --smoke"),
+        ("sft.py", ["--batch", "0"], "--batch 0: the batch of all 1 ranks"),
+        ("trainer.py", ["--shard", "--smoke"], "--shard is of sft.py"),
+        ("trainer.py", ["--batch", "-1"], "--batch -1: the batch of all 1 ranks"),
+    ],
+)
+def test_fine_tuning_says_what_does_not_fit(
+    name: str,
+    flags: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "--batch" in flags:
+        flags = [*flags, "--model", "model", "--data", "data", "--out", str(tmp_path)]
+    assert says in refused(name, flags, monkeypatch, capsys)
 
 
 @slow
 @pytest.mark.usefixtures("transformers")
 @pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
 def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
-    command = example("rl.py", "--smoke", "--out", tmp_path)
-    output = run(on_ranks(2, [*command, "--shard"]) if shard else command)
+    flags = ("--smoke", "--out", tmp_path)
+    more = {"ranks": 2} if shard else {}
+    output = forked(tmp_path / "printed", "rl.py", *flags, *(["--shard"] if shard else []), **more)
     before, after = (
         float(re.search(rf"right {when}: (\S+)", output)[1]) for when in ("before", "after")
     )
@@ -378,18 +540,34 @@ def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
     assert after > before + 0.2, output
 
 
+PRETRAINING = ("--smoke", "--steps", "20", "--save-every")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """The losses of a loop like torchtitan's, on one rank and not stopped."""
+    folder = tmp_path_factory.mktemp("titan")
+    flags = (*PRETRAINING, "20", "--out", folder)
+    straight = losses(forked(folder / "printed", "titan.py", *flags, ranks=1))
+    assert list(straight) == list(range(1, 21))
+    assert float(straight[20]) < 0.7 * float(straight[1])
+    return straight
+
+
 @slow
-def test_a_loop_like_torchtitan_s_goes_on_in_another_layout(tmp_path: Path) -> None:
-    """What FSDP2 has saved on two ranks goes on on one, to the losses of tensor parallelism."""
-    command = example("titan.py", "--smoke", "--save-every", "10", "--out")
-    straight = losses(run(on_ranks(2, [*command, str(tmp_path / "straight"), "--tp", "2"])))
-    assert len(straight) == 30 and float(straight[30]) < 0.6 * float(straight[1])
-    command.append(str(tmp_path / "stopped"))
-    stop(on_ranks(2, command), "step 15/", signal.SIGTERM)
-    resumed = losses(run(on_ranks(1, command)))
-    assert min(resumed) in (11, 21) and max(resumed) == 30
-    for step, loss in resumed.items():
-        assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
+def test_a_loop_like_torchtitan_s_goes_on_in_another_layout(
+    pretrained: dict[int, str], tmp_path: Path
+) -> None:
+    """From FSDP2 to one rank to tensor parallelism, to the losses of one rank."""
+    flags = (*PRETRAINING, "5", "--out", tmp_path)
+    shards = forked(tmp_path / "a", "titan.py", *flags, ranks=2, killed_at="step 8/")
+    assert_same(losses(shards), pretrained, range(1, 9))
+    # The rates are the checkpoint's.
+    one = forked(tmp_path / "b", "titan.py", *flags, "--lr", "1", ranks=1, killed_at="step 13/")
+    assert_same(losses(one), pretrained, range(6, 14))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", *example("titan.py", *flags, "--tp", "2")[1:]]
+    assert_same(losses(run(command)), pretrained, range(11, 21))
 
 
 @pytest.mark.parametrize(
@@ -403,28 +581,22 @@ def test_a_loop_like_torchtitan_s_goes_on_in_another_layout(tmp_path: Path) -> N
 def test_a_loop_like_torchtitan_s_says_what_does_not_fit(
     flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import titan
-
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["titan.py", *flags])
-    with pytest.raises(SystemExit):
-        titan.main()
-    assert says in capsys.readouterr().err
+    assert says in refused("titan.py", flags, monkeypatch, capsys)
 
 
 @slow
 @pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
-def test_lightning_goes_on_from_its_checkpoint(tmp_path: Path, shard: bool) -> None:
-    """To the same losses; what FSDP2 has saved goes on by tensor parallelism, to rounding."""
+def test_lightning_goes_on_from_its_checkpoint(
+    pretrained: dict[int, str], tmp_path: Path, shard: bool
+) -> None:
+    """To the losses of a loop like torchtitan's; from FSDP2 to tensor parallelism."""
     pytest.importorskip("lightning", reason="no lightning: pip install '.[examples]'")
-    command = example("lightning_module.py", "--smoke", "--save-every", "20", "--out", tmp_path)
-    straight = losses(run(on_ranks(2, command) if shard else command))
-    assert len(straight) == 30 and float(straight[30]) < 0.6 * float(straight[1])
-    resumed = losses(run(on_ranks(2, [*command, "--tp", "2"]) if shard else command))
-    assert list(resumed) == list(range(21, 31))
-    for step, loss in resumed.items():
-        if shard:
-            assert float(loss) == pytest.approx(float(straight[step]), **SUMMED_OTHERWISE)
-        else:
-            assert loss == straight[step]
+    flags = (*PRETRAINING, "15", "--out", tmp_path)
+    more = {"ranks": 2} if shard else {}
+    straight = losses(forked(tmp_path / "a", "lightning_module.py", *flags, **more))
+    assert_same(straight, pretrained, range(1, 21))
+    flags += ("--tp", "2") if shard else ()
+    resumed = losses(forked(tmp_path / "b", "lightning_module.py", *flags, "--lr", "1", **more))
+    assert_same(resumed, pretrained, range(16, 21))
+    if not shard:
+        assert resumed == {step: straight[step] for step in resumed}
