@@ -168,14 +168,14 @@ def smoke(args: argparse.Namespace) -> None:
     import sft
 
     first = sft.arguments(sft.__doc__).parse_args(
-        ["--smoke", "--out", str(args.out / "sft"), "--steps", "20"]
+        ["--smoke", "--out", str(args.out / "sft"), "--steps", "25"]
     )
     sft.smoke(first)
     sft.train(first)
     if dist.is_initialized():
         dist.barrier()
     args.model, args.data = str(first.out / "model"), first.data
-    args.lr, args.adam_lr, args.steps, args.length = 5e-3, 1e-3, 80, 4
+    args.lr, args.adam_lr, args.steps, args.length = 1e-2, 2e-3, 40, 3  # 18 and an end of text
     args.micro_batch = 128
 
 
