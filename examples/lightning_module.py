@@ -5,8 +5,8 @@
     python examples/lightning_module.py --smoke --out OUT    # a tiny model, on the CPU, offline
 
 Text, steps and options are titan.py's. A run that was stopped goes on from Lightning's last
-checkpoint when it is started again; one that torchrun starts may have another --tp then. It keeps
-the checkpoint's learning rates, whatever --lr and --adam-lr say.
+checkpoint when it is started again; one that torchrun starts may have another --tp then. Either
+keeps the checkpoint's learning rates, whatever --lr and --adam-lr say.
 """
 
 import argparse

@@ -171,7 +171,7 @@ def divided(parser: argparse.ArgumentParser, batch: int, size: int) -> int:
     if batch < 1 or batch % size:
         fits = max(1, batch // size) * size
         parser.error(
-            f"--batch {batch}: the batch of all {size} ranks, so a positive multiple of {size}; "
+            f"--batch {batch}: must be a positive multiple of {size} (the ranks, which divide it): "
             f"give --batch {fits}"
         )
     return batch // size

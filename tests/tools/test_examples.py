@@ -1,6 +1,7 @@
 """The examples run as documented: Megatron launches, datasets, fine-tuning and reinforcement."""
 
-import importlib
+import ast
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -45,8 +46,10 @@ def run(command: list[str], **more: str) -> str:
     return done.stdout
 
 
-def example(name: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+def needs(package: str) -> None:
+    """Skip a test without a package, which this process need not import."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package}: pip install '.[examples]'")
 
 
 # ---------------------------------------------------------------------------- Megatron
@@ -218,16 +221,21 @@ def test_bytes_of_texts_and_records(texts: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_a_hugging_face_tokenizer_s_dataset_is_megatron_s(texts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+def test_a_hugging_face_tokenizer_s_dataset_is_megatron_s(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("transformers")
     from hf import tiny_model
     from megatron.core.tokenizers import MegatronTokenizer
 
     tiny_model(tmp_path / "tiny")
     prefix = tmp_path / "corpus"
     folder = str(tmp_path / "tiny")
-    command = example("prepare_corpus.py", prefix, "--text", texts, "--tokenizer", folder)
-    assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}" in run(command)
+    words = ["prepare_corpus.py", str(prefix), "--text", str(texts), "--tokenizer", folder]
+    monkeypatch.setattr(sys, "argv", words)
+    prepare_corpus.main()
+    flags = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+    assert flags in capsys.readouterr().out
     metadata = {"library": "huggingface"}
     megatron = MegatronTokenizer.from_pretrained(tokenizer_path=folder, metadata_path=metadata)
     documents = dataset(prefix)
@@ -266,12 +274,12 @@ def test_a_failure_names_the_line_and_leaves_the_old_dataset(
 
 @pytest.fixture
 def transformers() -> None:
-    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+    needs("transformers")
 
 
 def test_pairs_are_lines_and_nothing_else_that_separates(tmp_path: Path) -> None:
     """A text may have U+2028 in it; blank lines are no records, but they count."""
-    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+    needs("transformers")
     from hf import read_pairs
 
     path = tmp_path / "pairs.jsonl"
@@ -394,9 +402,8 @@ def forked(
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"TORCHELASTIC_RUN_ID": "none"}  # from which Lightning knows torchrun
     each = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)] or [{}]
-    for rank in each:
-        rank.update({"TORCHELASTIC_RUN_ID": "none"} if ranks else {})
     words = [name, *map(str, arguments)]
     printed.unlink(missing_ok=True)
     jobs = [SERVER.Process(target=as_rank, args=(words, rank, printed, killed_at)) for rank in each]
@@ -428,7 +435,7 @@ SFT = ("--smoke", "--steps", "40", "--log-every", "1", "--save-every", "10", "--
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fine-tuning in one process, which was not stopped."""
-    pytest.importorskip("transformers", reason="no transformers: pip install '.[examples]'")
+    needs("transformers")
     folder = tmp_path_factory.mktemp("sft")
     forked(folder / "printed", "sft.py", *SFT, folder)
     return folder
@@ -444,11 +451,13 @@ def test_fine_tuning_goes_on_where_it_was_killed(fine_tuned: Path, tmp_path: Pat
         # Rounding to float32 at each of 40 steps, 6e-8 of the weight's norm, which may add up.
         assert (now - before[name]).abs().max() < 40 * 1e-7 * before[name].max(), name
     forked(tmp_path / "printed", "sft.py", *SFT, tmp_path, killed_at="step 25/")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.rename(tmp_path / "checkpoint.last")  # as if killed while it was replaced
     resumed = losses(forked(tmp_path / "printed", "sft.py", *SFT, tmp_path))
     assert resumed == {step: loss for step, loss in straight.items() if step > 20}
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint").iterdir()}
-    assert not losses(forked(tmp_path / "printed", "sft.py", *SFT, tmp_path))
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint").iterdir()}
+    written = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    assert not losses(forked(tmp_path / "printed", "sft.py", *SFT, tmp_path))  # it was finished
+    assert written == {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
 
 
 @slow
@@ -508,9 +517,9 @@ def refused(
     [
         ("sft.py", ["--shard", "--smoke"], "--shard divides the model over ranks"),
         ("sft.py", [], "give --model and --data, or --smoke"),
-        ("sft.py", ["--batch", "0"], "--batch 0: the batch of all 1 ranks"),
+        ("sft.py", ["--batch", "0"], "--batch 0: must be a positive multiple of 1"),
         ("trainer.py", ["--shard", "--smoke"], "--shard is of sft.py"),
-        ("trainer.py", ["--batch", "-1"], "--batch -1: the batch of all 1 ranks"),
+        ("trainer.py", ["--batch", "-1"], "--batch -1: must be a positive multiple of 1"),
     ],
 )
 def test_fine_tuning_says_what_does_not_fit(
@@ -526,13 +535,42 @@ def test_fine_tuning_says_what_does_not_fit(
     assert says in refused(name, flags, monkeypatch, capsys)
 
 
+@pytest.mark.usefixtures("transformers")
+def test_a_batch_that_ranks_do_not_divide_is_refused_with_one_that_they_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import sft
+
+    parser = sft.arguments(sft.__doc__)
+    assert sft.divided(parser, 9, 3) == 3
+    for batch, ranks, fits in ((9, 2, 8), (3, 8, 8)):
+        with pytest.raises(SystemExit):
+            sft.divided(parser, batch, ranks)
+        says = capsys.readouterr().err
+        assert f"--batch {batch}: must be a positive multiple of {ranks} (the ranks" in says
+        assert f"give --batch {fits}" in says
+
+
+@slow
+@pytest.mark.parametrize("name", ["trainer.py", "lightning_module.py"])
+def test_help_of_borrowed_options_begins_with_the_script_s_own_line(
+    name: str, tmp_path: Path
+) -> None:
+    for needed in ("transformers", "lightning"):
+        needs(needed)
+    doc = ast.get_docstring(ast.parse((EXAMPLES / name).read_text()))
+    assert doc
+    printed = forked(tmp_path / "printed", name, "--help")
+    assert doc.partition("\n")[0] in " ".join(printed.split())
+
+
 @slow
 @pytest.mark.usefixtures("transformers")
 @pytest.mark.parametrize("shard", [False, True], ids=["one-process", "two-shards"])
 def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
-    flags = ("--smoke", "--out", tmp_path)
-    more = {"ranks": 2} if shard else {}
-    output = forked(tmp_path / "printed", "rl.py", *flags, *(["--shard"] if shard else []), **more)
+    more = ("--shard", "--prompts", "16") if shard else ()  # 32 a step, as in one process
+    flags = ("--smoke", "--out", tmp_path, *more)
+    output = forked(tmp_path / "printed", "rl.py", *flags, ranks=2 if shard else 0)
     before, after = (
         float(re.search(rf"right {when}: (\S+)", output)[1]) for when in ("before", "after")
     )
@@ -566,8 +604,9 @@ def test_a_loop_like_torchtitan_s_goes_on_in_another_layout(
     one = forked(tmp_path / "b", "titan.py", *flags, "--lr", "1", ranks=1, killed_at="step 13/")
     assert_same(losses(one), pretrained, range(6, 14))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", *example("titan.py", *flags, "--tp", "2")[1:]]
-    assert_same(losses(run(command)), pretrained, range(11, 21))
+    script = [str(EXAMPLES / "titan.py"), *map(str, flags), "--tp", "2"]
+    end = run([*torchrun, "--nproc-per-node", "2", *script])
+    assert_same(losses(end), pretrained, range(11, 21))
 
 
 @pytest.mark.parametrize(
@@ -590,13 +629,14 @@ def test_lightning_goes_on_from_its_checkpoint(
     pretrained: dict[int, str], tmp_path: Path, shard: bool
 ) -> None:
     """To the losses of a loop like torchtitan's; from FSDP2 to tensor parallelism."""
-    pytest.importorskip("lightning", reason="no lightning: pip install '.[examples]'")
+    needs("lightning")
     flags = (*PRETRAINING, "15", "--out", tmp_path)
-    more = {"ranks": 2} if shard else {}
-    straight = losses(forked(tmp_path / "a", "lightning_module.py", *flags, **more))
+    ranks = 2 if shard else 0
+    straight = losses(forked(tmp_path / "a", "lightning_module.py", *flags, ranks=ranks))
     assert_same(straight, pretrained, range(1, 21))
     flags += ("--tp", "2") if shard else ()
-    resumed = losses(forked(tmp_path / "b", "lightning_module.py", *flags, "--lr", "1", **more))
+    flags += ("--lr", "1")  # the rates are the checkpoint's
+    resumed = losses(forked(tmp_path / "b", "lightning_module.py", *flags, ranks=ranks))
     assert_same(resumed, pretrained, range(16, 21))
     if not shard:
         assert resumed == {step: straight[step] for step in resumed}
