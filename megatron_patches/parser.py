@@ -182,7 +182,7 @@ def _check_positive(args: argparse.Namespace, name: str) -> None:
 
 
 def check_config(options: PionConfig, config: Any, model_chunks: Sequence[Any]) -> None:
-    """Refuse, in configs that are built in code, what the flags cannot say either.
+    """Refuse configs, built in code, that Pion cannot train with.
 
     Raises:
         ValueError: says what to set.
@@ -190,7 +190,7 @@ def check_config(options: PionConfig, config: Any, model_chunks: Sequence[Any]) 
     ddp = [x for chunk in model_chunks if (x := getattr(chunk, "ddp_config", None)) is not None]
     for option, instead in UNSUPPORTED.items():
         if any(getattr(each, option, False) for each in (config, *ddp)):
-            then = f"set {instead}" if instead else "leave it out"
+            then = f"set {instead}" if instead else "set it to False"
             raise ValueError(f"optimizer='pion' does not support {option}=True: {then}")
     name = config.pion_recipe
     if name not in RECIPES:

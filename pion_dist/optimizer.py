@@ -360,7 +360,8 @@ class Pion(torch.optim.Optimizer):
     def start(self, i: int) -> Tensor | None:
         """Singular values at start, [B, k], of the plan's matrices ``i``, if they are recorded."""
         p, part = self._local.places[i]
-        self._wait()
+        if self.config.offload_state:
+            self._wait()
         sigma = self.state[p].get(state.key(state.SIGMA, part))
         if sigma is not None:
             return sigma.to(p.device, torch.float64) if sigma.any() else None

@@ -282,10 +282,10 @@ class Limits:
 
 # Float32 sums in another order differ by 2**-24 a sum, some hundred in a row, and the run passes
 # that on with a factor of ten or less: 2e-6, and as much more as the embedding differs (measured:
-# losses 3e-7, norms 1.8e-6). A weight is a sum of 20 steps that Pion and Adam divide by their own
-# size, so that small elements keep a larger relative difference: 2e-5, and Adam's, which Pion's
-# differences reach as gradients, twice that (measured: MLA at PP 2, where other matrices are of one
-# batch, 2.0e-5).
+# losses 2e-7, norms 2.0e-6 where the embedding differs by 5e-6). A weight is a sum of 20 steps that
+# Pion and Adam divide by their own size, so that small elements keep a larger relative difference:
+# 2e-5, and Adam's, which Pion's differences reach as gradients, twice that (measured: MLA at PP 2,
+# where other matrices are of one batch, 2.0e-5).
 # The rounding of a step moves singular values by some 2**-23 of the largest. Of generators' steps
 # it adds up at random, of polar's only the last one's shows: two layouts' differ by as much
 # (measured: 2**-23), and may by twice that.
@@ -295,8 +295,8 @@ EXACT = Limits(loss=2e-6, grad_norm=2e-6, weights=2e-5, others=4e-5, drift=2**-2
 # it: four times EXACT's (measured: norms 4.0e-6; 1.1e-6 with --pion-exclude router).
 ROUTER = replace(EXACT, grad_norm=8e-6)
 # An adaptive direction divides by the root of a second moment, entry by entry, so that rounding
-# counts for more where that is small (measured: norms 3.5e-6, weights 1.3e-5, Adam's 2.8e-5; from
-# run to run they differ by half of that).
+# counts for more where that is small (measured: norms 1.0e-5 where the embedding differs by
+# 8e-5, weights 2.6e-6; with four layers weights 3.3e-5; from run to run they differ by half).
 ADAPTIVE = replace(EXACT, grad_norm=1e-5, weights=5e-5, others=1e-4)
 # Steps of RESET are nine times as long as EXACT's, on average (measured: norms 1.3e-5, weights
 # 6e-5, Adam's 1.1e-4).

@@ -574,7 +574,7 @@ def test_reinforcement_raises_the_reward(tmp_path: Path, shard: bool) -> None:
     before, after = (
         float(re.search(rf"right {when}: (\S+)", output)[1]) for when in ("before", "after")
     )
-    # Of a hundred sums 32 before, and 62 to 71 after with three seeds in one process.
+    # Before, 32 of a hundred sums are right; afterwards 62 to 71 (three seeds, one process).
     assert after > before + 0.2, output
 
 
